@@ -1,0 +1,133 @@
+"""What a tool is: a typed function whose signature is the schema and whose docstring is the prompt.
+
+Invariants: a `ToolSpec` is plain data that crosses processes and is the only thing prompt, grammar, policy and
+validation read; `Tool` adds the function itself and exists only in the process that runs it. A parameter is an
+int, a float, a bool, a str or a choice of literals; anything else is refused when the tool is declared.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from edge_agent.wire.tensor import Tensor
+
+Risk = Literal["read", "act", "danger"]
+Kind = Literal["int", "float", "bool", "str", "choice"]
+_KINDS: dict[type, Kind] = {int: "int", float: "float", bool: "bool", str: "str"}
+
+
+class ToolError(Exception):
+    """An ordinary failure of a tool: its text goes back to the model as the result."""
+
+
+class Context(Protocol):
+    """What a running tool may ask of the device; a tool takes it as a parameter named `ctx`."""
+
+    def infer(self, model: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run an installed network. Raises ToolError when it is not installed or refuses the inputs."""
+        ...
+
+    def now(self) -> float:
+        """Seconds since the Unix epoch, by the device's trusted clock."""
+        ...
+
+
+class Range(msgspec.Struct, frozen=True):
+    """Bounds (inclusive) and unit of a number: `Annotated[int, Range(1, 3)]`."""
+
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+
+
+class Param(msgspec.Struct, frozen=True):
+    """One parameter of a tool as prompt, grammar and validation see it."""
+
+    name: str
+    kind: Kind
+    choices: list[str] = []
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    required: bool = True
+    default: Any = None
+
+
+class ToolSpec(msgspec.Struct, frozen=True):
+    """The declaration of a tool, without its function."""
+
+    name: str
+    description: str
+    params: list[Param]
+    risk: Risk = "read"
+    idempotent: bool = True
+    timeout_s: float = 10.0
+    examples: list[tuple[str, dict[str, Any]]] = []
+
+
+class Tool(msgspec.Struct, frozen=True):
+    """A declared tool with its function, in the process that runs it."""
+
+    spec: ToolSpec
+    function: Callable[..., Any]
+    wants_context: bool
+
+
+def tool(
+    *,
+    risk: Risk = "read",
+    idempotent: bool = True,
+    timeout_s: float = 10.0,
+    examples: list[tuple[str, dict[str, Any]]] | None = None,
+) -> Callable[[Callable[..., Any]], Tool]:
+    """Declare a function (or bound method, through `declare`) as a tool; the first docstring line is its description."""
+
+    def wrap(function: Callable[..., Any]) -> Tool:
+        return declare(function, risk=risk, idempotent=idempotent, timeout_s=timeout_s, examples=examples)
+
+    return wrap
+
+
+def declare(
+    function: Callable[..., Any],
+    *,
+    risk: Risk = "read",
+    idempotent: bool = True,
+    timeout_s: float = 10.0,
+    examples: list[tuple[str, dict[str, Any]]] | None = None,
+) -> Tool:
+    """Make a Tool of a typed function. Raises TypeError when a parameter has no type a model can fill in."""
+    hints = get_type_hints(function, include_extras=True)
+    signature = inspect.signature(function)
+    doc = (inspect.getdoc(function) or "").strip().split("\n")[0]
+    if not doc:
+        raise TypeError(f"tool {function.__name__} has no docstring; its first line is what the model reads")
+    params = [
+        _param(function.__name__, name, hints.get(name), p.default)
+        for name, p in signature.parameters.items()
+        if name not in ("ctx", "self")
+    ]
+    spec = ToolSpec(function.__name__, doc, params, risk, idempotent, timeout_s, examples or [])
+    return Tool(spec, function, "ctx" in signature.parameters)
+
+
+def _param(tool_name: str, name: str, hint: Any, default: Any) -> Param:
+    bounds = Range()
+    if get_origin(hint) is Annotated:
+        hint, *extras = get_args(hint)
+        bounds = next((e for e in extras if isinstance(e, Range)), bounds)
+    required = default is inspect.Parameter.empty
+    fallback = None if required else default
+    if get_origin(hint) is Literal:
+        choices = [str(c) for c in get_args(hint)]
+        return Param(name, "choice", choices=choices, required=required, default=fallback)
+    kind = _KINDS.get(hint)
+    if kind is None:
+        raise TypeError(f"tool {tool_name}: parameter {name} has type {hint!r}; use int, float, bool, str or Literal")
+    return Param(
+        name, kind, low=bounds.low, high=bounds.high, unit=bounds.unit, required=required, default=fallback
+    )

@@ -1,0 +1,86 @@
+"""The engine Protocol: what runs a model inside a worker process.
+
+Invariants: an engine is used by one thread at a time; `load` either leaves a ready engine or raises with the
+reason; nothing falls back to another provider in silence. Language models stream pieces and honour `cancelled`
+between tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from edge_agent.wire.tensor import Tensor
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What is loaded, for logs, metrics and the dashboard."""
+
+    engine: str
+    provider: str
+    model: str
+    digest: str
+    load_s: float
+    extra: dict[str, Any] = {}
+
+
+class Network(Protocol):
+    """A loaded network: tensors in, tensors out, by name."""
+
+    info: EngineInfo
+
+    def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run once. Raises Refused for a wrong name, dtype or shape, naming what the model takes."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Generate(msgspec.Struct, frozen=True):
+    """One request to a language model. `prefix` is kept in the KV cache between requests, `prompt` follows it."""
+
+    prefix: str
+    prompt: str
+    grammar: str = ""
+    max_tokens: int = 128
+    stop: list[str] = []
+    temperature: float = 0.0
+    seed: int = 0
+    adapter: str = ""
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """A piece of generated text; the last one has `done` and the counts."""
+
+    text: str
+    done: bool = False
+    finish: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    mean_logprob: float = 0.0
+
+
+class LanguageModel(Protocol):
+    """A loaded language model."""
+
+    info: EngineInfo
+
+    def generate(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Piece]:
+        """Stream the completion. Raises Refused when the grammar or the lengths cannot be served."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def bundle_path(root: Path, name: str) -> Path:
+    """A file of an installed bundle. Raises ValueError when the name leaves the folder."""
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise ValueError(f"{name!r} leaves the bundle")
+    return path
