@@ -1,0 +1,260 @@
+"""The frames the daemon and its child processes speak over an inherited AF_UNIX socketpair.
+
+Invariants: a frame is a 4-byte big-endian length and one msgpack-encoded tagged message of at most MAX_FRAME bytes;
+too big a message is Refused before a byte of it is written, so the channel stays usable; a frame that is too long or
+cannot be decoded is BadFrame, after which the channel is closed. Requests carry an id of the side that asks, answers
+(`*Result`, `Loaded`, `PieceMsg`, `Error`) repeat it. The end of the socket is the end of the child: no orphan stays.
+Tool specs and arguments travel as plain data, so nothing here knows the agent above.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+import threading
+from typing import Any, Literal
+
+import msgspec
+
+from edge_agent.engines.base import EngineInfo, Generate, Piece
+from edge_agent.errors import Fatal, OutriderError, Refused, Retry
+from edge_agent.wire.tensor import Tensor
+
+MAX_FRAME = 64 * 1024 * 1024
+FD_VARIABLE = "OUTRIDER_FD"
+_LENGTH = struct.Struct(">I")
+
+ErrorKind = Literal["retry", "refused", "fatal"]
+
+
+class BadFrame(OutriderError):
+    """The peer does not speak the protocol: close the channel."""
+
+
+class _Message(msgspec.Struct, frozen=True, tag_field="t", tag=str.lower):
+    pass
+
+
+class Hello(_Message, frozen=True):
+    """The child's first frame."""
+
+    role: str
+    pid: int
+
+
+class Ready(_Message, frozen=True):
+    """The child can serve; for a tool runner it follows its Specs."""
+
+
+class Load(_Message, frozen=True):
+    """Load a model folder under a name, replacing one of that name once it is ready. Answered by Loaded or Error."""
+
+    id: int
+    model: str
+    path: str
+
+
+class Loaded(_Message, frozen=True):
+    id: int
+    model: str
+    info: EngineInfo
+
+
+class Infer(_Message, frozen=True):
+    """Run a network once; a tool runner sends it to the daemon too. Answered by InferResult or Error."""
+
+    id: int
+    model: str
+    inputs: dict[str, Tensor]
+
+
+class InferResult(_Message, frozen=True):
+    id: int
+    outputs: dict[str, Tensor]
+
+
+class GenerateReq(_Message, frozen=True):
+    """Stream a completion. Answered by PieceMsg until one is `done`, or Error."""
+
+    id: int
+    model: str
+    request: Generate
+
+
+class PieceMsg(_Message, frozen=True):
+    id: int
+    piece: Piece
+
+
+class Cancel(_Message, frozen=True):
+    """Stop a request; it is still answered."""
+
+    id: int
+
+
+class Call(_Message, frozen=True):
+    """Run a tool with validated arguments. Answered by CallResult or Error."""
+
+    id: int
+    tool: str
+    args: dict[str, Any]
+    timeout_s: float
+
+
+class CallResult(_Message, frozen=True):
+    """`ok` with a result, or the text of an ordinary ToolError in `error`."""
+
+    id: int
+    ok: bool
+    result: Any = None
+    error: str = ""
+
+
+class Specs(_Message, frozen=True):
+    """What a tool runner offers; decode with `msgspec.msgpack.decode(specs, type=list[ToolSpec])`."""
+
+    specs: bytes
+
+
+class Error(_Message, frozen=True):
+    """A request failed; the child lives on."""
+
+    id: int
+    kind: ErrorKind
+    message: str
+    hint: str = ""
+
+    def exception(self) -> OutriderError:
+        """The error as the asking side raises it; a child's Fatal is this request's Refused."""
+        return (Retry if self.kind == "retry" else Refused)(self.message, self.hint)
+
+    @classmethod
+    def of(cls, id: int, error: BaseException) -> Error:
+        """Any exception as the answer to request `id`; an unexpected one keeps its type's name."""
+        if isinstance(error, OutriderError):
+            kind: ErrorKind = (
+                "retry" if isinstance(error, Retry) else "fatal" if isinstance(error, Fatal) else "refused"
+            )
+            return cls(id, kind, error.message, error.hint)
+        return cls(id, "refused", f"{type(error).__name__}: {error}")
+
+
+class Ping(_Message, frozen=True):
+    n: int
+
+
+class Pong(_Message, frozen=True):
+    n: int
+
+
+Message = (
+    Hello | Ready | Load | Loaded | Infer | InferResult | GenerateReq | PieceMsg
+    | Cancel | Call | CallResult | Specs | Error | Ping | Pong
+)  # fmt: skip
+_DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """The payload of a frame, without its length. Raises Refused when it is larger than MAX_FRAME."""
+    payload = _ENCODER.encode(message)
+    if len(payload) > MAX_FRAME:
+        raise Refused(
+            f"{type(message).__name__} of {len(payload)} bytes does not fit a frame of {MAX_FRAME}",
+            "send smaller inputs, for example a smaller image",
+        )
+    return payload
+
+
+def decode(payload: bytes | bytearray) -> Message:
+    """Raises BadFrame."""
+    try:
+        return _DECODER.decode(payload)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise BadFrame(f"a frame cannot be decoded: {error}") from error
+
+
+def _length(header: bytes | bytearray) -> int:
+    (length,) = _LENGTH.unpack(header)
+    if length > MAX_FRAME:
+        raise BadFrame(f"a frame of {length} bytes is announced, the limit is {MAX_FRAME}")
+    return int(length)
+
+
+class Channel:
+    """The child's end: blocking; `send` from any thread, `receive` from one."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._sending = threading.Lock()
+
+    @classmethod
+    def inherited(cls) -> Channel:
+        """The socket the daemon passed down. Raises Fatal when this process was not started by a daemon."""
+        try:
+            return cls(socket.socket(fileno=int(os.environ[FD_VARIABLE])))
+        except (KeyError, ValueError, OSError) as error:
+            raise Fatal(f"{FD_VARIABLE} names no socket", "this process is started by `outrider agent`") from error
+
+    def send(self, message: Message) -> None:
+        """Raises Refused (too big, nothing sent) or OSError (the daemon is gone)."""
+        payload = encode(message)
+        with self._sending:
+            self._sock.sendall(_LENGTH.pack(len(payload)))
+            self._sock.sendall(payload)
+
+    def receive(self) -> Message | None:
+        """The next message, or None when the daemon is gone. Raises BadFrame."""
+        header = self._exactly(_LENGTH.size)
+        payload = None if header is None else self._exactly(_length(header))
+        return None if payload is None else decode(payload)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _exactly(self, count: int) -> bytearray | None:
+        buffer = bytearray(count)
+        view, filled = memoryview(buffer), 0
+        while filled < count:
+            try:
+                got = self._sock.recv_into(view[filled:])
+            except ConnectionError:
+                return None
+            if not got:
+                return None
+            filled += got
+        return buffer
+
+
+class AsyncChannel:
+    """The daemon's end, on the event loop; `receive` from one task, `send` from any."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def open(cls, sock: socket.socket) -> AsyncChannel:
+        return cls(*await asyncio.open_unix_connection(sock=sock))
+
+    async def send(self, message: Message) -> None:
+        """Raises Refused (too big, nothing sent) or Retry (the child is gone)."""
+        payload = encode(message)
+        try:
+            self._writer.write(_LENGTH.pack(len(payload)))
+            self._writer.write(payload)
+            await self._writer.drain()
+        except (ConnectionError, RuntimeError) as error:
+            raise Retry("the child process is gone") from error
+
+    async def receive(self) -> Message | None:
+        """The next message, or None when the child is gone. Raises BadFrame."""
+        try:
+            length = _length(await self._reader.readexactly(_LENGTH.size))
+            return decode(await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,112 @@
+"""The frames: what is sent arrives, and what is malformed ends the channel, never the process."""
+
+import asyncio
+import socket
+import struct
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_agent.engines.base import Generate, Piece
+from edge_agent.errors import Fatal, Refused, Retry
+from edge_agent.serving import frames
+from edge_agent.serving.frames import AsyncChannel, BadFrame, Channel
+from edge_agent.wire.tensor import Tensor
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+ids = st.integers(0, 2**31)
+tensors = st.builds(
+    Tensor, st.sampled_from(["float32", "uint8"]), st.lists(st.integers(0, 9), max_size=4), st.binary(max_size=64)
+)
+messages: Any = st.one_of(
+    st.builds(frames.Infer, ids, st.text(max_size=9), st.dictionaries(st.text(max_size=9), tensors, max_size=3)),
+    st.builds(frames.GenerateReq, ids, st.text(max_size=9), st.builds(Generate, st.text(), st.text())),
+    st.builds(frames.PieceMsg, ids, st.builds(Piece, st.text(), st.booleans())),
+    st.builds(
+        frames.Call, ids, st.text(max_size=9), st.dictionaries(st.text(max_size=9), plain, max_size=3), st.floats(0, 9)
+    ),
+    st.builds(frames.CallResult, ids, st.booleans(), plain, st.text()),
+    st.builds(frames.Specs, st.binary(max_size=64)),
+    st.builds(frames.Ping, ids),
+)
+
+
+@given(messages)
+def test_a_message_survives_the_round_trip(message: frames.Message) -> None:
+    assert frames.decode(frames.encode(message)) == message
+
+
+@given(st.binary(max_size=64))
+def test_bytes_from_anywhere_decode_or_are_a_bad_frame(payload: bytes) -> None:
+    try:
+        frames.decode(payload)
+    except BadFrame:
+        pass
+
+
+async def test_both_ends_talk_and_large_tensors_pass() -> None:
+    ours, theirs = socket.socketpair()
+    daemon, child = await AsyncChannel.open(ours), Channel(theirs)
+    request = frames.Infer(1, "det", {"x": Tensor("uint8", [8_000_000], bytes(8_000_000))})
+
+    def serve() -> None:
+        assert child.receive() == request
+        child.send(frames.InferResult(1, request.inputs))
+
+    serving = asyncio.create_task(asyncio.to_thread(serve))
+    await daemon.send(request)
+    assert await daemon.receive() == frames.InferResult(1, request.inputs)
+    await serving
+    child.close()
+    assert await daemon.receive() is None
+    with pytest.raises(Retry):
+        for _ in range(3):
+            await daemon.send(frames.Ping(1))
+    daemon.close()
+
+
+async def test_too_big_a_message_is_refused_and_the_channel_stays_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "MAX_FRAME", 1000)
+    ours, theirs = socket.socketpair()
+    daemon, child = await AsyncChannel.open(ours), Channel(theirs)
+    with pytest.raises(Refused, match="does not fit"):
+        child.send(frames.Specs(bytes(2000)))
+    child.send(frames.Pong(7))
+    assert await daemon.receive() == frames.Pong(7)
+    daemon.close()
+    child.close()
+
+
+async def test_an_announced_oversized_frame_is_a_bad_frame_on_both_sides() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(struct.pack(">I", frames.MAX_FRAME + 1))
+    daemon = await AsyncChannel.open(ours)
+    with pytest.raises(BadFrame, match="announced"):
+        await daemon.receive()
+    daemon.close()
+    theirs.close()
+    left, right = socket.socketpair()
+    left.sendall(struct.pack(">I", frames.MAX_FRAME + 1))
+    with pytest.raises(BadFrame, match="announced"):
+        Channel(right).receive()
+    left.close()
+    right.close()
+
+
+def test_an_error_keeps_what_happens_next() -> None:
+    assert isinstance(frames.Error.of(3, Retry("busy", "wait")).exception(), Retry)
+    refused = frames.Error.of(3, KeyError("x")).exception()
+    assert isinstance(refused, Refused) and "KeyError" in refused.message
+    assert frames.Error.of(3, Fatal("no")).kind == "fatal"
+
+
+def test_an_unknown_message_kind_is_a_bad_frame() -> None:
+    with pytest.raises(BadFrame):
+        frames.decode(msgspec.msgpack.encode({"t": "surprise", "id": 1}))
