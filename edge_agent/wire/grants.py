@@ -1,0 +1,101 @@
+"""Who may do what, as the hub signed it: the same function answers at the hub and on a device with no network.
+
+Invariants: deny by default; a lower epoch is refused; what a revoked subject got before the time of revocation is
+void; past `hard_expiry` only permissions to read remain. The envelope is a compact JWS (RFC 7515, RFC 9864).
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import msgspec
+from joserfc import jws
+from joserfc.errors import JoseError
+from joserfc.jwk import OKPKey
+
+from edge_agent.wire.errors import BadSignature, Undecodable, VersionRefused
+from edge_agent.wire.signing import SigningKey, VerifyKey
+from edge_agent.wire.topics import VERSION
+
+ALGORITHM = "Ed25519"
+_TYPE = "outrider-grants"
+
+SHIPPED_ROLES: dict[str, list[str]] = {
+    "admin": ["*:*"],
+    "developer": ["read:*", "call:tool", "run:task", "publish:bundle", "assign:bundle"],
+    "operator": [
+        "call:tool",
+        "run:task",
+        *(f"read:{noun}" for noun in ("tool", "task", "device", "job", "telemetry", "bundle", "grants")),
+    ],
+    "auditor": ["read:*"],
+    "viewer": [f"read:{noun}" for noun in ("device", "job", "task", "telemetry", "bundle", "grants")],
+}
+
+
+class Grants(msgspec.Struct, frozen=True):
+    """Roles and their permissions `verb:noun[:scope]`, the hub's keys now and next, and who was revoked when."""
+
+    epoch: int
+    issued_at: float
+    hard_expiry: float
+    roles: dict[str, list[str]]
+    jwks: list[dict[str, str]]
+    revoked: dict[str, float] = {}
+    v: int = VERSION
+
+
+class Subject(msgspec.Struct, frozen=True):
+    """Who asks: a name, the roles the token carries, and when it was issued (seconds since the Unix epoch)."""
+
+    name: str
+    roles: list[str]
+    issued_at: float
+
+
+def public_jwk(key: VerifyKey) -> dict[str, str]:
+    """The key as a JWK (RFC 8037) with its id."""
+    jwk = OKPKey.import_key(key.key).as_dict(private=False)
+    return {name: str(value) for name, value in jwk.items()} | {"kid": key.key_id}
+
+
+def sign_grants(key: SigningKey, grants: Grants) -> str:
+    """A compact JWS."""
+    header = {"alg": ALGORITHM, "typ": _TYPE, "kid": key.public.key_id}
+    return jws.serialize_compact(header, msgspec.json.encode(grants), OKPKey.import_key(key.key), [ALGORITHM])
+
+
+def verify_grants(key: VerifyKey, text: str, known_epoch: int = 0) -> Grants:
+    """Raises BadSignature, VersionRefused, or Undecodable (also for an epoch below `known_epoch`)."""
+    try:
+        signed = jws.deserialize_compact(text, OKPKey.import_key(key.key), [ALGORITHM])
+    except (JoseError, ValueError) as error:
+        raise BadSignature(f"the grants are not signed by key {key.key_id}: {error}") from None
+    if signed.headers().get("typ") != _TYPE:
+        raise BadSignature(f"a signed {signed.headers().get('typ')!r} is not grants")
+    try:
+        grants = msgspec.json.decode(signed.payload or b"", type=Grants)
+    except msgspec.DecodeError as error:
+        raise Undecodable(f"not grants: {error}") from None
+    if grants.v != VERSION:
+        raise VersionRefused(f"grants of protocol version {grants.v}; this side speaks version {VERSION}")
+    if grants.epoch < known_epoch:
+        raise Undecodable(f"grants of epoch {grants.epoch} are older than the known {known_epoch}")
+    return grants
+
+
+def allowed(grants: Grants, subject: Subject, action: str, resource: str = "", *, now: float) -> bool:
+    """May the subject do `verb:noun` to the resource at `now`? No unless a permission says so."""
+    if subject.issued_at <= grants.revoked.get(subject.name, float("-inf")):
+        return False
+    verb, _, noun = action.partition(":")
+    expired = now >= grants.hard_expiry
+    if expired and verb != "read":
+        return False
+    for role in subject.roles:
+        for permission in grants.roles.get(role, []):
+            p_verb, _, rest = permission.partition(":")
+            p_noun, _, scope = rest.partition(":")
+            if p_verb in (verb, "*") and p_noun in (noun, "*") and (not scope or fnmatchcase(resource, scope)):
+                return True
+    return False
