@@ -84,7 +84,7 @@ def tool(
     timeout_s: float = 10.0,
     examples: list[tuple[str, dict[str, Any]]] | None = None,
 ) -> Callable[[Callable[..., Any]], Tool]:
-    """Declare a function (or bound method, through `declare`) as a tool; the first docstring line is its description."""
+    """Declare a function as a tool (`declare` does it for bound methods); its first docstring line is its description."""
 
     def wrap(function: Callable[..., Any]) -> Tool:
         return declare(function, risk=risk, idempotent=idempotent, timeout_s=timeout_s, examples=examples)
@@ -128,6 +128,4 @@ def _param(tool_name: str, name: str, hint: Any, default: Any) -> Param:
     kind = _KINDS.get(hint)
     if kind is None:
         raise TypeError(f"tool {tool_name}: parameter {name} has type {hint!r}; use int, float, bool, str or Literal")
-    return Param(
-        name, kind, low=bounds.low, high=bounds.high, unit=bounds.unit, required=required, default=fallback
-    )
+    return Param(name, kind, low=bounds.low, high=bounds.high, unit=bounds.unit, required=required, default=fallback)
