@@ -1,0 +1,48 @@
+# Outrider: what a developer types. Everything lives in .venv; nothing here needs more than Debian, Python 3.11 and make.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := edge,vision,sim,hub,models,dev
+export OUTRIDER_CACHE ?= $(CURDIR)/.cache
+export ORT_DISABLE_TELEMETRY := 1
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+.venv/.ready: pyproject.toml constraints.txt
+	@deploy/make-venv.sh "$(PYTHON)" .venv
+	@echo "installing Python packages (a minute or two)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+models: .venv/.ready
+	@$(BIN)/outrider models fetch --all
+
+setup: models system ## everything demo and test need: Python packages, model files, and (as root) Debian's brokers and browser
+	@echo "ready: make demo, make test"
+
+system: ## Debian packages that some tests use (Mosquitto, PostgreSQL, Chromium), where they can be installed
+	@deploy/system-packages.sh
+
+demo: models ## a hub, three devices, ten tasks, a cut cable: the main job in four minutes
+	@$(BIN)/outrider demo $(ARGS)
+
+test: models system ## the whole test suite
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.ready ## format, lint, types, import rules
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+bench: models ## the benchmarks, with their peers (builds llama-cpp-python from source at the first run)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
+	@$(BIN)/outrider bench llm
+	@$(BIN)/outrider bench uplink
+
+clean: ## what was built, but not the model files
+	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info demo-report.json
+
+.PHONY: help setup system demo test check bench models clean
