@@ -1,0 +1,290 @@
+"""A child process behind an async face: spawned, watched, restarted, asked.
+
+Invariants: every request ends within its timeout, with an answer, Retry or Refused; when the child dies all pending
+requests fail with Retry and a new child starts after an exponential, capped delay with the same models loaded; a model
+whose loading kills the child is dropped, so one bad model cannot keep the others down; a child that answers neither a
+ping nor a cancelled request is killed; its stderr goes to the log; closing the socket is what ends it, so it never
+outlives the daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_agent.engines.base import EngineInfo, Generate, Piece
+from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.serving import frames
+from edge_agent.serving.frames import AsyncChannel, BadFrame, Message
+from edge_agent.wire.tensor import Tensor
+
+Answer = Callable[[str, dict[str, Tensor]], Awaitable[dict[str, Tensor]]]
+_KEPT_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "XDG_CACHE_HOME")
+_INNER_REQUESTS = 8
+
+
+class WorkerProcess:
+    """One child. `answer` serves the inferences a tool runner asks for; the environment is scrubbed of secrets."""
+
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        answer: Answer | None = None,
+        env: Mapping[str, str] | None = None,
+        start_s: float = 120.0,
+        ping_s: float = 5.0,
+        hang_s: float = 30.0,
+        grace_s: float = 10.0,
+        backoff_s: tuple[float, float] = (0.25, 30.0),
+    ) -> None:
+        self.name, self._argv, self._answer, self._env = name, list(argv), answer, dict(env or {})
+        self._start_s, self._ping_s, self._hang_s, self._grace_s = start_s, ping_s, hang_s, grace_s
+        self._backoff_s = backoff_s
+        self._log = logging.getLogger(f"outrider.{name}")
+        self._ids = itertools.count(1)
+        self._pending: dict[int, asyncio.Queue[Message | OutriderError]] = {}
+        self._ready = asyncio.Event()
+        self._channel: AsyncChannel | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._alive_at = 0.0
+        self._loading, self._load_lock = "", asyncio.Lock()
+        self._paths: dict[str, str] = {}
+        self.infos: dict[str, EngineInfo] = {}
+        self.specs: bytes = b""
+        self.starts = 0
+
+    @classmethod
+    def engine(cls, role: str, **options: Any) -> WorkerProcess:
+        """The worker of an engine group: `language` or `network`."""
+        return cls(role, [sys.executable, "-m", "edge_agent.serving.worker", role], **options)
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id while one runs."""
+        return self._process.pid if self._process else None
+
+    async def ready(self, timeout_s: float) -> None:
+        """Wait until the child serves. Raises Retry."""
+        try:
+            await asyncio.wait_for(self._ready.wait(), timeout_s)
+        except TimeoutError as error:
+            raise Retry(f"the {self.name} process is not ready", "its log says why it does not start") from error
+
+    async def run(self) -> None:
+        """Keep a child running until cancelled."""
+        delay = self._backoff_s[0]
+        while True:
+            began = time.monotonic()
+            try:
+                reason = f"ended with status {await self._one_life()}"
+            except OSError as error:
+                reason = f"did not start: {error}"
+            if time.monotonic() - began > 60:
+                delay = self._backoff_s[0]
+            self._log.warning("the %s process %s; a new one starts in %.2f s", self.name, reason, delay)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, self._backoff_s[1])
+
+    async def load(self, model: str, path: Path, timeout_s: float = 300.0) -> EngineInfo:
+        """Load a model folder and keep it loaded over restarts. Raises Refused (bad model), Retry."""
+        await self.ready(timeout_s)
+        info = await self._load(model, str(path), timeout_s)
+        self._paths[model] = str(path)
+        return info
+
+    async def infer(self, model: str, inputs: dict[str, Tensor], timeout_s: float = 60.0) -> dict[str, Tensor]:
+        """Run a network. Raises Refused, Retry."""
+        await self.ready(timeout_s)
+        answer = await self._one(lambda id: frames.Infer(id, model, inputs), timeout_s)
+        if not isinstance(answer, frames.InferResult):
+            raise Retry(f"the {self.name} process answered {type(answer).__name__} to an inference")
+        return answer.outputs
+
+    async def generate(self, model: str, request: Generate, timeout_s: float = 120.0) -> AsyncGenerator[Piece, None]:
+        """Stream a completion; leaving the iteration cancels it. Raises Refused, Retry."""
+        await self.ready(timeout_s)
+        async with contextlib.aclosing(
+            self._ask(lambda id: frames.GenerateReq(id, model, request), timeout_s)
+        ) as answers:
+            async for answer in answers:
+                if isinstance(answer, frames.PieceMsg):
+                    yield answer.piece
+
+    async def call(self, tool: str, args: dict[str, Any], timeout_s: float) -> frames.CallResult:
+        """Run a tool; one that outlives its timeout and a grace is killed with its process. Raises Refused, Retry."""
+        await self.ready(self._start_s)
+        answer = await self._one(lambda id: frames.Call(id, tool, args, timeout_s), timeout_s + 1.0)
+        if not isinstance(answer, frames.CallResult):
+            raise Retry(f"the {self.name} process answered {type(answer).__name__} to a call")
+        return answer
+
+    async def _load(self, model: str, path: str, timeout_s: float) -> EngineInfo:
+        async with self._load_lock:
+            self._loading = model
+            try:
+                answer = await self._one(lambda id: frames.Load(id, model, path), timeout_s)
+            finally:
+                self._loading = ""
+        if not isinstance(answer, frames.Loaded):
+            raise Retry(f"the {self.name} process answered {type(answer).__name__} to a load")
+        self.infos[model] = answer.info
+        return answer.info
+
+    async def _one(self, make: Callable[[int], Message], timeout_s: float) -> Message:
+        async with contextlib.aclosing(self._ask(make, timeout_s)) as answers:
+            async for answer in answers:
+                return answer
+        raise Retry(f"the {self.name} process gave no answer")
+
+    async def _ask(self, make: Callable[[int], Message], timeout_s: float) -> AsyncGenerator[Message, None]:
+        channel, process = self._channel, self._process
+        if channel is None or process is None:
+            raise Retry(f"the {self.name} process is restarting")
+        id = next(self._ids)
+        answers = self._pending[id] = asyncio.Queue()
+        deadline, finished = time.monotonic() + timeout_s, False
+        try:
+            try:
+                await channel.send(make(id))
+            except Refused:
+                finished = True
+                raise
+            while not finished:
+                try:
+                    answer = await asyncio.wait_for(answers.get(), max(0.0, deadline - time.monotonic()))
+                except TimeoutError as error:
+                    raise Retry(f"the {self.name} process gave no answer within {timeout_s:g} s") from error
+                finished = not (isinstance(answer, frames.PieceMsg) and not answer.piece.done)
+                if isinstance(answer, OutriderError):
+                    raise answer
+                yield answer
+        finally:
+            if finished:
+                self._pending.pop(id, None)
+            elif id in self._pending:
+                asyncio.get_running_loop().call_later(self._grace_s, self._kill_if_unanswered, id, process)
+                with contextlib.suppress(Retry):
+                    await channel.send(frames.Cancel(id))
+
+    def _kill_if_unanswered(self, id: int, process: asyncio.subprocess.Process) -> None:
+        if self._pending.pop(id, None) is not None and process.returncode is None:
+            self._log.error("the %s process does not let go of a request; it is killed", self.name)
+            process.kill()
+
+    async def _one_life(self) -> int | None:
+        ours, theirs = socket.socketpair()
+        environment = {k: v for k, v in os.environ.items() if k in _KEPT_ENV or k.startswith("PYTHON")}
+        environment |= self._env | {frames.FD_VARIABLE: str(theirs.fileno()), "PYTHONUNBUFFERED": "1"}
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *self._argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+            )
+        self._process, self._alive_at, self.starts = process, time.monotonic(), self.starts + 1
+        channel = self._channel = await AsyncChannel.open(ours)
+        try:
+            async with asyncio.TaskGroup() as group:
+                logging_task = group.create_task(self._log_stderr(process))
+                watching = group.create_task(self._watch(process, channel))
+                try:
+                    await self._read(channel, group)
+                except BadFrame as error:
+                    self._log.error("the %s process broke the protocol: %s", self.name, error)
+                watching.cancel()
+                await self._bury(process, channel)
+                logging_task.cancel()
+        finally:
+            await self._bury(process, channel)
+        return process.returncode
+
+    async def _bury(self, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
+        self._ready.clear()
+        self._channel = None
+        channel.close()
+        if self._paths.pop(self._loading, ""):
+            self._log.error("model %s killed the %s process while loading; it stays out", self._loading, self.name)
+        for answers in self._pending.values():
+            answers.put_nowait(Retry(f"the {self.name} process died", "it is being restarted"))
+        self._pending.clear()
+        try:
+            await asyncio.wait_for(process.wait(), 2.0)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+        finally:
+            self._process = None
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
+    async def _read(self, channel: AsyncChannel, group: asyncio.TaskGroup) -> None:
+        inner = asyncio.Semaphore(_INNER_REQUESTS)
+        while (message := await channel.receive()) is not None:
+            self._alive_at = time.monotonic()
+            match message:
+                case frames.Ready():
+                    group.create_task(self._restore())
+                case frames.Specs(specs):
+                    self.specs = specs
+                case frames.Infer():
+                    await inner.acquire()
+                    group.create_task(self._serve(message, channel)).add_done_callback(lambda _: inner.release())
+                case frames.Error(id=id):
+                    if id in self._pending:
+                        self._pending[id].put_nowait(message.exception())
+                case (
+                    frames.Loaded(id=id) | frames.InferResult(id=id) | frames.PieceMsg(id=id) | frames.CallResult(id=id)
+                ):
+                    if id in self._pending:
+                        self._pending[id].put_nowait(message)
+                case _:
+                    pass
+
+    async def _restore(self) -> None:
+        for model, path in list(self._paths.items()):
+            try:
+                await self._load(model, path, 300.0)
+            except OutriderError as error:
+                self._log.error("model %s is not loaded again: %s", model, error)
+        if self._channel is not None:
+            self._ready.set()
+
+    async def _serve(self, request: frames.Infer, channel: AsyncChannel) -> None:
+        try:
+            if self._answer is None:
+                raise Refused(f"the {self.name} process may not ask for inferences")
+            await channel.send(frames.InferResult(request.id, await self._answer(request.model, request.inputs)))
+        except OutriderError as error:
+            with contextlib.suppress(Retry):
+                await channel.send(frames.Error.of(request.id, error))
+
+    async def _watch(self, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
+        for n in itertools.count(1):
+            with contextlib.suppress(Retry):
+                await channel.send(frames.Ping(n))
+            await asyncio.sleep(self._ping_s)
+            silent = time.monotonic() - self._alive_at
+            if silent > (self._hang_s if self._ready.is_set() else self._start_s):
+                self._log.error("the %s process hangs (silent for %.1f s); it is killed", self.name, silent)
+                process.kill()
+                return
+
+    async def _log_stderr(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stderr is not None
+        with contextlib.suppress(ValueError):
+            async for line in process.stderr:
+                self._log.info("%s", line.decode(errors="replace").rstrip())
