@@ -84,7 +84,7 @@ def tool(
     timeout_s: float = 10.0,
     examples: list[tuple[str, dict[str, Any]]] | None = None,
 ) -> Callable[[Callable[..., Any]], Tool]:
-    """Declare a function as a tool (`declare` does it for bound methods); its first docstring line is its description."""
+    """Declare a function as a tool; bound methods go through `declare`. The first docstring line is the description."""
 
     def wrap(function: Callable[..., Any]) -> Tool:
         return declare(function, risk=risk, idempotent=idempotent, timeout_s=timeout_s, examples=examples)

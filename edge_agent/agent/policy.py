@@ -1,0 +1,41 @@
+"""May this subject use this tool: the rules that stand between a decision and its effect.
+
+Invariants: deny by default; the model never sees a tool its subject may not use; the check is made again right before
+the effect; reading needs `read:tool`, everything else `call:tool`, each for the tool's name; a dangerous tool needs an
+approval, and as no approval can be given yet it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from edge_agent.agent.tool import ToolSpec
+from edge_agent.errors import Refused
+from edge_agent.wire.grants import Subject
+
+Allowed = Callable[[Subject, str, str], bool]
+"""(subject, action, resource) by the device's cached grants and clock."""
+
+
+def action(spec: ToolSpec) -> str:
+    """The permission that a tool needs."""
+    return "read:tool" if spec.risk == "read" else "call:tool"
+
+
+def usable(specs: Sequence[ToolSpec], subject: Subject, allowed: Allowed) -> list[ToolSpec]:
+    """The tools that the subject's grants cover, in their order."""
+    return [spec for spec in specs if allowed(subject, action(spec), spec.name)]
+
+
+def check(spec: ToolSpec, subject: Subject, allowed: Allowed) -> None:
+    """Raises Refused when the call may not be made."""
+    if not allowed(subject, action(spec), spec.name):
+        raise Refused(
+            f"{subject.name} may not use {spec.name}",
+            f"it needs {action(spec)} for {spec.name}; the roles are {', '.join(subject.roles) or 'none'}",
+        )
+    if spec.risk == "danger":
+        raise Refused(
+            f"{spec.name} is dangerous and needs an approval",
+            "this version takes no approvals: do it by hand at the device",
+        )

@@ -1,0 +1,49 @@
+"""The loop's Model and Tools over the child processes of `serving`.
+
+Invariants: an ordinary ToolError of the runner is a ToolError here; a runner that died or was killed for time is Retry,
+which the loop reads as "effect unknown".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from edge_agent.agent.tool import ToolError, ToolSpec
+from edge_agent.engines.base import Generate, Piece
+from edge_agent.errors import Retry
+from edge_agent.serving.supervisor import WorkerProcess
+
+
+class WorkerModel:
+    """One model of a language worker."""
+
+    def __init__(self, worker: WorkerProcess, model: str) -> None:
+        self._worker, self._model = worker, model
+
+    async def generate(self, request: Generate, timeout_s: float) -> Piece:
+        text = ""
+        async for piece in self._worker.generate(self._model, request, timeout_s):
+            text += piece.text
+            if piece.done:
+                return msgspec.structs.replace(piece, text=text)
+        raise Retry("the language model broke off")
+
+
+class RunnerTools:
+    """The tools of a tool runner."""
+
+    def __init__(self, worker: WorkerProcess, start_s: float = 60.0) -> None:
+        self._worker, self._start_s = worker, start_s
+
+    async def specs(self) -> Sequence[ToolSpec]:
+        await self._worker.ready(self._start_s)
+        return msgspec.msgpack.decode(self._worker.specs, type=list[ToolSpec])
+
+    async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
+        answer = await self._worker.call(name, args, timeout_s)
+        if not answer.ok:
+            raise ToolError(answer.error)
+        return answer.result

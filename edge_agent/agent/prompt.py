@@ -1,0 +1,104 @@
+"""The words the model sees: tool signatures, examples, the request, results.
+
+Invariants: pure functions of tool specs and turns, so training and serving share one form (ChatML, as SmolLM2 was
+tuned); the preamble depends on the tools alone, so its KV state is kept between tasks; text that did not come from
+here (requests, results) cannot open or close a turn and is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from edge_agent.agent.calls import Call, Nothing, render
+from edge_agent.agent.tool import Param, ToolSpec
+
+MAX_REQUEST = 2000
+MAX_RESULT = 600
+
+SYSTEM = (
+    "You run a device through its tools. Reply to each request with the one call that does it, "
+    "then with none() when nothing is left to do."
+)
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """One turn of the conversation after the preamble."""
+
+    role: Literal["user", "assistant", "tool"]
+    text: str
+
+
+def signature(spec: ToolSpec) -> str:
+    """`name(a: "x"|"y", b: int 1..3) - Description.`"""
+    return f"{spec.name}({', '.join(_param(param) for param in spec.params)}) - {spec.description}"
+
+
+def _param(param: Param) -> str:
+    kind = "|".join(f'"{choice}"' for choice in param.choices) if param.kind == "choice" else param.kind
+    bounds = ""
+    if param.low is not None or param.high is not None:
+        bounds = f" {_bound(param.low)}..{_bound(param.high)}"
+    return f"{param.name}{'' if param.required else '?'}: {kind}{bounds}{param.unit and ' '}{param.unit}"
+
+
+def _bound(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def preamble(specs: Sequence[ToolSpec], system: str = SYSTEM) -> str:
+    """System text, signatures and the tools' own examples; the same for every request with these tools."""
+    listing = "\n".join(signature(spec) for spec in specs)
+    text = chatml("system", f"{system}\n{listing}")
+    for request, call in examples(specs):
+        text += chatml("user", request) + chatml("assistant", render(call))
+    return text
+
+
+def examples(specs: Sequence[ToolSpec]) -> list[tuple[str, Call | Nothing]]:
+    """The examples of all tools, taking one from each in turn so that no tool stands last in a block."""
+    rounds = max((len(spec.examples) for spec in specs), default=0)
+    return [
+        (spec.examples[i][0], Call(spec.name, spec.examples[i][1]))
+        for i in range(rounds)
+        for spec in specs
+        if i < len(spec.examples)
+    ]
+
+
+def suffix(turns: Sequence[Turn]) -> str:
+    """The task's own part of the prompt, ending where the model writes."""
+    return "".join(chatml(turn.role, turn.text) for turn in turns) + "<|im_start|>assistant\n"
+
+
+def chatml(role: str, text: str) -> str:
+    """One complete turn; special tokens inside the text are broken up."""
+    return f"<|im_start|>{role}\n{text.replace('<|', '< |').strip()}<|im_end|>\n"
+
+
+def result_text(value: Any) -> str:
+    """A tool's JSON result as the model and people read it, bounded."""
+    if isinstance(value, dict):
+        text = ", ".join(f"{key}: {_brief(item)}" for key, item in value.items())
+    elif isinstance(value, list):
+        text = "; ".join(result_text(item) for item in value) or "nothing"
+    else:
+        text = _brief(value)
+    return text if len(text) <= MAX_RESULT else text[: MAX_RESULT - 1] + "…"
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return "done"
+    return msgspec.json.encode(value).decode()
+
+
+def error_text(message: str) -> str:
+    """An error as a result the model can act on."""
+    return f"error: {message}"[:MAX_RESULT]
