@@ -1,0 +1,199 @@
+"""ONNX Runtime behind the `Network` Protocol.
+
+Invariants: inputs are checked against the model's own declaration before a byte reaches the runtime. The first
+provider asked for must run nodes of a real inference at load, or the load is Refused; nodes may run on the CPU
+beside it only when the CPU provider is named too. Nothing is sent anywhere (the runtime's telemetry is off).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime as ort
+
+from edge_agent.engines.base import EngineInfo
+from edge_agent.errors import Refused
+from edge_agent.wire.bundle import FileEntry, content_digest, scan, sha256_file
+from edge_agent.wire.tensor import Tensor
+
+CPU = "CPUExecutionProvider"
+_DTYPES = {
+    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(bool)": "bool",
+    "tensor(int8)": "int8", "tensor(int16)": "int16", "tensor(int32)": "int32", "tensor(int64)": "int64",
+    "tensor(uint8)": "uint8", "tensor(uint16)": "uint16", "tensor(uint32)": "uint32", "tensor(uint64)": "uint64",
+}  # fmt: skip
+_PROBE_SIZES = (1, 32, 64, 512)
+
+ort.disable_telemetry_events()
+
+
+class OnnxNetwork:
+    """An ONNX model in an InferenceSession. One thread at a time."""
+
+    info: EngineInfo
+
+    def __init__(
+        self,
+        path: Path,
+        providers: Sequence[str] = (CPU,),
+        threads: int = 0,
+        probe: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Load `path` (a file, or a folder with one .onnx) and run `probe`, or zeros, once.
+
+        Raises Refused: not a model, a provider that is missing or did not run, inputs no `Tensor` can carry.
+        """
+        started = time.perf_counter()
+        file = _model_file(path)
+        threads = threads or cpu_count()
+        with tempfile.TemporaryDirectory(prefix="outrider-onnx-") as scratch:
+            self._session = _session(file, list(providers), threads, Path(scratch))
+            self.inputs = {i.name: _declared(i) for i in self._session.get_inputs()}
+            self._outputs = [o.name for o in self._session.get_outputs()]
+            self._prove(probe)
+            nodes = _nodes_by_provider(Path(self._session.end_profiling()))
+        if not nodes.get(providers[0]):
+            raise Refused(f"{file.name}: {providers[0]} ran no node of the probe", f"what ran: {dict(nodes)}")
+        entries = scan(path) if path.is_dir() else [FileEntry(file.name, file.stat().st_size, sha256_file(file))]
+        self.info = EngineInfo(
+            engine=f"onnxruntime {ort.__version__}",
+            provider=providers[0],
+            model=path.stem if path.is_file() else path.name,
+            digest=content_digest(entries),
+            load_s=round(time.perf_counter() - started, 4),
+            extra={"threads": threads, "nodes": dict(nodes), "inputs": {n: d.text for n, d in self.inputs.items()}},
+        )
+
+    def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run once. Raises Refused for a wrong name, dtype, shape or length, naming what the model takes."""
+        if set(inputs) != set(self.inputs):
+            raise Refused(f"inputs are {sorted(inputs)}, the model takes {self._takes()}")
+        feeds = {name: self.inputs[name].array(tensor) for name, tensor in inputs.items()}
+        return {name: _tensor(name, value) for name, value in zip(self._outputs, self._run(feeds), strict=True)}
+
+    def close(self) -> None:
+        del self._session
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> list[Any]:
+        try:
+            return list(self._session.run(None, feeds))
+        except Exception as error:  # the runtime's exceptions share no base but Exception
+            shapes = {name: list(array.shape) for name, array in feeds.items()}
+            raise Refused(f"the model cannot run {shapes}: {_reason(error)}", f"it takes {self._takes()}") from error
+
+    def _prove(self, probe: Mapping[str, Tensor] | None) -> None:
+        if probe is not None:
+            self.infer(probe)
+            return
+        refused = Refused("not probed")
+        for size in _PROBE_SIZES:
+            try:
+                self._run({name: declared.zeros(size) for name, declared in self.inputs.items()})
+                return
+            except Refused as error:
+                refused = error
+        raise Refused(f"no guessed size runs: {refused.message}", "give the bundle a probe with inputs of a real size")
+
+    def _takes(self) -> str:
+        return ", ".join(declared.text for declared in self.inputs.values())
+
+
+class _Declared:
+    """One input as the model declares it; a dimension is a number or a name (free)."""
+
+    def __init__(self, name: str, dtype: str, shape: list[int | str | None]) -> None:
+        self.name, self.dtype, self.shape = name, np.dtype(dtype), shape
+        dims = ", ".join(str(d) if isinstance(d, int) else "?" for d in shape)
+        self.text = f"{name}: {dtype}[{dims}]"
+
+    def array(self, tensor: Tensor) -> np.ndarray:
+        fits = len(tensor.shape) == len(self.shape) and all(
+            got >= 1 and (not isinstance(want, int) or got == want)
+            for got, want in zip(tensor.shape, self.shape, strict=True)
+        )
+        if tensor.dtype != self.dtype.name or not fits:
+            raise Refused(f"{self.name} is {tensor.dtype}{list(tensor.shape)}, the model takes {self.text}")
+        expected = math.prod(tensor.shape) * self.dtype.itemsize
+        if len(tensor.data) != expected:
+            raise Refused(f"{self.name} has {len(tensor.data)} bytes of data, its shape needs {expected}")
+        return np.frombuffer(tensor.data, self.dtype).reshape(tensor.shape)
+
+    def zeros(self, size: int) -> np.ndarray:
+        dims = [d if isinstance(d, int) else 1 if axis == 0 else size for axis, d in enumerate(self.shape)]
+        return np.zeros(dims, self.dtype)
+
+
+def cpu_count() -> int:
+    """CPUs this process may use: its affinity, and the cgroup's quota rounded up."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return count if quota == "max" else max(1, min(count, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return count
+
+
+def _model_file(path: Path) -> Path:
+    files = sorted(path.rglob("*.onnx")) if path.is_dir() else [path]
+    if len(files) != 1 or not files[0].is_file():
+        raise Refused(f"{path} holds {len(files) if path.is_dir() else 'no'} .onnx files", "a bundle has exactly one")
+    return files[0]
+
+
+def _session(file: Path, providers: list[str], threads: int, scratch: Path) -> ort.InferenceSession:
+    available = ort.get_available_providers()
+    missing = [p for p in providers if p not in available]
+    if missing or not providers:
+        raise Refused(f"this onnxruntime has no {', '.join(missing) or 'provider asked for'}", f"it has {available}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.enable_profiling = True
+    options.profile_file_prefix = str(scratch / "probe")
+    options.enable_cpu_mem_arena = False  # inputs vary in size: the arena would keep the largest of each
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the language model needs the cores too
+    if CPU not in providers:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        session = ort.InferenceSession(str(file), options, providers=providers)
+    except Exception as error:  # the runtime's exceptions share no base but Exception
+        hint = "not an ONNX model, or cut short" if CPU in providers else f"name {CPU} too where nodes may run on it"
+        raise Refused(f"{file.name} does not load: {_reason(error)}", hint) from error
+    session.disable_fallback()
+    if session.get_providers()[0] != providers[0]:
+        raise Refused(f"{providers[0]} could not be started", f"only {session.get_providers()} could")
+    return session
+
+
+def _declared(node: ort.NodeArg) -> _Declared:
+    dtype = _DTYPES.get(node.type)
+    if dtype is None:
+        raise Refused(f"input {node.name} is {node.type}", f"supported: {', '.join(_DTYPES)}")
+    return _Declared(node.name, dtype, list(node.shape))
+
+
+def _nodes_by_provider(profile: Path) -> Counter[str]:
+    events = json.loads(profile.read_text())
+    return Counter(e["args"]["provider"] for e in events if e.get("args", {}).get("provider"))
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, np.ndarray) or value.dtype.name not in _DTYPES.values():
+        raise Refused(f"output {name} is no numeric tensor")
+    return Tensor(value.dtype.name, list(value.shape), value.tobytes())
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
