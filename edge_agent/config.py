@@ -1,0 +1,81 @@
+"""The daemon's settings: command line over environment over TOML file over these defaults.
+
+Invariants: an unknown key is refused with the nearest name there is; what cannot be a setting's value is refused with
+its name; there is a key only for what two devices may want differently.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_agent.errors import Refused
+
+EX_RETRY, EX_REFUSED, EX_FATAL = 75, 78, 70  # sysexits.h: EX_TEMPFAIL, EX_CONFIG, EX_SOFTWARE
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What `outrider agent` runs with; enrolment needs `hub`, `token` and `name`, later `hub` and `broker` override."""
+
+    state: Path
+    hub: str = ""
+    token: str = ""
+    name: str = ""
+    broker: str = ""
+    api: str = "127.0.0.1:8471"
+    pack: str = "tools.sim.pack"
+    option: list[str] = []
+    model: str = ""
+    sample: str = ""
+    telemetry_s: float = 10.0
+    telemetry_ttl_s: float = 7 * 86400.0
+    outbox_mb: int = 256
+    task_s: float = 120.0
+    log: str = "info"
+
+
+FIELDS = frozenset(Settings.__struct_fields__)
+
+
+def nearest(name: str, known: frozenset[str]) -> str:
+    """A hint that names the closest known name, or all of them."""
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def load(given: dict[str, Any], file: Path | None) -> Settings:
+    """Settings from what the caller gave (None: not given) over a TOML file. Raises Refused."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise Refused(f"{file} cannot be read: {error}", "a TOML file with settings as top-level keys") from error
+    for key in values:
+        if key not in FIELDS:
+            raise Refused(f"{file}: unknown setting {key!r}", nearest(key, FIELDS))
+    values |= {key: value for key, value in given.items() if value is not None}
+    if "state" not in values:
+        raise Refused("no state directory", "give --state DIR, OUTRIDER_STATE or `state` in the file")
+    try:
+        settings = msgspec.convert(values, Settings)
+    except msgspec.ValidationError as error:
+        raise Refused(f"a setting has the wrong type: {error}", "see `outrider agent --help`") from error
+    if settings.telemetry_s <= 0 or settings.outbox_mb <= 0 or settings.task_s <= 0:
+        raise Refused("telemetry_s, outbox_mb and task_s are more than 0", "leave them out for the defaults")
+    if settings.log not in ("debug", "info", "warning", "error"):
+        raise Refused(f"log level {settings.log!r}", "debug, info, warning or error")
+    address(settings.api)
+    return settings
+
+
+def address(text: str) -> tuple[str, int]:
+    """`HOST:PORT` in parts. Raises Refused."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise Refused(f"{text!r} is not HOST:PORT", "for example 127.0.0.1:8471; port 0 takes a free one")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,152 @@
+"""Becoming a device of a fleet: a single-use token for an identity.
+
+Invariants: the private key is made here and never leaves; nothing is left in the state directory unless the hub said
+yes; `identity.json` is written last and whole, so a device either has an identity or has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+from edge_agent.errors import Fatal, Refused, Retry
+from edge_agent.wire.errors import WireError
+from edge_agent.wire.grants import verify_grants
+from edge_agent.wire.signing import SigningKey, VerifyKey
+from edge_agent.wire.topics import check_name
+
+IDENTITY, KEY = "identity.json", "device.key"
+
+
+class Broker(msgspec.Struct, frozen=True):
+    url: str
+    username: str = ""
+    password: str = ""
+    ca: str | None = ""
+
+
+class Enrolled(msgspec.Struct, frozen=True):
+    """The hub's answer."""
+
+    fleet: str
+    device: str
+    hub_key: str
+    broker: Broker
+    grants: str = ""
+    clock: float = 0.0
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """Who this device is and whom it trusts; kept in the state directory, mode 0600."""
+
+    hub: str
+    enrolled: Enrolled
+
+    @property
+    def hub_key(self) -> VerifyKey:
+        return VerifyKey.from_text(self.enrolled.hub_key)
+
+
+def load(state: Path) -> Identity | None:
+    """The identity in a state directory. Raises Fatal when it is damaged."""
+    try:
+        return msgspec.json.decode((state / IDENTITY).read_bytes(), type=Identity)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        hint = "restore it, or move the state directory away and enrol again"
+        raise Fatal(f"{state / IDENTITY} cannot be read: {error}", hint) from error
+
+
+def enrol(state: Path, hub: str, token: str, name: str, *, timeout_s: float = 20.0) -> Identity:
+    """Trade the token for an identity. Raises Retry (hub not there), Refused (token, name, address), Fatal (disk)."""
+    if not (hub and token and name):
+        hint = "outrider agent --state DIR --hub URL --token TOKEN --name NAME"
+        raise Refused("this device is not enrolled and hub, token or name is missing", hint)
+    try:
+        check_name(name, "device name")
+        base = httpx.URL(hub)
+    except (ValueError, httpx.InvalidURL) as error:
+        raise Refused(str(error)) from error
+    if base.scheme not in ("http", "https") or not base.host:
+        raise Refused(f"{hub!r} is not the address of a hub", "for example https://hub.example:8443")
+    made = _writable(state)
+    key = SigningKey.generate()
+    try:
+        answer = _ask(hub, {"token": token, "name": name, "public_key": key.public.text}, timeout_s)
+        identity = Identity(hub, answer)
+        key.save(state / KEY)
+        _write(state / IDENTITY, msgspec.json.format(msgspec.json.encode(identity)))
+    except BaseException:
+        if made and not any(state.iterdir()):
+            state.rmdir()
+        raise
+    return identity
+
+
+def _ask(hub: str, request: dict[str, Any], timeout_s: float) -> Enrolled:
+    try:
+        response = httpx.post(f"{hub.rstrip('/')}/v1/enrol", json=request, timeout=timeout_s)
+    except httpx.HTTPError as error:
+        hint = "is the address right, is the hub running, does a firewall stand between?"
+        raise Retry(f"the hub at {hub} does not answer: {error}", hint) from error
+    if response.status_code >= 500:
+        raise Retry(f"the hub at {hub} has a problem: {_problem(response)[0]}", "try again, or read the hub's log")
+    if response.is_error or response.is_redirect:
+        raise Refused(*_problem(response))
+    try:
+        answer = msgspec.json.decode(response.content, type=Enrolled)
+        verify_grants(VerifyKey.from_text(answer.hub_key), answer.grants)
+    except (msgspec.DecodeError, WireError, ValueError) as error:
+        raise Refused(f"{hub} did not answer as a hub: {error}", "is this the hub's own address?") from error
+    return answer
+
+
+def _problem(response: httpx.Response) -> tuple[str, str]:
+    hints = {
+        403: "ask for a new token: POST /v1/enrolments, or the dashboard",
+        404: "is this the hub's own address?",
+        409: "a token works once, a name belongs to one device",
+    }
+    try:
+        problem = response.json()
+        detail, hint = str(problem["detail"]), str(problem.get("hint") or "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        detail, hint = f"the hub answered {response.status_code} {response.reason_phrase}", ""
+    return f"enrolment was refused: {detail}", hint or hints.get(response.status_code, "")
+
+
+def _writable(state: Path) -> bool:
+    """Make sure of the state directory before the token is spent; True when it was made. Raises Fatal."""
+    made = not state.exists()
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=state) as probe:
+            probe.write(bytes(65536))
+            probe.flush()
+    except OSError as error:
+        if made:
+            with contextlib.suppress(OSError):
+                state.rmdir()
+        raise Fatal(f"the state directory {state} is not writable: {error}", "free space or choose another") from error
+    return made
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".part")
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
