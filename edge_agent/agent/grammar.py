@@ -24,7 +24,7 @@ _KINDS = {"int": "INT", "float": "FLOAT", "str": "TEXT", "bool": '("true" | "fal
 
 
 def build(specs: Sequence[ToolSpec], *, answer: bool = True, none: bool = True) -> str:
-    """A Lark grammar of one call of one of the tools, or `answer("…")`, or `none()`. Raises ValueError when empty."""
+    """A Lark grammar of one call of one of the tools, `answer("…")` or `none()`. Raises ValueError for a bad name."""
     reserved = [spec.name for spec in specs if spec.name in RESERVED]
     if reserved:
         raise ValueError(f"a tool cannot be named {reserved[0]}")
@@ -62,4 +62,6 @@ def _value(param: Param) -> str:
 
 
 def _literal(choice: str) -> str:
+    if not choice.isprintable():
+        raise ValueError(f"the choice {choice!r} cannot be shown to a model")
     return json.dumps(json.dumps(choice, ensure_ascii=False), ensure_ascii=False)

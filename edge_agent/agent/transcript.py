@@ -1,26 +1,23 @@
 """Tasks and their steps, kept in SQLite so that a crash at any moment loses no decision and repeats no effect.
 
-Invariants: steps are only appended, each in its own commit with synchronous=FULL, so a step that was saved is on disk
-before what follows it; one thread owns the connection and SQLite never runs on the event loop; finished tasks beyond
-KEEP are removed, the oldest first.
+Invariants: steps are only appended, each in its own durable transaction of the device's store, so a step that was saved
+is on disk before what follows it; finished tasks beyond KEEP are removed, the oldest first.
 """
 
 from __future__ import annotations
 
-import asyncio
-import sqlite3
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
+from sqlite_utils import Database, Migrations
 
 from edge_agent.agent.calls import Call
+from edge_agent.store import Connection, Store
 from edge_agent.wire.grants import Subject
 
 KEEP = 2000
 State = Literal["running", "succeeded", "failed"]
-T = TypeVar("T")
+migrations = Migrations("agent")
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -55,93 +52,77 @@ class Task(msgspec.Struct):
     steps: list[Step] = []
 
 
-def migrate(db: sqlite3.Connection) -> None:
-    """Create the tables, once."""
-    with db:
-        db.execute(
-            "create table if not exists tasks (id text primary key, created real not null, state text not null,"
-            " runs integer not null, head blob not null) without rowid"
-        )
-        db.execute("create index if not exists tasks_by_state on tasks (state, created)")
-        db.execute(
-            "create table if not exists task_steps (task text not null, n integer not null, body blob not null,"
-            " primary key (task, n)) without rowid"
-        )
+@migrations()
+def m001_transcripts(db: Database) -> None:
+    """Tasks and their steps."""
+    for statement in (
+        """CREATE TABLE tasks (
+            id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, head BLOB NOT NULL) STRICT""",
+        "CREATE INDEX tasks_state ON tasks (state, created)",
+        """CREATE TABLE task_steps (
+            task TEXT NOT NULL, n INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY (task, n)) STRICT""",
+    ):
+        db.execute(statement)
 
 
 class Transcripts:
-    """The store. It takes the connection over: open it with `check_same_thread=False` and use it nowhere else."""
+    """Tasks in a store that was opened with these `migrations`. Every method raises Retry when the disk is full."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="transcripts")
-        db.execute("pragma synchronous=full")
-        migrate(db)
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
     async def add(self, task: Task) -> Task:
         """Save a new task, or return the one that has its id."""
-        return await self._do(lambda: self._add(task))
+        return await self._store.write(lambda db: _add(db, task))
 
     async def get(self, id: str) -> Task | None:
         """A task with its steps."""
-        return await self._do(lambda: self._get(id))
+        return await self._store.read(lambda db: _get(db, id))
 
     async def latest(self, limit: int = 50) -> list[Task]:
         """The newest tasks, with no steps."""
-        return await self._do(lambda: self._list("select head from tasks order by created desc limit ?", limit))
+        return await self._store.read(
+            lambda db: _list(db, "SELECT head FROM tasks ORDER BY created DESC LIMIT ?", limit)
+        )
 
     async def unfinished(self) -> list[Task]:
         """Tasks that a crash or a stop left running, oldest first, with no steps."""
-        return await self._do(lambda: self._list("select head from tasks where state = ? order by created", "running"))
+        sql = "SELECT head FROM tasks WHERE state = ? ORDER BY created"
+        return await self._store.read(lambda db: _list(db, sql, "running"))
 
     async def append(self, task: Task, step: Step) -> None:
         """Add a step; it is on disk when this returns."""
         row = (task.id, len(task.steps), msgspec.json.encode(step))
-        await self._do(lambda: self._write("insert into task_steps values (?, ?, ?)", *row))
+        await self._store.write(lambda db: db.execute("INSERT INTO task_steps VALUES (?, ?, ?)", row).rowcount)
         task.steps.append(step)
 
     async def save(self, task: Task) -> None:
         """Save everything of a task but its steps."""
-        row = (task.state, task.runs, _head(task), task.id)
-        await self._do(lambda: self._write("update tasks set state = ?, runs = ?, head = ? where id = ?", *row))
+        sql, row = "UPDATE tasks SET state = ?, head = ? WHERE id = ?", (task.state, _head(task), task.id)
+        await self._store.write(lambda db: db.execute(sql, row).rowcount)
 
-    async def close(self) -> None:
-        """Finish what is queued and close the connection."""
-        await self._do(self._db.close)
-        self._thread.shutdown()
 
-    async def _do(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+def _add(db: Connection, task: Task) -> Task:
+    row = (task.id, task.created, task.state, _head(task))
+    db.execute("INSERT INTO tasks VALUES (?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", row)
+    old = "SELECT id FROM tasks WHERE state != 'running' ORDER BY created DESC LIMIT -1 OFFSET ?"
+    db.execute(f"DELETE FROM task_steps WHERE task IN ({old})", (KEEP,))
+    db.execute(f"DELETE FROM tasks WHERE id IN ({old})", (KEEP,))
+    return _get(db, task.id) or task
 
-    def _write(self, sql: str, *row: Any) -> None:
-        with self._db:
-            self._db.execute(sql, row)
 
-    def _add(self, task: Task) -> Task:
-        with self._db:
-            row = (task.id, task.created, task.state, task.runs, _head(task))
-            self._db.execute("insert into tasks values (?, ?, ?, ?, ?) on conflict (id) do nothing", row)
-            self._prune()
-        stored = self._get(task.id)
-        assert stored is not None
-        return stored
+def _get(db: Connection, id: str) -> Task | None:
+    row = db.execute("SELECT head FROM tasks WHERE id = ?", (id,)).fetchone()
+    if row is None:
+        return None
+    task = msgspec.json.decode(row[0], type=Task)
+    rows = db.execute("SELECT body FROM task_steps WHERE task = ? ORDER BY n", (id,))
+    task.steps = [msgspec.json.decode(body, type=Step) for (body,) in rows]
+    return task
 
-    def _prune(self) -> None:
-        old = "select id from tasks where state != 'running' order by created desc limit -1 offset ?"
-        self._db.execute(f"delete from task_steps where task in ({old})", (KEEP,))
-        self._db.execute(f"delete from tasks where id in ({old})", (KEEP,))
 
-    def _get(self, id: str) -> Task | None:
-        row = self._db.execute("select head from tasks where id = ?", (id,)).fetchone()
-        if row is None:
-            return None
-        task = msgspec.json.decode(row[0], type=Task)
-        rows = self._db.execute("select body from task_steps where task = ? order by n", (id,))
-        task.steps = [msgspec.json.decode(body, type=Step) for (body,) in rows]
-        return task
-
-    def _list(self, sql: str, value: Any) -> list[Task]:
-        return [msgspec.json.decode(head, type=Task) for (head,) in self._db.execute(sql, (value,))]
+def _list(db: Connection, sql: str, value: Any) -> list[Task]:
+    return [msgspec.json.decode(head, type=Task) for (head,) in db.execute(sql, (value,))]
 
 
 def _head(task: Task) -> bytes:

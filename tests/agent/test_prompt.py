@@ -1,0 +1,27 @@
+"""The prompt: compact, the same for the same tools, and bounded."""
+
+from edge_agent.agent import prompt
+from tests.agent import plant
+
+
+def test_a_signature_is_one_compact_line() -> None:
+    assert prompt.signature(plant.set_speed.spec) == (
+        "set_speed(line: int 1..3, percent: float 0..100 %, note?: str) - Set the speed of a line."
+    )
+    assert prompt.signature(plant.read_sensor.spec) == (
+        'read_sensor(sensor: "vibration"|"temperature", line: int 1..3) - Read a sensor of a production line.'
+    )
+
+
+def test_the_preamble_shows_the_tools_own_examples_as_turns() -> None:
+    text = prompt.preamble([tool.spec for tool in plant.ALL])
+    assert "<|im_start|>user\nhow hot is line 2<|im_end|>\n" in text
+    assert '<|im_start|>assistant\nread_sensor(sensor="temperature", line=2)<|im_end|>\n' in text
+
+
+def test_results_are_short_plain_text() -> None:
+    assert prompt.result_text({"value": 41.50000001, "unit": "C", "ok": True}) == "value: 41.5, unit: C, ok: true"
+    assert prompt.result_text([]) == "nothing"
+    assert prompt.result_text([{"a": 1}, {"a": [1, 2]}]) == "a: 1; a: [1,2]"
+    assert prompt.result_text(None) == "done"
+    assert len(prompt.result_text("x" * 10_000)) == prompt.MAX_RESULT
