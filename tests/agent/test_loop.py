@@ -140,7 +140,7 @@ async def test_a_model_that_never_comes_ends_the_task_with_the_reason(build: Bui
 
 async def test_a_runner_that_died_in_a_call_is_told_when_idempotent_and_fatal_otherwise(build: Build) -> None:
     died = Retry("the tools process died")
-    loop, tools, model = build(READ, 'answer("no")', fail={"read_sensor": died})
+    loop, _, _ = build(READ, 'answer("no")', fail={"read_sensor": died})
     assert "did not finish" in (await ask(loop)).error
     loop, tools, _model = build(STAMP, STAMP, fail={"stamp": died})
     task = await ask(loop, id="t2")
