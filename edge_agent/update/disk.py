@@ -1,0 +1,47 @@
+"""Files that survive a power loss: written beside, fsynced, renamed, the folder fsynced."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from edge_agent.errors import Retry
+
+RESERVE = 64 << 20
+"""Bytes left free for the outbox and the system, however large an update is."""
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace a small file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync(path.parent)
+
+
+def require(folder: Path, size: int, reserve: int = RESERVE) -> None:
+    """Raises Retry when the disk cannot take `size` more bytes and keep `reserve` free."""
+    free = shutil.disk_usage(folder).free
+    if free - reserve < size:
+        need = f"needs {size / 2**20:.1f} MiB and {reserve / 2**20:.1f} MiB reserve, {free / 2**20:.1f} MiB are free"
+        raise Retry(f"the disk is full: the update {need}", "free space on the device; the update is tried again")
+
+
+def is_full(error: OSError) -> bool:
+    """True for the errors that mean that no more can be written."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,0 +1,328 @@
+"""Installs what the hub assigns, one bundle after the other, and keeps one good model at every instant.
+
+Invariants: `current` moves only to a version whose signature and every byte were checked on this device and that
+answered its golden probe in a worker. A failure is reported with its reason and never blocks the other bundles; a
+Retry (no hub, full disk) comes back with a capped delay, a Refused quarantines the version. What runs is announced
+through `switch`; when the new version is refused there, the one before comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from edge_agent.errors import Fatal, Refused, Retry
+from edge_agent.update import disk
+from edge_agent.update.download import Downloads
+from edge_agent.update.machine import Machine, State, Target
+from edge_agent.update.slots import Installed, Slots
+from edge_agent.update.trust import Trust
+from edge_agent.wire.bundle import Manifest
+from edge_agent.wire.topics import check_name
+
+log = logging.getLogger("outrider.update")
+RETRY_S = (2.0, 300.0)
+
+
+class Prober(Protocol):
+    """Tries a candidate beside what runs: loads it in a worker and compares its golden probe (update/probe.py)."""
+
+    async def probe(self, name: str, candidate: Installed) -> None:
+        """Raises Refused when it does not load or answers otherwise, Retry when it cannot be tried now."""
+        ...
+
+
+class BundleReport(msgspec.Struct, frozen=True):
+    """`reported.bundles[name]`: what runs (version, digest; empty when nothing does), and how the target fares."""
+
+    version: str
+    digest: str
+    state: str
+    error: str
+    target: str
+
+
+Switch = Callable[[str, Installed], Awaitable[None]]
+"""Told which version of a bundle is to run, at start and after each change. Raises Refused (back to the one before)."""
+Report = Callable[[str, BundleReport], Awaitable[None]]
+
+
+class UpdateService:
+    """Composed by the daemon. `desire` is called with the twin's `bundles`; `run` does the rest."""
+
+    def __init__(
+        self,
+        root: Path,
+        trust: Trust,
+        downloads: Downloads,
+        prober: Prober,
+        switch: Switch,
+        report: Report,
+        *,
+        retry_s: tuple[float, float] = RETRY_S,
+        reserve: int = disk.RESERVE,
+        agent_version: str = "",
+    ) -> None:
+        self.slots = Slots(root)
+        self._trust, self._downloads, self._prober = trust, downloads, prober
+        self._switch, self._report = switch, report
+        self._retry_s, self._reserve = retry_s, reserve
+        self._agent_version = agent_version or version("outrider")
+        self._machines: dict[str, Machine] = {}
+        self._desired: dict[str, Target] = {}
+        self._active: dict[str, str] = {}
+        self._due: dict[str, float] = {}  # when to try again (monotonic)
+        self._delay: dict[str, float] = {}  # how long to wait after the next failure
+        self._wake = asyncio.Event()
+
+    def desire(self, bundles: Mapping[str, Any]) -> None:
+        """Take `desired.bundles`: name → {version, manifest_sha256}; entries that make no sense are logged."""
+        wanted: dict[str, Target] = {}
+        for name, entry in bundles.items():
+            try:
+                wanted[check_name(name, "bundle")] = msgspec.convert(entry, Target)
+            except (msgspec.ValidationError, ValueError) as error:
+                log.error("desired bundle %r is ignored: %s", name, error)
+        for name, target in wanted.items():
+            if self._desired.get(name) != target:
+                self._due.pop(name, None)
+                self._delay.pop(name, None)
+        self._desired = wanted
+        self._wake.set()
+
+    def retry_now(self) -> None:
+        """Forget the waits: the hub is there again."""
+        self._due.clear()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Recover, announce what is installed, then install what is desired, until cancelled."""
+        await self._recover()
+        while True:
+            self._wake.clear()
+            await self._pass()
+            wait = max(0.05, min(self._due.values()) - time.monotonic()) if self._due else None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), wait)
+
+    async def reject(self, name: str, reason: str) -> Installed | None:
+        """Quarantine the version that runs and go back to the one before, which is returned."""
+        bad = await asyncio.to_thread(self.slots.current, name)
+        if bad is None:
+            return None
+        back = await asyncio.to_thread(self.slots.roll_back, name)
+        await self._end(name, State.QUARANTINED, reason, Target(bad.manifest.version, bad.id))
+        self._wake.set()
+        return back
+
+    async def _recover(self) -> None:
+        """After a start: finish or undo what was cut off, then read every current version again."""
+        folders = await asyncio.to_thread(lambda: sorted(p.name for p in self.slots.root.glob("*") if p.is_dir()))
+        for name in folders:
+            machine = self._machines[name] = Machine(self.slots.root / name / "update.json")
+            left = await asyncio.to_thread(machine.load)
+            if left not in (State.IDLE, State.COMMITTED, State.QUARANTINED):
+                log.warning("%s: the update was cut off in state %s", name, left)
+            if left is State.COMMITTED and await asyncio.to_thread(self.slots.has, name, machine.update.id):
+                await asyncio.to_thread(self.slots.commit, name, machine.update.id)
+            await self._keep_one_good(name)
+
+    async def _keep_one_good(self, name: str) -> None:
+        current = await asyncio.to_thread(self.slots.current, name)
+        while current is not None:
+            try:
+                await asyncio.to_thread(self.slots.check, name, current.id)
+                return
+            except Refused as error:
+                log.error("%s; going back to the version before", error)
+                damaged = current.id
+                current = await asyncio.to_thread(self.slots.roll_back, name)
+                await asyncio.to_thread(self.slots.discard, name, damaged)
+
+    async def _pass(self) -> None:
+        names = {*await asyncio.to_thread(self.slots.names), *self._desired}
+        self._due = {name: due for name, due in self._due.items() if name in names}
+        for name in sorted(names):
+            if self._due.get(name, 0.0) > time.monotonic():
+                continue
+            self._due.pop(name, None)
+            try:
+                await self._activate(name)
+                if name in self._desired:
+                    await self._install(name, self._desired[name])
+                    await self._activate(name)
+                self._delay.pop(name, None)
+            except _Superseded as error:
+                await self._end(name, State.FAILED, str(error))
+            except Retry as error:
+                await self._fail(name, error)
+            except Refused as error:
+                await self._end(name, State.QUARANTINED, str(error))
+            except OSError as error:
+                await self._fail(name, _disk_error(error))
+
+    async def _activate(self, name: str) -> None:
+        """Bring the pointer's version to run; when it is refused, the one before."""
+        while (current := await asyncio.to_thread(self.slots.current, name)) is not None:
+            if self._active.get(name) == current.id:
+                return
+            try:
+                await self._switch(name, current)
+            except Refused as error:
+                log.error("%s %s does not run: %s", name, current.manifest.version, error)
+                await self.reject(name, str(error))
+                continue
+            self._active[name] = current.id
+            await asyncio.to_thread(self.slots.collect, name)
+            await self._tell(name)
+
+    async def _install(self, name: str, target: Target) -> None:
+        machine, id = self._machine(name), target.manifest_sha256
+        current = await asyncio.to_thread(self.slots.current, name)
+        known = machine.update.id == id
+        if current is not None and current.id == id:
+            if not known or machine.update.state is not State.COMMITTED:
+                await asyncio.to_thread(machine.aim, target, State.COMMITTED)
+                await self._tell(name)
+            return
+        if id in machine.update.quarantine:
+            if not known or machine.update.state is not State.QUARANTINED:
+                await self._end(name, State.QUARANTINED, machine.update.quarantine[id], target)
+            return
+        await asyncio.to_thread(machine.aim, target, State.RESOLVING)
+        while machine.update.state is not State.COMMITTED:
+            await self._tell(name)
+            if self._desired.get(name) != target:
+                raise _Superseded(f"{name} {target.version} is no longer wanted")
+            await asyncio.to_thread(machine.to, await self._step(name, machine.update.state, target))
+        await asyncio.to_thread(self.slots.commit, name, id)
+
+    async def _step(self, name: str, state: State, target: Target) -> State:
+        """Do the action of the saved state; the next state is returned."""
+        id = target.manifest_sha256
+        match state:
+            case State.RESOLVING:
+                return await self._resolve(name, target)
+            case State.DOWNLOADING:
+                return await self._download(name, target)
+            case State.STAGED:
+                await asyncio.to_thread(self.slots.stage, name, id)
+                return State.VERIFYING
+            case State.VERIFYING:
+                await asyncio.to_thread(self._read_again, name, target)
+                return State.TRIAL
+            case State.TRIAL:
+                await self._prober.probe(name, await asyncio.to_thread(self.slots.open, name, id))
+                return State.COMMITTED
+            case _:
+                raise Fatal(f"{name}: state {state} has no action")
+
+    async def _resolve(self, name: str, target: Target) -> State:
+        id = target.manifest_sha256
+        if await asyncio.to_thread(self.slots.has, name, id):
+            return State.VERIFYING
+        if await asyncio.to_thread(self.slots.signed, name, id) is None:
+            signed = await self._downloads.manifest(name, target.version)
+            if signed.sha256 != id:
+                expected = f"the hub assigned {id}, its manifest is {signed.sha256}"
+                raise Refused(f"the manifest of {name} {target.version} is not the assigned one: {expected}")
+            self._trust.verify(signed)
+            await asyncio.to_thread(self.slots.receive, name, signed)
+        return State.DOWNLOADING
+
+    def _read_again(self, name: str, target: Target) -> None:
+        """Signature and bytes once more, from the disk. Raises Refused; Retry when the disk has changed them."""
+        self._verified(name, target)
+        try:
+            self.slots.check(name, target.manifest_sha256)
+        except Refused as error:
+            self.slots.discard(name, target.manifest_sha256)
+            raise Retry(error.message, error.hint) from error
+
+    def _verified(self, name: str, target: Target) -> Manifest:
+        signed = self.slots.signed(name, target.manifest_sha256)
+        if signed is None:
+            raise Refused(f"the manifest of {name} {target.version} is gone")
+        manifest = self._trust.verify(signed)
+        if (manifest.name, manifest.version) != (name, target.version):
+            raise Refused(f"the manifest is of {manifest.name} {manifest.version}, not of {name} {target.version}")
+        if _numbers(manifest.min_agent_version) > _numbers(self._agent_version):
+            need = f"{name} {target.version} needs agent {manifest.min_agent_version}, this is {self._agent_version}"
+            raise Retry(need, "update the agent")
+        return manifest
+
+    async def _download(self, name: str, target: Target) -> State:
+        id = target.manifest_sha256
+        manifest = await asyncio.to_thread(self._verified, name, target)
+        missing = await asyncio.to_thread(self.slots.missing, name, id, manifest)
+        incoming = self.slots.incoming(name, id)
+        parts = {entry.sha256: incoming / "parts" / entry.sha256 for entry in missing}
+        held = sum(part.stat().st_size for part in parts.values() if part.exists())
+        await asyncio.to_thread(disk.require, incoming, sum(e.size for e in missing) - held, self._reserve)
+
+        def tick(done: int) -> None:
+            if self._desired.get(name) != target:
+                raise _Superseded(f"{name} {target.version} is no longer wanted")
+
+        for entry in missing:
+            file = incoming / "files" / entry.path
+            try:
+                await self._downloads.blob(entry, parts[entry.sha256], tick)
+                await asyncio.to_thread(self.slots.place, file, parts[entry.sha256])
+            except OSError:
+                parts[entry.sha256].unlink(missing_ok=True)  # the disk is needed for what must not be lost
+                raise
+        return State.STAGED
+
+    async def _fail(self, name: str, error: Retry) -> None:
+        delay = self._delay.get(name, self._retry_s[0])
+        self._due[name] = time.monotonic() + delay
+        self._delay[name] = min(delay * 2, self._retry_s[1])
+        await self._end(name, State.FAILED, str(error))
+
+    async def _end(self, name: str, state: State, error: str, target: Target | None = None) -> None:
+        """End the update of a bundle and say why; a disk too full to save it does not hide it."""
+        machine = self._machine(name)
+        target = target or Target(machine.update.version, machine.update.id)
+        log.error("%s %s: %s: %s", name, target.version, state, error)
+        try:
+            await asyncio.to_thread(machine.aim, target, state, error)
+            if state is State.QUARANTINED:
+                await asyncio.to_thread(self.slots.discard, name, target.manifest_sha256)
+        except OSError as problem:
+            log.error("%s: the state could not be saved: %s", name, problem)
+        await self._tell(name)
+
+    async def _tell(self, name: str) -> None:
+        current = await asyncio.to_thread(self.slots.current, name)
+        update = self._machine(name).update
+        version, digest = (current.manifest.version, current.digest) if current else ("", "")
+        await self._report(name, BundleReport(version, digest, str(update.state), update.error, update.version))
+
+    def _machine(self, name: str) -> Machine:
+        if name not in self._machines:
+            self._machines[name] = Machine(self.slots.root / name / "update.json")
+        return self._machines[name]
+
+
+class _Superseded(Retry):
+    """The hub wants something else by now."""
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
+def _disk_error(error: OSError) -> Retry:
+    if disk.is_full(error):
+        return Retry(f"the disk is full: {error}", "free space on the device; the update is tried again")
+    return Retry(f"the disk does not take the update: {error}", "see the device's log")

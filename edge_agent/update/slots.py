@@ -1,0 +1,203 @@
+"""The versions of every bundle on this device, and the pointer to the one that runs.
+
+    <root>/<bundle>/versions/<id>/{manifest.json, files/…}    whole and fsynced, or not there
+    <root>/<bundle>/incoming/<id>/{manifest.json, files/…, parts/<sha256>}
+    <root>/<bundle>/{current, previous} -> versions/<id>
+
+Invariants: `id` is the SHA-256 of the manifest's bytes. A version folder appears by one rename, when every file in it
+is whole; `current` changes by one rename; `previous` is set before `current` moves away from it, so whatever instant
+the power fails at, `current` names a whole version. Only versions that nothing names are collected.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from edge_agent.errors import Refused
+from edge_agent.update import disk
+from edge_agent.wire.bundle import FileEntry, Manifest, SignedManifest, content_digest, sha256_file
+from edge_agent.wire.errors import WireError
+from edge_agent.wire.messages import decode
+
+
+class Installed(msgspec.Struct, frozen=True):
+    """A whole version: its id (manifest SHA-256), the folder with the model's files, the manifest."""
+
+    id: str
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        """The content digest of the model folder."""
+        return content_digest(self.manifest.files)
+
+
+class Slots:
+    """The folder of versions. All methods block: call them in a thread."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self) -> list[str]:
+        """Bundles with a current version."""
+        return sorted(link.parent.name for link in self.root.glob("*/current"))
+
+    def current(self, name: str) -> Installed | None:
+        """The version that runs."""
+        return self._follow(name, "current")
+
+    def previous(self, name: str) -> Installed | None:
+        """The version that ran before."""
+        return self._follow(name, "previous")
+
+    def has(self, name: str, id: str) -> bool:
+        """True when that version is whole on disk."""
+        return (self._version(name, id) / "manifest.json").is_file()
+
+    def signed(self, name: str, id: str) -> SignedManifest | None:
+        """The signed manifest of a version that is coming in or on disk; None when there is none to read."""
+        for folder in (self._version(name, id), self.incoming(name, id)):
+            try:
+                signed = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=SignedManifest)
+            except (OSError, msgspec.DecodeError):
+                continue
+            if signed.sha256 == id:
+                return signed
+        return None
+
+    def receive(self, name: str, signed: SignedManifest) -> None:
+        """Open the incoming folder of a version; other incoming versions of the bundle are dropped."""
+        folder = self.incoming(name, signed.sha256)
+        if folder.parent.is_dir():
+            for other in folder.parent.iterdir():
+                if other != folder:
+                    shutil.rmtree(other)
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+        disk.write(folder / "manifest.json", msgspec.json.encode(signed))
+
+    def incoming(self, name: str, id: str) -> Path:
+        """Where a version is put together."""
+        return self.root / name / "incoming" / id
+
+    def missing(self, name: str, id: str, manifest: Manifest) -> list[FileEntry]:
+        """Files still to download; those another version of the bundle has are linked from it."""
+        files = self.incoming(name, id) / "files"
+        held = self._held(name)
+        missing = []
+        for entry in manifest.files:
+            target = files / entry.path
+            if target.is_file() and target.stat().st_size == entry.size:
+                continue
+            if target.is_file():
+                target.unlink()
+            source = held.get(entry.sha256)
+            if source is not None and sha256_file(source) == entry.sha256:
+                self.place(target, source, keep=True)
+            else:
+                missing.append(entry)
+        return missing
+
+    def place(self, target: Path, source: Path, *, keep: bool = False) -> None:
+        """Give a whole file its name in the incoming version. Raises Refused when two paths collide."""
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if keep:
+                target.hardlink_to(source)
+            else:
+                source.replace(target)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise Refused(f"the manifest has a file and a folder of the same name: {target}") from error
+
+    def stage(self, name: str, id: str) -> None:
+        """Turn the incoming version into a whole one, by one rename after everything in it is on disk."""
+        incoming, version = self.incoming(name, id), self._version(name, id)
+        shutil.rmtree(incoming / "parts", ignore_errors=True)
+        for path in [*incoming.rglob("*"), incoming]:
+            disk.sync(path)
+        version.parent.mkdir(parents=True, exist_ok=True)
+        if version.exists():
+            shutil.rmtree(version)
+        incoming.replace(version)
+        disk.sync(version.parent)
+        disk.sync(version.parent.parent)
+
+    def open(self, name: str, id: str) -> Installed:
+        """A version on disk. Raises Refused when its manifest cannot be read."""
+        folder = self._version(name, id)
+        try:
+            signed = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=SignedManifest)
+            return Installed(id, folder / "files", decode(Manifest, signed.manifest.encode()))
+        except (OSError, msgspec.DecodeError, WireError) as error:
+            raise Refused(f"version {id[:12]} of {name} cannot be read: {error}") from error
+
+    def check(self, name: str, id: str) -> Installed:
+        """Read every byte of a version again. Raises Refused when one is not as the manifest says."""
+        installed = self.open(name, id)
+        for entry in installed.manifest.files:
+            path = installed.folder / entry.path
+            found = sha256_file(path) if path.is_file() else "nothing"
+            if found != entry.sha256:
+                reason = f"{name} {installed.manifest.version}: {entry.path} is damaged"
+                raise Refused(f"{reason}: expected sha256 {entry.sha256}, found {found}", "it is downloaded again")
+        return installed
+
+    def commit(self, name: str, id: str) -> None:
+        """Point `current` at a whole version; the one before becomes `previous`. Doing it twice changes nothing."""
+        current = self.current(name)
+        if current is not None and current.id == id:
+            return
+        if current is not None:
+            self._point(name, "previous", current.id)
+        self._point(name, "current", id)
+
+    def roll_back(self, name: str) -> Installed | None:
+        """Point `current` at the previous version, or at nothing when there is none that is whole."""
+        current, previous = self.current(name), self.previous(name)
+        if previous is None or (current is not None and previous.id == current.id):
+            (self.root / name / "current").unlink(missing_ok=True)
+            return None
+        self._point(name, "current", previous.id)
+        return previous
+
+    def discard(self, name: str, id: str) -> None:
+        """Remove a version that is not current, and what came in of it."""
+        current = self.current(name)
+        if current is None or current.id != id:
+            shutil.rmtree(self._version(name, id), ignore_errors=True)
+        shutil.rmtree(self.incoming(name, id), ignore_errors=True)
+
+    def collect(self, name: str) -> None:
+        """Remove every version that neither `current` nor `previous` names."""
+        kept = {slot.id for slot in (self.current(name), self.previous(name)) if slot is not None}
+        versions = self.root / name / "versions"
+        for folder in list(versions.iterdir()) if versions.is_dir() else []:
+            if folder.name not in kept:
+                shutil.rmtree(folder)
+
+    def _version(self, name: str, id: str) -> Path:
+        return self.root / name / "versions" / id
+
+    def _follow(self, name: str, pointer: str) -> Installed | None:
+        link = self.root / name / pointer
+        if not link.is_symlink():
+            return None
+        try:
+            return self.open(name, link.readlink().name)
+        except Refused:
+            return None
+
+    def _point(self, name: str, pointer: str, id: str) -> None:
+        link = self.root / name / pointer
+        fresh = link.with_name(f".{pointer}.new")
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(Path("versions") / id)
+        fresh.replace(link)
+        disk.sync(link.parent)
+
+    def _held(self, name: str) -> dict[str, Path]:
+        slots = [slot for slot in (self.previous(name), self.current(name)) if slot is not None]
+        return {entry.sha256: slot.folder / entry.path for slot in slots for entry in slot.manifest.files}
