@@ -85,7 +85,7 @@ class Downloads:
                 if start == 0:
                     digest, have, resumed = hashlib.sha256(), 0, 0
                 with await asyncio.to_thread(_open_at, part, start) as file:
-                    async for chunk in response.aiter_raw(CHUNK):
+                    async for chunk in response.aiter_raw():
                         have += len(chunk)
                         if have > entry.size:
                             await asyncio.to_thread(part.unlink, missing_ok=True)
