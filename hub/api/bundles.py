@@ -1,0 +1,62 @@
+"""Blobs, bundles, and giving bundles to devices."""
+
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field
+
+from edge_agent.wire.grants import Subject
+from hub.api.guard import Hub, May
+
+router = APIRouter(prefix="/v1", tags=["bundles"])
+Publisher = Annotated[Subject, Depends(May("publish:bundle"))]
+BundleReader = Annotated[Subject, Depends(May("read:bundle"))]
+BundleTaker = Annotated[Subject, Depends(May("read:bundle", device=True))]
+
+
+class NewBundle(BaseModel):
+    manifest: dict[str, Any] = Field(description="name, version, kind, files [{path, size, sha256}], …")
+
+
+class Assignment(BaseModel):
+    name: str
+    version: str
+
+
+@router.put("/blobs/{sha256}", status_code=201, summary="Upload a file's content under its SHA-256")
+async def put_blob(sha256: str, request: Request, hub: Hub, _: Publisher) -> dict[str, Any]:
+    return {"sha256": sha256, "size": await hub.registry.put_blob(sha256, request.stream())}
+
+
+@router.head("/blobs/{sha256}", summary="Is a blob here?")
+@router.get("/blobs/{sha256}", summary="A blob's content, whole or a Range of it", response_class=FileResponse)
+async def get_blob(sha256: str, hub: Hub, _: BundleTaker) -> FileResponse:
+    return FileResponse(hub.registry.blob(sha256), media_type="application/octet-stream")
+
+
+@router.post("/bundles", status_code=201, summary="Publish a bundle whose files are uploaded: it gets signed")
+async def publish(body: NewBundle, hub: Hub, who: Publisher) -> dict[str, Any]:
+    signed = await hub.registry.publish(msgspec.json.encode(body.manifest), who.name)
+    built: dict[str, Any] = msgspec.to_builtins(signed)
+    return built | {"manifest_sha256": signed.sha256}
+
+
+@router.get("/bundles", summary="What is published, newest first")
+async def list_bundles(hub: Hub, _: BundleReader) -> dict[str, Any]:
+    return {"bundles": await hub.registry.list()}
+
+
+@router.get("/bundles/{name}/{version}", summary="A signed manifest")
+async def get_bundle(name: str, version: str, hub: Hub, _: BundleTaker) -> dict[str, Any]:
+    built: dict[str, Any] = msgspec.to_builtins(await hub.registry.get(name, version))
+    return built
+
+
+@router.post("/devices/{device}/bundles", status_code=201, summary="Assign a published bundle to a device")
+async def assign(
+    device: str, body: Assignment, hub: Hub, who: Annotated[Subject, Depends(May("assign:bundle"))]
+) -> dict[str, Any]:
+    desired = await hub.assign_bundle(device, body.name, body.version, who.name)
+    return {"device": device, "desired_version": desired.version, "desired": desired.doc}

@@ -1,0 +1,125 @@
+"""Enrolment, devices, their telemetry and their jobs."""
+
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, Field
+
+from edge_agent.wire.grants import Subject
+from edge_agent.wire.messages import JobKind, JobState
+from hub.api.guard import Hub, May
+
+router = APIRouter(prefix="/v1", tags=["devices"])
+Worker = Annotated[Subject, Depends(May("run:task"))]
+DeviceReader = Annotated[Subject, Depends(May("read:device"))]
+JobReader = Annotated[Subject, Depends(May("read:job"))]
+
+
+class NewEnrolment(BaseModel):
+    name: str | None = Field(None, description="the only name the token is good for, if given")
+    ttl_s: float = Field(3600, description="seconds until the token expires")
+
+
+class Enrol(BaseModel):
+    token: str = Field(max_length=256)
+    name: str
+    public_key: str = Field(max_length=64, description="the device's Ed25519 public key, base64url")
+
+
+class NewTask(BaseModel):
+    text: str = Field(min_length=1, max_length=16_000, description="what to do, in plain words")
+    idempotency_key: str = Field("", description="the same key again gives the same job")
+    ttl_s: float = Field(3600, description="seconds in which the device must take it up")
+
+
+class NewJob(BaseModel):
+    kind: Literal["task", "tool"]
+    body: dict[str, Any] = Field(description='{"tool": name, "args": {…}} for a tool, {"text": …} for a task')
+    idempotency_key: str = ""
+    ttl_s: float = 3600
+
+
+@router.post("/enrolments", status_code=201, summary="Make a single-use enrolment token")
+async def create_enrolment(
+    body: NewEnrolment, hub: Hub, who: Annotated[Subject, Depends(May("create:enrolment"))]
+) -> dict[str, Any]:
+    return {"token": await hub.devices.create_enrolment(who.name, body.name, body.ttl_s)}
+
+
+@router.post("/enrol", status_code=201, summary="Enrol a device with a token: no login needed")
+async def enrol(body: Enrol, hub: Hub) -> dict[str, Any]:
+    await hub.devices.enrol(body.token, body.name, body.public_key)
+    return {
+        "fleet": hub.fleet,
+        "device": body.name,
+        "hub_key": hub.key.public.text,
+        "broker": {
+            "url": hub.address.url,
+            "username": hub.address.username,
+            "password": hub.address.password,
+            "ca": hub.address.ca,
+        },
+        "grants": hub.auth.grants_text,
+        "clock": time.time(),
+    }
+
+
+@router.get("/devices", summary="Every device with its true presence")
+async def list_devices(hub: Hub, _: DeviceReader) -> dict[str, Any]:
+    return {"devices": await hub.devices.list()}
+
+
+@router.get("/devices/{device}", summary="One device: presence, clock offset, watermark, twin, bundles")
+async def get_device(device: str, hub: Hub, _: DeviceReader) -> dict[str, Any]:
+    return await hub.devices.get(device)
+
+
+@router.get("/telemetry", summary="Committed records, a page at a time")
+async def telemetry(
+    hub: Hub,
+    _: Annotated[Subject, Depends(May("read:telemetry"))],
+    device: Annotated[str | None, Query(description="of this device, by (epoch, seq)")] = None,
+    kind: Annotated[str | None, Query(description="of this kind")] = None,
+    after: Annotated[int, Query(ge=0, description="without device: records with an id above this")] = 0,
+    after_seq: Annotated[int, Query(ge=0, description="with device: above this seq of the epoch")] = 0,
+    epoch: Annotated[int | None, Query(ge=0, description="with device: of this epoch, else of the newest")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> dict[str, Any]:
+    records = await hub.telemetry.query(device, kind, after=after, after_seq=after_seq, epoch=epoch, limit=limit)
+    return {"records": records, "next": {f: records[-1][f] for f in ("id", "epoch", "seq")} if records else None}
+
+
+@router.post("/devices/{device}/tasks", status_code=201, summary="Give a device a task in plain words")
+async def create_task(device: str, body: NewTask, hub: Hub, who: Worker) -> dict[str, Any]:
+    work = NewJob(kind="task", body={"text": body.text}, idempotency_key=body.idempotency_key, ttl_s=body.ttl_s)
+    return await create_job(device, work, hub, who)
+
+
+@router.post("/devices/{device}/jobs", status_code=201, summary="Give a device a job of any kind")
+async def create_job(device: str, body: NewJob, hub: Hub, who: Worker) -> dict[str, Any]:
+    return await hub.jobs.create(
+        device,
+        JobKind(body.kind),
+        body.body,
+        subject=who.name,
+        roles=who.roles,
+        idempotency_key=body.idempotency_key,
+        ttl_s=body.ttl_s,
+    )
+
+
+@router.get("/jobs", summary="Jobs, newest first")
+async def list_jobs(
+    hub: Hub,
+    _: JobReader,
+    device: str | None = None,
+    state: Annotated[str | None, Query(description=f"of {', '.join(JobState)}")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> dict[str, Any]:
+    return {"jobs": await hub.jobs.list(device, state, limit)}
+
+
+@router.get("/jobs/{job}", summary="One job with its result")
+async def get_job(job: str, hub: Hub, _: JobReader) -> dict[str, Any]:
+    return await hub.jobs.get(job)

@@ -1,0 +1,23 @@
+"""Liveness and readiness, open to everybody."""
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+
+from hub.api.guard import Hub
+from hub.api.problems import problem
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", summary="Is the process there?")
+async def healthz() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.get("/readyz", summary="Can it do its work: database and broker?")
+async def readyz(hub: Hub) -> JSONResponse:
+    await hub.auth.users()
+    if not hub.session.connected:
+        reason = str(hub.session.error or "connecting")
+        return problem(503, f"no connection to the broker at {hub.address.url}: {reason}", "check --broker")
+    return JSONResponse({"status": "ready", "records": hub.ingest.records})

@@ -1,0 +1,65 @@
+"""Errors as JSON `{detail, hint}` with the right status (after RFC 9457), and a bound on request bodies."""
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hub.errors import Refused
+
+MAX_BODY = 1 << 20  # bytes, all requests but blob uploads
+MEDIA_TYPE = "application/problem+json"
+
+
+def problem(status: int, detail: str, hint: str = "", headers: dict[str, str] | None = None) -> JSONResponse:
+    content = {"detail": detail, "hint": hint, "status": status}
+    return JSONResponse(content, status, media_type=MEDIA_TYPE, headers=headers)
+
+
+class BoundedBody:
+    """Ends a request whose body passes MAX_BODY with 413; blob uploads are bounded where they are written."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith("/v1/blobs/"):
+            await self._app(scope, receive, send)
+            return
+        taken = 0
+
+        async def bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > MAX_BODY:
+                raise Refused(413, "the request is too big", f"at most {MAX_BODY} bytes")
+            return message
+
+        await self._app(scope, bounded, send)
+
+
+def install(app: FastAPI) -> None:
+    """Make every error a problem."""
+
+    async def refused(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, Refused)
+        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+        if error.retry_after_s:
+            headers["Retry-After"] = str(error.retry_after_s)
+        return problem(error.status, error.message, error.hint, headers)
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+        return problem(422, f"the request is not valid: {wrong}", "see /docs")
+
+    async def http(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return problem(error.status_code, str(error.detail), "see /docs", dict(error.headers or {}))
+
+    app.add_exception_handler(Refused, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_middleware(BoundedBody)

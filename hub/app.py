@@ -1,0 +1,201 @@
+"""create_app(settings): the FastAPI application whose lifespan owns database, broker, MQTT session and runners.
+
+Invariants: everything is made in order and ended in the opposite one; a runner that fails is logged and started again;
+every route under /v1 declares its action or is on the short list of open ones, or the application does not start.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlalchemy as sa
+from fastapi import FastAPI
+
+from edge_agent.errors import OutriderError
+from edge_agent.sync.transport import MqttSession
+from edge_agent.wire.signing import SigningKey
+from edge_agent.wire.topics import check_name
+from hub import db as tables
+from hub.api import bundles, devices, health, people, problems
+from hub.api.guard import declare_actions
+from hub.audit import Audit
+from hub.auth import GRANTS_RENEWAL_S, Auth
+from hub.broker import EmbeddedBroker
+from hub.db import Database
+from hub.devices import Devices
+from hub.downlink import Downlink
+from hub.errors import Fatal
+from hub.ingest import Ingest
+from hub.jobs import Jobs
+from hub.registry import Registry
+from hub.services import BrokerAddress, Services
+from hub.telemetry import Telemetry
+from hub.twin import Twin
+
+log = logging.getLogger(__name__)
+JOB_TICK_S = 15.0
+RUNNER_PAUSE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run a hub. `broker` is "embedded" or a URL with user and password; `database` a SQLAlchemy URL."""
+
+    data: Path
+    fleet: str = "main"
+    broker: str = "embedded"
+    broker_port: int = 0
+    broker_ca: Path | None = None
+    database: str = ""
+    admin_password: str | None = None
+    on_generated_password: Callable[[str], None] = lambda password: print(f"admin password (shown once): {password}")
+    dashboard: bool = True
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The hub as an ASGI application. Raises Fatal at start when it cannot run."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            app.state.services = await _start(settings, stack)
+            yield
+
+    app = FastAPI(
+        title="Outrider hub",
+        version="1",
+        description="Enrols devices, gives them work and signed bundles, and keeps what they send. "
+        "Every /v1 route names the permission it needs as `x-action`.",
+        lifespan=lifespan,
+    )
+    problems.install(app)
+    for router in (people.router, devices.router, bundles.router):
+        declare_actions(router)
+        app.include_router(router)
+    app.include_router(health.router)
+    return app
+
+
+async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
+    settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = SigningKey.load_or_create(settings.data / "hub.key")
+    url = settings.database or f"sqlite:///{settings.data / 'hub.db'}"
+    database = await asyncio.to_thread(Database, url)
+    stack.callback(database.close)
+    auth = Auth(database, key)
+    if generated := await auth.start(settings.admin_password):
+        settings.on_generated_password(generated)
+    broker, ca = await _broker(settings, stack)
+    connected = asyncio.Event()
+    try:
+        check_name(settings.fleet, "fleet")
+        session = MqttSession(
+            broker.url_with_credentials if broker else settings.broker,
+            await _client_id(database, settings.fleet),
+            ca=settings.broker_ca,
+            subscriptions=Ingest.filters(settings.fleet),
+            on_connect=lambda _present: connected.set(),
+        )
+    except (OutriderError, ValueError) as error:
+        raise Fatal(str(error), "see outrider hub --help") from error
+    at = session.address
+    address = BrokerAddress(str(at), at.username or "", at.password or "", ca)
+    downlink = Downlink(session, key, settings.fleet)
+    devices_, twin, jobs = (
+        Devices(database, settings.fleet),
+        Twin(database, downlink.desired),
+        Jobs(database, downlink.job),
+    )
+    services = Services(
+        fleet=settings.fleet,
+        key=key,
+        db=database,
+        broker=broker,
+        address=address,
+        session=session,
+        downlink=downlink,
+        auth=auth,
+        devices=devices_,
+        twin=twin,
+        jobs=jobs,
+        registry=Registry(database, settings.data, key),
+        telemetry=Telemetry(database),
+        audit=Audit(database),
+        ingest=Ingest(database, session, devices_, downlink, jobs.send_queued),
+    )
+    await stack.enter_async_context(session)
+    await stack.enter_async_context(_running(services, connected))
+    return services
+
+
+async def _broker(settings: Settings, stack: AsyncExitStack) -> tuple[EmbeddedBroker | None, str]:
+    """The embedded broker if it is wanted, and the PEM text of the CA for devices."""
+    if settings.broker == "embedded":
+        broker = EmbeddedBroker(settings.data, settings.broker_port)
+        stack.callback(broker.stop)
+        await asyncio.to_thread(broker.start)
+        return broker, ""
+    try:
+        return None, settings.broker_ca.read_text() if settings.broker_ca else ""
+    except OSError as error:
+        raise Fatal(f"the broker's CA cannot be read: {error}", "give a PEM file as --broker-ca") from error
+
+
+async def _client_id(database: Database, fleet: str) -> str:
+    """This hub's MQTT client id, made once, so that the broker keeps its session."""
+
+    def known_or_new(connection: sa.Connection) -> str:
+        table = tables.settings
+        known = connection.execute(sa.select(table.c.value).where(table.c.key == "client_id")).scalar()
+        if known is None:
+            known = f"hub-{fleet}-{secrets.token_hex(4)}"
+            connection.execute(table.insert().values(key="client_id", value=known))
+        return str(known)
+
+    return await database.write(known_or_new)
+
+
+@asynccontextmanager
+async def _running(services: Services, connected: asyncio.Event) -> AsyncIterator[None]:
+    async def greet() -> None:
+        """After every connection: what the broker may have forgotten."""
+        while True:
+            await connected.wait()
+            connected.clear()
+            await services.downlink.grants(services.auth.grants_text)
+            await services.twin.send_all()
+
+    async def tend_jobs() -> None:
+        while True:
+            await asyncio.sleep(JOB_TICK_S)
+            await services.jobs.expire()
+            for device in services.devices.liveness.claiming():
+                await services.jobs.send_queued(device)
+
+    async def renew_grants() -> None:
+        while True:
+            await asyncio.sleep(GRANTS_RENEWAL_S)
+            await services.auth.issue_grants()
+            await services.downlink.grants(services.auth.grants_text)
+
+    runners = {"ingest": services.ingest.run, "greet": greet, "jobs": tend_jobs, "grants": renew_grants}
+    tasks = [asyncio.create_task(_for_ever(name, run), name=name) for name, run in runners.items()]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def _for_ever(name: str, run: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        try:
+            await run()
+        except Exception:  # a runner's failure must not end the others
+            log.exception("runner %s failed; starting it again", name)
+        await asyncio.sleep(RUNNER_PAUSE_S)

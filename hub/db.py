@@ -1,0 +1,212 @@
+"""The hub's tables (SQLAlchemy Core) and the two ways to them: `read` and `write`, never on the event loop.
+
+Invariants: types and SQL hold for SQLite and PostgreSQL alike; the schema changes by migrations only (hub/migrations,
+a test compares both); all writes of a process go through one thread, so a read-then-write in one `write` is not
+interleaved; SQLite runs WAL with synchronous=FULL, so what was committed survives power loss. Times are seconds since
+the Unix epoch.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+
+from hub.errors import Fatal
+
+T = TypeVar("T")
+READERS = 4
+metadata = sa.MetaData()
+BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+settings = sa.Table(
+    "settings",
+    metadata,
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
+
+users = sa.Table(
+    "users",
+    metadata,
+    sa.Column("name", sa.String(63), primary_key=True),
+    sa.Column("password_hash", sa.String(255), nullable=False),
+    sa.Column("roles", sa.JSON, nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("revoked", sa.Float),
+)
+
+enrolments = sa.Table(
+    "enrolments",
+    metadata,
+    sa.Column("token_hash", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(63)),
+    sa.Column("created_by", sa.String(63), nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("expires", sa.Float, nullable=False),
+    sa.Column("used", sa.Float),
+    sa.Column("used_by", sa.String(63)),
+)
+
+devices = sa.Table(
+    "devices",
+    metadata,
+    sa.Column("name", sa.String(63), primary_key=True),
+    sa.Column("public_key", sa.String(64), nullable=False),
+    sa.Column("enrolled", sa.Float, nullable=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("watermark", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("lost", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("last_seen", sa.Float),
+    sa.Column("clock_offset_s", sa.Float),
+    sa.Column("agent", sa.String(64), nullable=False, server_default=""),
+    sa.Column("desired_version", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("desired", sa.JSON, nullable=False),
+    sa.Column("reported", sa.JSON, nullable=False),
+)
+
+telemetry = sa.Table(
+    "telemetry",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    sa.Column("device", sa.String(63), sa.ForeignKey("devices.name"), nullable=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    sa.Column("ts", sa.Float, nullable=False),
+    sa.Column("received", sa.Float, nullable=False),
+    sa.Column("kind", sa.String(64), nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.UniqueConstraint("device", "epoch", "seq", name="telemetry_once"),
+)
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("device", sa.String(63), sa.ForeignKey("devices.name"), nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("body", sa.JSON, nullable=False),
+    sa.Column("subject", sa.String(63), nullable=False),
+    sa.Column("roles", sa.JSON, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("expires", sa.Float, nullable=False),
+    sa.Column("updated", sa.Float, nullable=False),
+    sa.Column("idempotency_key", sa.String(128)),
+    sa.Column("result", sa.JSON, nullable=False),
+    sa.Column("error", sa.Text, nullable=False, server_default=""),
+    sa.UniqueConstraint("device", "idempotency_key", name="jobs_once"),
+    sa.Index("jobs_by_state", "state", "device"),
+    sa.Index("jobs_by_created", "created"),
+)
+
+dead_letters = sa.Table(
+    "dead_letters",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    sa.Column("device", sa.String(63), nullable=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("first", sa.BigInteger, nullable=False),
+    sa.Column("last", sa.BigInteger, nullable=False),
+    sa.Column("received", sa.Float, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("payload", sa.LargeBinary, nullable=False),
+)
+
+bundles = sa.Table(
+    "bundles",
+    metadata,
+    sa.Column("name", sa.String(63), primary_key=True),
+    sa.Column("version", sa.String(64), primary_key=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("manifest", sa.Text, nullable=False),
+    sa.Column("manifest_sha256", sa.String(64), nullable=False),
+    sa.Column("signature", sa.String(128), nullable=False),
+    sa.Column("key_id", sa.String(64), nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("content_digest", sa.String(64), nullable=False),
+    sa.Column("published", sa.Float, nullable=False),
+    sa.Column("published_by", sa.String(63), nullable=False),
+)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    sa.Column("ts", sa.Float, nullable=False),
+    sa.Column("actor", sa.String(63), nullable=False),
+    sa.Column("action", sa.String(64), nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+    sa.Column("prev", sa.String(64), nullable=False),
+    sa.Column("hash", sa.String(64), nullable=False),
+)
+
+
+class Database:
+    """One database: `await db.read(f)` and `await db.write(f)` call `f(connection)` in a thread, in one transaction.
+
+    Raises:
+        Fatal: when it cannot be opened or brought to the newest schema.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            self.engine = sa.create_engine(url, json_serializer=_dumps, json_deserializer=msgspec.json.decode)
+            if self.engine.dialect.name == "sqlite":
+                sa.event.listen(self.engine, "connect", _sqlite_connect)
+                sa.event.listen(self.engine, "begin", _sqlite_begin)
+            with self.engine.begin() as connection:
+                config = Config()
+                config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+        except (sa.exc.SQLAlchemyError, ImportError) as error:
+            raise Fatal(
+                f"the database cannot be opened: {error}", "check --data and --database, free space and permissions"
+            ) from error
+        self._reading = self.engine.execution_options(read_only=True)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="db-read")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="db-write")
+
+    async def read(self, query: Callable[[sa.Connection], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._call, self._reading, query)
+
+    async def write(self, change: Callable[[sa.Connection], T]) -> T:
+        """Commits when `change` returns, rolls back when it raises."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._call, self.engine, change)
+
+    def close(self) -> None:
+        self._readers.shutdown()
+        self._writer.shutdown()
+        self.engine.dispose()
+
+    @staticmethod
+    def _call(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
+        with engine.begin() as connection:
+            return work(connection)
+
+
+def row_dict(row: sa.Row[Any]) -> dict[str, Any]:
+    """A row as a plain dict by column name."""
+    return dict(row._mapping)
+
+
+def _dumps(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _sqlite_connect(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # SQLAlchemy says BEGIN, not the driver
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _sqlite_begin(connection: sa.Connection) -> None:
+    read_only = connection.get_execution_options().get("read_only", False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

@@ -1,0 +1,61 @@
+"""Which devices are there, as a pure state machine over presence messages.
+
+Invariants: a device counts as online only while it has lately answered a nonce that this hub process lately issued to
+it in an ack, so neither a retained presence nor a replayed one makes it online; its will, or silence of `OFFLINE_S`,
+makes it offline. Memory is bounded by the number of enrolled devices.
+"""
+
+import secrets
+from enum import Enum, auto
+
+import msgspec
+
+from edge_agent.wire.messages import Presence, PresenceState
+
+HEARTBEAT_S = 10.0  # a new nonce this often; a device answers each
+OFFLINE_S = 35.0
+
+
+class Heard(Enum):
+    """What a presence message told."""
+
+    FRESH = auto()  # it answers a nonce of ours
+    STALE = auto()  # online, but it may be old: challenge it
+    GONE = auto()
+
+
+class _Device(msgspec.Struct):
+    nonces: list[tuple[str, float]] = []  # newest last, at most two
+    answered: float = float("-inf")
+    claims: bool = False  # it said online, proven or not
+
+
+class Liveness:
+    def __init__(self) -> None:
+        self._devices: dict[str, _Device] = {}
+
+    def nonce(self, device: str, now: float) -> str:
+        """The nonce to put into an ack; a new one every HEARTBEAT_S."""
+        state = self._devices.setdefault(device, _Device())
+        if not state.nonces or now - state.nonces[-1][1] >= HEARTBEAT_S:
+            state.nonces = [*state.nonces[-1:], (secrets.token_urlsafe(9), now)]
+        return state.nonces[-1][0]
+
+    def heard(self, device: str, presence: Presence, now: float) -> Heard:
+        state = self._devices.setdefault(device, _Device())
+        if presence.state is not PresenceState.ONLINE:
+            state.answered, state.claims, state.nonces = float("-inf"), False, []
+            return Heard.GONE
+        state.claims = True
+        fresh = any(nonce == presence.nonce and now - issued < OFFLINE_S for nonce, issued in state.nonces)
+        if fresh:
+            state.answered = now
+        return Heard.FRESH if fresh else Heard.STALE
+
+    def online(self, device: str, now: float) -> bool:
+        state = self._devices.get(device)
+        return state is not None and now - state.answered < OFFLINE_S
+
+    def claiming(self) -> list[str]:
+        """Devices to challenge with a new nonce."""
+        return [name for name, state in self._devices.items() if state.claims]

@@ -1,0 +1,60 @@
+"""What the API and the dashboard call: one object with the hub's domain services, on `app.state.services`."""
+
+from dataclasses import dataclass
+
+from edge_agent.sync.transport import MqttSession
+from edge_agent.wire.messages import Desired
+from edge_agent.wire.signing import SigningKey
+from hub.audit import Audit
+from hub.auth import Auth
+from hub.broker import EmbeddedBroker
+from hub.db import Database
+from hub.devices import Devices
+from hub.downlink import Downlink
+from hub.ingest import Ingest
+from hub.jobs import Jobs
+from hub.registry import Registry
+from hub.telemetry import Telemetry
+from hub.twin import Twin
+
+
+@dataclass(frozen=True)
+class BrokerAddress:
+    """What a device is told at enrolment; `ca` is PEM text or empty."""
+
+    url: str
+    username: str
+    password: str
+    ca: str = ""
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything one hub process is made of."""
+
+    fleet: str
+    key: SigningKey
+    db: Database
+    broker: EmbeddedBroker | None
+    address: BrokerAddress
+    session: MqttSession
+    downlink: Downlink
+    auth: Auth
+    devices: Devices
+    twin: Twin
+    jobs: Jobs
+    registry: Registry
+    telemetry: Telemetry
+    audit: Audit
+    ingest: Ingest
+
+    async def assign_bundle(self, device: str, name: str, version: str, by: str) -> Desired:
+        """Make the device want a published bundle. Raises Refused 404."""
+        signed = await self.registry.get(name, version)
+        wanted = {"bundles": {name: {"version": version, "manifest_sha256": signed.sha256}}}
+        return await self.twin.patch_desired(device, wanted, by, "assign:bundle")
+
+    async def revoke_user(self, name: str, by: str) -> None:
+        """Void somebody's tokens here at once, and on devices with the next grants they get."""
+        await self.auth.revoke(name, by)
+        await self.downlink.grants(self.auth.grants_text)

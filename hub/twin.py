@@ -1,0 +1,78 @@
+"""Desired and reported documents of devices.
+
+Invariants: a desired document is at most 32 KiB and its version only grows; a reported document is replaced only from
+a record the ingest accepts once and in order, so it never goes back.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from edge_agent.wire.messages import TWIN_LIMIT, Desired
+from hub import audit
+from hub.db import Database, devices
+from hub.errors import Refused
+
+Send = Callable[[str, Desired], Awaitable[object]]
+
+
+def merge(document: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    """A JSON merge patch applied (RFC 7396): null removes."""
+    merged = dict(document)
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            below = merged.get(key)
+            merged[key] = merge(below if isinstance(below, dict) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def apply_reported(connection: sa.Connection, device: str, body: dict[str, Any]) -> None:
+    """Take the body of a `reported` record: the whole document, alone or under `doc`."""
+    document = body["doc"] if isinstance(body.get("doc"), dict) else body
+    if len(msgspec.json.encode(document)) <= TWIN_LIMIT:
+        connection.execute(devices.update().where(devices.c.name == device).values(reported=document))
+
+
+class Twin:
+    """Changing desired documents; `send` publishes one, signed and retained."""
+
+    def __init__(self, db: Database, send: Send) -> None:
+        self._db = db
+        self._send = send
+
+    async def patch_desired(
+        self, device: str, patch: dict[str, Any], by: str, action: str = "patch:desired"
+    ) -> Desired:
+        """Merge into the device's desired document and publish it. Raises Refused 404, or 413 past 32 KiB."""
+
+        def change(connection: sa.Connection) -> Desired:
+            row = connection.execute(sa.select(devices).where(devices.c.name == device).with_for_update()).first()
+            if row is None:
+                raise Refused(404, f"no device {device}", "see GET /v1/devices")
+            document = merge(row.desired, patch)
+            if len(msgspec.json.encode(document)) > TWIN_LIMIT:
+                raise Refused(
+                    413, f"the desired document of {device} would pass {TWIN_LIMIT} bytes", "remove something"
+                )
+            values = {"desired": document, "desired_version": row.desired_version + 1}
+            connection.execute(devices.update().where(devices.c.name == device).values(**values))
+            audit.append(connection, by, action, {"device": device, "patch": patch})
+            return Desired(version=row.desired_version + 1, ts=time.time(), doc=document)
+
+        desired = await self._db.write(change)
+        await self._send(device, desired)
+        return desired
+
+    async def send_all(self) -> None:
+        """Publish every desired document again: a broker that forgot its retained messages gets them back."""
+        query = sa.select(devices.c.name, devices.c.desired_version, devices.c.desired)
+        rows = await self._db.read(lambda c: c.execute(query.where(devices.c.desired_version > 0)).all())
+        for row in rows:
+            await self._send(row.name, Desired(version=row.desired_version, ts=time.time(), doc=row.desired))
