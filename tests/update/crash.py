@@ -7,7 +7,9 @@ child runs to the end.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -40,9 +42,13 @@ class Points:
         if self.seen == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def around(self, call: Callable[..., Any], times: float = math.inf) -> Callable[..., Any]:
+        """`call`, of which the first `times` calls count: how many chunks the network makes is its own affair."""
+        calls = itertools.count(1)
+
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.reached()
+            if next(calls) <= times:
+                self.reached()
             return call(*args, **kwargs)
 
         return wrapped
@@ -53,7 +59,7 @@ def run(setup: dict[str, Any], state: Path, wanted: dict[str, str], die_at: int)
     points = Points(die_at)
     if die_at:
         disk.sync = points.around(disk.sync)
-        download._append = points.around(download._append)
+        download._append = points.around(download._append, times=4)
         Path.replace = points.around(Path.replace)  # type: ignore[method-assign]
         shutil.rmtree = points.around(shutil.rmtree)  # type: ignore[assignment]
         Path.unlink = points.around(Path.unlink)  # type: ignore[method-assign]
