@@ -1,0 +1,38 @@
+"""What was decided on this device, by whom: hash-chained records on their way to the hub.
+
+Invariants: an entry names the hash of the one before it, so one taken out or changed shows; the head of the chain and
+the record are one transaction; entries are of the highest priority but losses and jobs, and have no TTL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+
+from edge_agent.store import Connection, Store
+from edge_agent.sync.outbox import Outbox
+
+PRIORITY = 2
+_HEAD = "audit"
+
+
+class Audit:
+    """Append-only."""
+
+    def __init__(self, store: Store, outbox: Outbox) -> None:
+        self._store, self._outbox = store, outbox
+
+    async def append(self, event: str, subject: str, **detail: Any) -> None:
+        """Enqueue one entry: `{event, subject, n, prev, …}`, `prev` the SHA-256 of the entry before. Raises Retry."""
+
+        def change(db: Connection) -> None:
+            row = db.execute("SELECT version, body FROM documents WHERE name = ?", [_HEAD]).fetchone()
+            n, prev = row or (0, b"")
+            body = {"event": event, "subject": subject, "n": n + 1, "prev": prev.decode(), **detail}
+            head = hashlib.sha256(msgspec.json.encode(body)).hexdigest().encode()
+            db.execute("INSERT OR REPLACE INTO documents VALUES (?, ?, ?)", [_HEAD, n + 1, head])
+            self._outbox.put(db, "audit", body, PRIORITY)
+
+        await self._store.write(change)

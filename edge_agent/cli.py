@@ -1,0 +1,225 @@
+"""The command `outrider`. Its verbs are entry points of the group `outrider.verbs`, one per package and none imported
+before it is called.
+
+Invariants: an error is one line and a hint on stderr with an exit code that says what to do (75 try again, 78 change
+something, 70 look at the machine, 69 install something), never a traceback; everything for people has a `--json` twin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from edge_agent.config import EX_FATAL, EX_REFUSED, EX_RETRY
+from edge_agent.errors import Fatal, OutriderError, Refused, Retry
+from edge_agent.wire.errors import WireError
+
+EX_MISSING = 69
+_VERBS = {
+    "agent": ("Run the daemon of a device.", "edge"),
+    "task": ("Give a device a task through its local API and watch it work.", "edge"),
+    "doctor": ("Check what a device needs: extras, state, hub, broker, models by a real inference.", "edge"),
+    "hub": ("Run the hub: devices, jobs, models, dashboard.", "hub"),
+    "models": ("Fetch, build and publish models.", "models"),
+    "bench": ("Benchmarks.", "dev"),
+    "demo": ("A fleet on this machine, a cut cable and the proof that nothing was lost.", "dev"),
+}
+
+
+def _verbs() -> dict[str, EntryPoint]:
+    order = list(_VERBS)
+    found = {point.name: point for point in entry_points(group="outrider.verbs")}
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+class _Verbs(TyperGroup):
+    """Lists verbs by their names alone and imports only the one that is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_verbs())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _verbs():
+            return None
+        stub = typer.Typer(add_completion=False)
+        stub.command(cmd_name, help=_VERBS.get(cmd_name, ("",))[0])(lambda: None)
+        return typer.main.get_command(stub)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and _load(_verbs()[str(name)]), rest
+
+
+def _load(point: EntryPoint) -> Any:
+    try:
+        found = point.load()
+    except ModuleNotFoundError as error:
+        raise _missing(point.name, error) from error
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
+    single = typer.Typer(add_completion=False)
+    single.command(point.name)(found)
+    return typer.main.get_command(single)
+
+
+def _missing(verb: str, error: ModuleNotFoundError) -> Refused:
+    extra = _VERBS.get(verb, ("", verb))[1]
+    return _Missing(f"`outrider {verb}` needs {error.name}", f"pip install 'outrider[{extra}]'")
+
+
+class _Missing(Refused):
+    pass
+
+
+app = typer.Typer(cls=_Verbs, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def _root(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Outrider: devices that keep thinking when the network is gone, and a hub that can trust what comes back."""
+    if show_version:
+        typer.echo(version("outrider"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except (OutriderError, WireError) as error:
+        typer.secho(f"error: {getattr(error, 'message', error)}", fg="red", err=True)
+        if hint := getattr(error, "hint", ""):
+            typer.secho(f"hint:  {hint}", err=True)
+        codes = {_Missing: EX_MISSING, Retry: EX_RETRY, Fatal: EX_FATAL}
+        sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), EX_REFUSED))
+    except ModuleNotFoundError as error:
+        verb = next((arg for arg in sys.argv[1:] if not arg.startswith("-")), "")
+        missing = _missing(verb, error)
+        typer.secho(f"error: {missing.message}\nhint:  {missing.hint}", fg="red", err=True)
+        sys.exit(EX_MISSING)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _option(text: str, env: str, **more: Any) -> Any:
+    return typer.Option(envvar=f"OUTRIDER_{env}", help=text, show_default=False, **more)
+
+
+State = Annotated[Path | None, _option("State directory: key, identity, outbox, models.", "STATE")]
+
+
+def agent(
+    state: State = None,
+    config: Annotated[Path | None, _option("TOML file with any of these as keys.", "CONFIG")] = None,
+    hub: Annotated[str | None, _option("The hub's address, to enrol; later it overrides the known one.", "HUB")] = None,
+    token: Annotated[str | None, _option("Single-use enrolment token.", "TOKEN")] = None,
+    name: Annotated[str | None, _option("This device's name in the fleet, to enrol.", "NAME")] = None,
+    broker: Annotated[str | None, _option("mqtt[s]://HOST:PORT instead of what the hub said.", "BROKER")] = None,
+    api: Annotated[str | None, _option("HOST:PORT of the local API (127.0.0.1:8471).", "API")] = None,
+    pack: Annotated[str | None, _option("Tool pack MODULE[:attr] (tools.sim.pack).", "PACK")] = None,
+    option: Annotated[list[str] | None, _option("KEY=VALUE for the tool pack.", "OPTION")] = None,
+    model: Annotated[str | None, _option("The agent's language model, a bundle (the first llm).", "MODEL")] = None,
+    sample: Annotated[list[str] | None, _option("A call to sample (all of read_sensor).", "SAMPLE")] = None,
+    telemetry_s: Annotated[float | None, _option("Seconds between samples (10).", "TELEMETRY_S")] = None,
+    telemetry_ttl_s: Annotated[float | None, _option("Seconds a sample is kept (7 days).", "TELEMETRY_TTL_S")] = None,
+    outbox_mb: Annotated[int | None, _option("Quota of what waits for the hub, MiB (256).", "OUTBOX_MB")] = None,
+    task_s: Annotated[float | None, _option("Seconds a task may take (120).", "TASK_S")] = None,
+    log: Annotated[str | None, _option("debug, info, warning or error (info).", "LOG")] = None,
+) -> None:
+    """Run the daemon of a device; the first start enrols it."""
+    given = {key: value for key, value in locals().items() if key != "config" and value != []}
+    from edge_agent import daemon
+    from edge_agent.config import load
+
+    daemon.main(load(given, config))
+
+
+def doctor(
+    state: State = None,
+    hub: Annotated[str | None, _option("The hub to reach, when not enrolled.", "HUB")] = None,
+    broker: Annotated[str | None, _option("The broker to reach instead of what the hub said.", "BROKER")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Check what a device needs; exits 1 when something is wrong."""
+    from edge_agent import doctor as checks
+
+    found = checks.examine(state, hub or "", broker or "")
+    if json:
+        typer.echo(checks.as_json(found))
+    else:
+        colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+        for check in found:
+            typer.secho(f"{check.state:<4} ", fg=colours[check.state], nl=False)
+            typer.echo(f"{check.name:<10} {check.detail}" + (f"\n     → {check.hint}" if check.hint else ""))
+    raise typer.Exit(any(check.state == "fail" for check in found))
+
+
+def task(
+    text: Annotated[str, typer.Argument(help="What to do, in plain words.")],
+    api: Annotated[str, _option("The device's local API.", "API")] = "http://127.0.0.1:8471",
+    token: Annotated[str, _option("Access token from the hub's /v1/login.", "TOKEN")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the end.")] = 180.0,
+    json: Annotated[bool, typer.Option("--json", help="Print the task with its transcript at the end.")] = False,
+) -> None:
+    """Give a device a task and show its calls as they are made; exits 1 when it failed."""
+    import httpx
+    import msgspec
+
+    base = api if "://" in api else f"http://{api}"
+    with httpx.Client(base_url=base, headers={"Authorization": f"Bearer {token}"}, timeout=10) as client:
+        id = _answer(client, "POST", "/v1/tasks", json={"text": text})["id"]
+        shown, deadline = 0, time.monotonic() + timeout
+        while True:
+            seen = _answer(client, "GET", f"/v1/tasks/{id}")
+            if not json:
+                shown = _show_steps(seen.get("steps", []), shown)
+            if seen["state"] != "running":
+                break
+            if time.monotonic() > deadline:
+                raise Retry(f"task {id} is not done after {timeout:g} s", "it goes on; ask for it with GET /v1/tasks")
+            time.sleep(0.1)
+    if json:
+        typer.echo(msgspec.json.encode(seen))
+    else:
+        good = seen["state"] == "succeeded"
+        typer.secho(seen["answer"] if good else f"failed: {seen['error']}", fg="green" if good else "red")
+    raise typer.Exit(seen["state"] != "succeeded")
+
+
+def _show_steps(steps: list[dict[str, Any]], shown: int) -> int:
+    for step in steps[shown:]:
+        if step["role"] == "model":
+            typer.secho(f"→ {step['text']}", fg="cyan", nl=False)
+            typer.echo(f"  {step.get('ms', 0):.0f} ms")
+        elif step["role"] == "tool":
+            typer.echo(f"  {step.get('text', '')}  {step.get('ms', 0):.0f} ms")
+    return len(steps)
+
+
+def _answer(client: Any, method: str, path: str, **more: Any) -> Any:
+    import httpx
+
+    try:
+        response = client.request(method, path, **more)
+    except httpx.HTTPError as error:
+        raise Retry(f"no answer from {client.base_url}: {error}", "is `outrider agent` running there?") from error
+    if response.is_error:
+        problem = {}
+        with contextlib.suppress(ValueError):
+            problem = response.json()
+        kind = Retry if response.status_code in (429, 503) else Refused
+        raise kind(str(problem.get("detail", response.reason_phrase)), str(problem.get("hint", "")))
+    return response.json()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    main()

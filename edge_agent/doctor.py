@@ -1,0 +1,152 @@
+"""What a device needs to work, each thing tried rather than assumed.
+
+Invariants: nothing is changed; every check ends within its timeout; a check that is not ok says what to do; a model is
+good only when it was loaded and answered in a worker process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from edge_agent.errors import OutriderError
+
+FREE_MB = 1024
+SKEW_S = 60.0
+_EDGE = ("httpx", "numpy", "onnxruntime", "onnxruntime_genai", "paho", "sqlite_utils", "starlette", "uvicorn")
+
+
+class Check(msgspec.Struct, frozen=True):
+    name: str
+    state: Literal["ok", "warn", "fail"]
+    detail: str
+    hint: str = ""
+
+
+def examine(state: Path | None, hub: str = "", broker: str = "") -> list[Check]:
+    """All checks; `hub` and `broker` stand in for the identity's."""
+    checks = [_python(), _extras()]
+    if missing := checks[1].state == "fail":
+        return checks
+    checks += [*_state(state)] if state else [Check("state", "warn", "no state directory given", "--state DIR")]
+    enrolled = None
+    if state is not None and not missing:
+        from edge_agent import enrol
+
+        try:
+            enrolled = enrol.load(state)
+            detail = f"{enrolled.enrolled.device} of {enrolled.enrolled.fleet}" if enrolled else "not enrolled"
+            checks.append(Check("identity", "ok" if enrolled else "warn", detail))
+        except OutriderError as error:
+            checks.append(Check("identity", "fail", error.message, error.hint))
+    hub = hub or (enrolled.hub if enrolled else "")
+    broker = broker or (enrolled.enrolled.broker.url if enrolled else "")
+    checks += _hub(hub)
+    checks.append(_broker(broker))
+    if state is not None:
+        checks += asyncio.run(_models(state))
+    checks.append(_systemd())
+    return checks
+
+
+def as_json(checks: list[Check]) -> str:
+    """`{ok, checks: [{name, state, detail, hint}]}`."""
+    ok = all(check.state != "fail" for check in checks)
+    return msgspec.json.encode({"ok": ok, "checks": checks}).decode()
+
+
+def _python() -> Check:
+    text = ".".join(str(part) for part in sys.version_info[:3])
+    good = sys.version_info >= (3, 11)
+    return Check("python", "ok" if good else "fail", text, "" if good else "Python 3.11 or newer is needed")
+
+
+def _extras() -> Check:
+    missing = [name for name in _EDGE if find_spec(name) is None]
+    if missing:
+        return Check("extras", "fail", f"missing: {', '.join(missing)}", "pip install 'outrider[edge]'")
+    return Check("extras", "ok", "edge is complete")
+
+
+def _state(state: Path) -> Iterator[Check]:
+    folder = next(path for path in (state, *state.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"outrider")
+        yield Check("state", "ok", f"{state} is writable")
+    except OSError as error:
+        yield Check("state", "fail", f"{folder} is not writable: {error}", "choose another, or change its owner")
+    free = shutil.disk_usage(folder).free >> 20
+    hint = "" if free >= FREE_MB else f"below {FREE_MB} MiB updates and the outbox have no room"
+    yield Check("disk", "ok" if free >= FREE_MB else "warn" if free > 64 else "fail", f"{free} MiB free", hint)
+
+
+def _hub(hub: str) -> Iterator[Check]:
+    if not hub:
+        yield Check("hub", "warn", "no hub known", "--hub URL")
+        return
+    import httpx
+
+    try:
+        response = httpx.get(f"{hub.rstrip('/')}/healthz", timeout=5)
+        response.raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        yield Check("hub", "warn", f"{hub} does not answer: {error}", "the device works on without; see the network")
+        return
+    yield Check("hub", "ok", f"{hub} answers in {response.elapsed.total_seconds() * 1e3:.0f} ms")
+    if date := response.headers.get("date"):
+        skew = time.time() - parsedate_to_datetime(date).timestamp()
+        good = abs(skew) < SKEW_S
+        hint = "" if good else "tokens and grants are judged by the clock: set up NTP"
+        yield Check("clock", "ok" if good else "fail", f"{skew:+.0f} s from the hub's", hint)
+
+
+def _broker(broker: str) -> Check:
+    if not broker:
+        return Check("broker", "warn", "no broker known", "enrol, or --broker URL")
+    from edge_agent.sync.broker import Address
+
+    try:
+        where = Address.parse(broker)
+        with socket.create_connection((where.host, where.port), 5):
+            return Check("broker", "ok", f"{where} accepts connections")
+    except OutriderError as error:
+        return Check("broker", "fail", error.message, error.hint)
+    except OSError as error:
+        return Check("broker", "warn", f"{broker} does not accept: {error}", "the outbox keeps what is to be sent")
+
+
+async def _models(state: Path) -> list[Check]:
+    from edge_agent.hosting import Hosting
+    from edge_agent.update.slots import Slots
+
+    slots, checks = Slots(state / "bundles"), []
+    for name in slots.names():
+        installed, began = slots.current(name), time.monotonic()
+        if installed is None:
+            checks.append(Check("model", "fail", f"{name} cannot be read", "assign it again"))
+            continue
+        try:
+            await Hosting({}).probe(name, installed)
+            took = time.monotonic() - began
+            checks.append(Check("model", "ok", f"{name} {installed.manifest.version} ran an inference ({took:.1f} s)"))
+        except OutriderError as error:
+            checks.append(Check("model", "fail", f"{name}: {error.message}", error.hint or "assign another version"))
+    return checks or [Check("model", "warn", "no model is installed", "publish a bundle and assign it to this device")]
+
+
+def _systemd() -> Check:
+    if Path("/run/systemd/system").is_dir():
+        return Check("systemd", "ok", "runs this machine")
+    return Check("systemd", "warn", "does not run this machine", "something else has to start the agent at boot")

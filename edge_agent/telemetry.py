@@ -1,0 +1,127 @@
+"""What the device measures, at an interval: its own health and what its reading tools say.
+
+Invariants: a sample that fails is one line in the log and never stops the next; only tools of risk `read` are sampled;
+samples have a low priority and a TTL, so that they are the first to go when the outbox is full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from edge_agent.agent.calls import Call, CallError, parse, validate
+from edge_agent.agent.tool import Param, ToolError, ToolSpec
+from edge_agent.errors import OutriderError, Refused
+
+PRIORITY = 6
+MAX_CALLS = 32
+_SAMPLED = "read_sensor"
+_log = logging.getLogger("outrider.telemetry")
+
+
+class Tools(Protocol):
+    async def specs(self) -> Sequence[ToolSpec]: ...
+    async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any: ...
+
+
+class Outbox(Protocol):
+    async def append(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int: ...
+
+
+class Telemetry:
+    """The sampler. `sample` is calls in the compact form; empty means every value of `read_sensor`, if there is one."""
+
+    def __init__(
+        self, tools: Tools, outbox: Outbox, state: Path, interval_s: float, ttl_s: float, sample: Sequence[str] = ()
+    ) -> None:
+        self._tools, self._outbox, self._state = tools, outbox, state
+        self._interval_s, self._ttl_s = interval_s, ttl_s
+        self._wanted = [_call(text) for text in sample]
+        self._cpu = _cpu_times()
+
+    async def run(self) -> None:
+        """Sample until cancelled; a round that takes longer than the interval delays the next, none pile up."""
+        while True:
+            began = time.monotonic()
+            try:
+                await self._enqueue({"health": await asyncio.to_thread(self._health)})
+                await self._sample()
+            except OutriderError as error:
+                _log.warning("no sample this time: %s", error)
+            await asyncio.sleep(max(0.05, self._interval_s - (time.monotonic() - began)))
+
+    async def _sample(self) -> None:
+        specs = await self._tools.specs()
+        calls = self._wanted or [c for spec in specs if spec.name == _SAMPLED for c in every_call(spec)]
+        reading = {spec.name: spec for spec in specs if spec.risk == "read"}
+        for wanted in calls[:MAX_CALLS]:
+            if wanted.name not in reading:
+                raise Refused(f"{wanted.name} is not a reading tool of this pack", f"these are: {', '.join(reading)}")
+            try:
+                call = validate(wanted, specs)
+                value = await self._tools.call(call.name, call.args, reading[call.name].timeout_s)
+            except (CallError, ToolError) as error:
+                _log.warning("sample of %s: %s", wanted.name, error)
+                continue
+            await self._enqueue({"tool": call.name, "args": call.args, "result": value})
+
+    async def _enqueue(self, body: dict[str, Any]) -> None:
+        await self._outbox.append("telemetry", body, PRIORITY, self._ttl_s)
+
+    def _health(self) -> dict[str, Any]:
+        before, self._cpu = self._cpu, _cpu_times()
+        busy, total = (now - then for now, then in zip(self._cpu, before, strict=True))
+        memory = _memory()
+        disk = shutil.disk_usage(self._state)
+        return {
+            "cpu_percent": round(100 * busy / total, 1) if total else 0.0,
+            "load": round(os.getloadavg()[0], 2),
+            "memory_free_mb": memory.get("MemAvailable", 0) // 1024,
+            "memory_mb": memory.get("MemTotal", 0) // 1024,
+            "disk_free_mb": disk.free >> 20,
+            "disk_mb": disk.total >> 20,
+        }
+
+
+def every_call(spec: ToolSpec) -> list[Call]:
+    """Every call of a tool whose required parameters have few values; none when one is open."""
+    names = [param.name for param in spec.params if param.required]
+    values = [_values(param) for param in spec.params if param.required]
+    return [Call(spec.name, dict(zip(names, each, strict=True))) for each in itertools.product(*values)][:MAX_CALLS]
+
+
+def _values(param: Param) -> list[Any]:
+    if param.kind == "choice":
+        return list(param.choices)
+    if param.kind == "int" and param.low is not None and param.high is not None:
+        return list(range(int(param.low), min(int(param.high), int(param.low) + MAX_CALLS) + 1))
+    return [False, True] if param.kind == "bool" else []
+
+
+def _call(text: str) -> Call:
+    try:
+        call = parse(text)
+    except CallError as error:
+        raise Refused(f"sample {text!r}: {error}", 'such as read_sensor(sensor="speed", line=1)') from error
+    if not isinstance(call, Call):
+        raise Refused(f"sample {text!r} is not a call", 'such as read_sensor(sensor="speed", line=1)')
+    return call
+
+
+def _cpu_times() -> tuple[int, int]:
+    """Busy and total jiffies since boot (proc_stat(5))."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return sum(fields) - fields[3] - fields[4], sum(fields)
+
+
+def _memory() -> dict[str, int]:
+    """KiB by name (proc_meminfo(5))."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    return {parts[0].rstrip(":"): int(parts[1]) for parts in lines if len(parts) > 1}

@@ -1,0 +1,204 @@
+"""Jobs from the hub and tasks from the local API: one queue, one at a time, each to a reported end.
+
+Invariants: work is journaled in the inbox before it is run, a local task too, and its end is reported until the store
+takes it, so kill -9 at any moment loses nothing: after a restart a task goes on from its transcript, an idempotent tool
+call is made again, any other is reported failed with its effect unknown. What a job may do is decided here, on the
+device, by the cached grants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from edge_agent.agent import policy
+from edge_agent.agent.calls import Call, CallError, render, validate
+from edge_agent.agent.loop import AgentLoop, Tools
+from edge_agent.agent.tool import ToolError, ToolSpec
+from edge_agent.agent.transcript import Task
+from edge_agent.api.app import Denied
+from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.wire.grants import Subject
+from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobState
+
+LOCAL_TTL_S = 86400.0
+MAX_RESULT = 8 * 1024
+_log = logging.getLogger("outrider.work")
+
+
+class Inbox(Protocol):
+    """sync.inbox.Inbox."""
+
+    async def accept(self, job: Job) -> JobState | None: ...
+    async def state(self, id: str) -> JobState | None: ...
+    async def next(self) -> Job: ...
+    async def interrupted(self) -> list[Job]: ...
+    async def report(self, id: str, state: JobState, result: dict[str, Any] | None = None, error: str = "") -> None: ...
+
+
+class Transcripts(Protocol):
+    """agent.transcript.Transcripts."""
+
+    async def get(self, id: str) -> Task | None: ...
+    async def latest(self, limit: int = 50) -> list[Task]: ...
+
+
+class Audit(Protocol):
+    async def append(self, event: str, subject: str, **detail: Any) -> None: ...
+
+
+class Work:
+    """Runs what is to be done."""
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        agent: AgentLoop,
+        transcripts: Transcripts,
+        tools: Tools,
+        audit: Audit,
+        allowed: policy.Allowed,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._inbox, self._agent, self._transcripts, self._tools = inbox, agent, transcripts, tools
+        self._audit, self._allowed, self._clock = audit, allowed, clock
+        self.current = ""
+
+    async def run(self) -> None:
+        """Finish what the last process left, then take what comes until cancelled."""
+        for job in await _until_stored(self._inbox.interrupted):
+            await self._job(job, again=True)
+        while True:
+            await self._job(await _until_stored(self._inbox.next), again=False)
+
+    async def submit(self, text: str, subject: Subject) -> str:
+        """Accept a local task; it is on disk when its id is returned. Raises Refused, Retry (too many wait)."""
+        now, id = self._clock(), f"local-{uuid.uuid4().hex[:16]}"
+        await self._audit.append("submit", subject.name, task=id, text=text[:2000])
+        job = Job(id, JobKind.TASK, {"text": text}, subject.name, subject.roles, now, now + LOCAL_TTL_S)
+        if await self._inbox.accept(job) is not JobState.DELIVERED:
+            raise Retry("too many tasks wait on this device", "try again when some are done")
+        try:
+            await self._agent.accept(id, text, subject)
+        except sqlite3.Error as error:
+            raise Retry(f"the task could not be saved: {error}", "is the disk full?") from error
+        return id
+
+    async def task(self, id: str) -> Task | None:
+        """A task with its transcript; one whose job ended without running is shown as failed."""
+        task, state = await self._transcripts.get(id), await self._inbox.state(id)
+        if task is not None and task.state == "running" and state in TERMINAL:
+            task.state, task.error = "failed", f"the job was {state} before it ran"
+        return task
+
+    async def tasks(self) -> list[Task]:
+        """The newest tasks, with no steps."""
+        return await self._transcripts.latest()
+
+    async def call(self, name: str, args: dict[str, Any], subject: Subject) -> Any:
+        """Call one tool for a subject. Raises Denied, Refused, Retry; an ordinary ToolError is Refused."""
+        spec, call = await self._checked(name, args, subject)
+        if spec.risk != "read":
+            await self._audit.append("call", subject.name, call=render(call))
+        try:
+            return await self._tools.call(call.name, call.args, spec.timeout_s)
+        except ToolError as error:
+            raise Refused(f"{name}: {error}", "the tool itself refused") from error
+
+    async def _checked(self, name: str, args: dict[str, Any], subject: Subject) -> tuple[ToolSpec, Call]:
+        specs = await self._tools.specs()
+        try:
+            call = validate(Call(name, args), specs)
+        except CallError as error:
+            raise Refused(str(error), "see GET /v1/status for the tools") from error
+        spec = next(spec for spec in specs if spec.name == name)
+        try:
+            policy.check(spec, subject, self._allowed)
+        except Refused as error:
+            raise Denied(error.message, error.hint) from error
+        return spec, call
+
+    async def _job(self, job: Job, again: bool) -> None:
+        self.current = job.id
+        try:
+            state, result, error = await self._do(job, again)
+        except (OutriderError, sqlite3.Error) as problem:
+            state, result, error = JobState.FAILED, {}, str(problem)
+        finally:
+            self.current = ""
+        _log.info("job %s: %s %s", job.id, state, error)
+        await _until_stored(lambda: self._inbox.report(job.id, state, result, error))
+
+    async def _do(self, job: Job, again: bool) -> tuple[JobState, dict[str, Any], str]:
+        subject = Subject(job.subject, job.roles, job.created)
+        match job.kind:
+            case JobKind.TASK:
+                if not self._allowed(subject, "run:task", ""):
+                    raise Denied(f"{subject.name} may not run:task on this device", "its grants do not say so")
+                await self._agent.accept(job.id, str(job.body.get("text", "")), subject)
+                task = await self._agent.run(job.id)
+                return JobState(task.state), summary(task), task.error
+            case JobKind.TOOL:
+                name, args = str(job.body.get("tool", "")), job.body.get("args") or {}
+                if again and not (await self._checked(name, args, subject))[0].idempotent:
+                    raise Refused(f"interrupted: effect unknown of {name}", "look at the device before you ask again")
+                return JobState.SUCCEEDED, {"result": bounded(await self.call(name, args, subject))}, ""
+            case _:
+                raise Refused("this agent does not know that kind of job", "update the agent")
+
+
+def summary(task: Task) -> dict[str, Any]:
+    """What the hub is told of a task: the answer, each call with its outcome, each decision with its times in ms."""
+    calls = [
+        {"call": render(step.call), "ok": step.ok, "result": step.text[:500], "ms": round(step.ms, 1)}
+        for step in task.steps
+        if step.role == "tool" and step.call is not None
+    ]
+    decisions = [
+        {
+            "text": step.text[:200],
+            "ms": round(step.ms, 1),
+            "first_token_ms": round(step.first_token_ms, 1),
+            "prompt_tokens": step.prompt_tokens,
+            "cached_tokens": step.cached_tokens,
+            "tokens": step.tokens,
+        }
+        for step in task.steps
+        if step.role == "model"
+    ]
+    return {
+        "answer": task.answer[:2000],
+        "result": bounded(task.result),
+        "calls": calls[-20:],
+        "decisions": decisions[-20:],
+        "runs": task.runs,
+        "seconds": round(task.finished - task.created, 3),
+    }
+
+
+def bounded(value: Any) -> Any:
+    """The value, or its beginning as text when it is too large for a record."""
+    encoded = msgspec.json.encode(value)
+    return value if len(encoded) <= MAX_RESULT else encoded[:MAX_RESULT].decode(errors="ignore") + "…"
+
+
+async def _until_stored(work: Callable[[], Any]) -> Any:
+    """Do it again until the store takes it: a full disk delays an end, it never loses one."""
+    pause = 0.5
+    while True:
+        try:
+            return await work()
+        except Refused as error:
+            _log.error("the end of a piece of work is not reported: %s", error)
+            return None
+        except (Retry, sqlite3.Error) as error:
+            _log.error("%s; trying again in %.1f s", error, pause)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 30.0)
