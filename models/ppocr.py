@@ -25,15 +25,19 @@ def finish(source: Path, target: Path) -> Path:
     probabilities = graph.output[0]
     classes = probabilities.type.tensor_type.shape.dim[-1].dim_value
     if len(graph.output) != 1 or any(len(c) != 1 for c in characters) or classes != len(characters) + 2:
-        raise ModelError(f"{source.name} is no PP-OCR recognition network: {len(characters)} characters, {classes} classes")
+        raise ModelError(
+            f"{source.name} is no PP-OCR recognition network: {len(characters)} characters, {classes} classes"
+        )
     points = np.array([0, *map(ord, characters), ord(" ")], np.int32)
     graph.initializer.append(numpy_helper.from_array(points, "codepoints"))
     name = probabilities.name
-    graph.node.extend([
-        helper.make_node("ArgMax", [name], ["best"], axis=2, keepdims=0),
-        helper.make_node("Gather", ["codepoints", "best"], ["codepoint"]),
-        helper.make_node("ReduceMax", [name], ["confidence"], axes=[2], keepdims=0),
-    ])
+    graph.node.extend(
+        [
+            helper.make_node("ArgMax", [name], ["best"], axis=2, keepdims=0),
+            helper.make_node("Gather", ["codepoints", "best"], ["codepoint"]),
+            helper.make_node("ReduceMax", [name], ["confidence"], axes=[2], keepdims=0),
+        ]
+    )
     dims = ["batch", "steps"]
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info("codepoint", TensorProto.INT32, dims))

@@ -40,8 +40,8 @@ def frame(seed: int, camera: int, product: int) -> Pixels:
     label, mask = _print(truth(seed, camera, product), dice)
     lens = _lens(dice)
     picture = _blend(picture, label, mask, lens) * _light(dice)
-    picture = cv2.GaussianBlur(picture, (0, 0), dice.uniform(0.4, 1.6))
-    picture += dice.normal(0, dice.uniform(2, 10), picture.shape).astype(np.float32)
+    picture = cv2.GaussianBlur(picture, (0, 0), dice.uniform(0.4, 2.0))
+    picture += dice.normal(0, dice.uniform(2, 14), picture.shape).astype(np.float32)
     return np.asarray(picture.clip(0, 255), np.uint8)
 
 
@@ -52,7 +52,7 @@ def _background(dice: np.random.Generator) -> _Floats:
     width = min(columns, height * WIDTH // HEIGHT)
     top, left = int(dice.integers(rows - height + 1)), int(dice.integers(columns - width + 1))
     part = photograph[top : top + height, left : left + width]
-    return cv2.resize(part, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    return np.asarray(cv2.resize(part, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC), np.float32)
 
 
 @lru_cache
@@ -72,17 +72,17 @@ def _print(text: list[str], dice: np.random.Generator) -> tuple[_Floats, _Floats
     opaque = Image.new("L", _LABEL, 0)
     ImageDraw.Draw(opaque).rounded_rectangle((0, 0, _LABEL[0] - 1, _LABEL[1] - 1), radius=14, fill=255)
     tint = np.array([dice.uniform(0.86, 1), dice.uniform(0.94, 1), 1], np.float32)
-    return np.asarray(label, np.float32)[:, :, None] * tint, np.asarray(opaque, np.float32) / 255
+    return np.asarray(label)[:, :, None] * tint, np.asarray(np.asarray(opaque) / 255, np.float32)
 
 
 def _lens(dice: np.random.Generator) -> _Floats:
     """Label pixels → picture pixels: size, turn, place and a pull at each corner."""
     width, height = _LABEL
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
-    scale, turn = dice.uniform(0.85, 1.2), np.radians(dice.uniform(-9, 9))
+    scale, turn = dice.uniform(0.6, 1.2), np.radians(dice.uniform(-9, 9))
     spin = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) * scale
     centre = np.array([dice.uniform(0.42, 0.58) * WIDTH, dice.uniform(0.38, 0.62) * HEIGHT])
-    seen = (corners - [width / 2, height / 2]) @ spin + centre + dice.uniform(-14, 14, (4, 2))
+    seen = (corners - [width / 2, height / 2]) @ spin + centre + dice.uniform(-16, 16, (4, 2))
     return np.asarray(cv2.getPerspectiveTransform(corners, seen.astype(np.float32)), np.float32)
 
 

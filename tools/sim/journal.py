@@ -104,7 +104,7 @@ class Journal:
             file.write(msgspec.json.encode(header) + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(scratch, self._path)
+        scratch.replace(self._path)
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -57,7 +57,7 @@ def _detect(ctx: Context, image: Image, side: int) -> Floats:
     scale = side / max(height, width)
     size = [max(32, round(n * scale / 32) * 32) for n in (width, height)]
     output = ctx.infer(DETECTOR, {"x": _tensor(cv2.resize(image, size)[None])})
-    return _array(next(iter(output.values())))[0, 0]
+    return np.asarray(_array(next(iter(output.values())))[0, 0], np.float32)
 
 
 def find_boxes(probability: Floats, width: int, height: int) -> list[Floats]:
@@ -87,7 +87,7 @@ def _corners(contour: np.ndarray) -> Floats:
 
 
 def _short_side(corners: Floats) -> float:
-    return float(min(np.linalg.norm(corners[0] - corners[1]), np.linalg.norm(corners[0] - corners[3])))
+    return min(math.dist(corners[0], corners[1]), math.dist(corners[0], corners[3]))
 
 
 def _mean_inside(probability: Floats, corners: Floats) -> float:
@@ -121,9 +121,9 @@ def _reading_order(boxes: list[Floats]) -> list[Floats]:
 
 
 def _crop(image: Image, box: Floats) -> Image:
-    """The line straightened to HEIGHT, its width by its shape, at most MAX_WIDTH; a standing line is laid down."""
-    across = max(np.linalg.norm(box[0] - box[1]), np.linalg.norm(box[3] - box[2]))
-    down = max(np.linalg.norm(box[0] - box[3]), np.linalg.norm(box[1] - box[2]), 1.0)
+    """The line straightened to HEIGHT, its width by its shape, at most MAX_WIDTH; a standing line is read downwards."""
+    across = max(math.dist(box[0], box[1]), math.dist(box[3], box[2]))
+    down = max(math.dist(box[0], box[3]), math.dist(box[1], box[2]))
     if down > 1.5 * across:
         box, across, down = np.roll(box, -1, axis=0), down, across
     width = min(max(math.ceil(HEIGHT * across / max(down, 1.0)), 8), MAX_WIDTH)
