@@ -1,0 +1,258 @@
+"""onnxruntime-genai behind the `LanguageModel` Protocol: the model is genai's, the choice of each token is ours.
+
+Invariants: keys and values of a request's tokens stay in its generator, and the next request with the same prefix
+rewinds to what both share, so a preamble is read once; grammars need no generator of their own. Tokens that the
+grammar forces are not asked of the model: they are appended together with the last chosen one in a single run.
+Memory is bounded: `generators` caches of `context` tokens, least recently used first out. A request is cancelled
+between tokens, and between pieces of a long prompt (genai holds the GIL while it runs).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime_genai as og
+from llguidance import LLMatcher, LLTokenizer
+
+from edge_agent.engines.base import EngineInfo, Generate, Piece
+from edge_agent.engines.onnxruntime import cpu_count
+from edge_agent.errors import Refused
+from edge_agent.wire.bundle import content_digest, scan
+
+_CHUNK = 128  # tokens of a prompt read at once
+_GRAMMARS = 32
+_MAX_GRAMMAR = 256 * 1024
+
+
+@dataclass
+class _Cache:
+    """A generator and the tokens whose keys and values it holds."""
+
+    generator: Any
+    tokens: list[int] = field(default_factory=list)
+
+
+class GenaiModel:
+    """A language model from a genai folder. One thread at a time."""
+
+    info: EngineInfo
+
+    def __init__(self, path: Path, *, threads: int = 0, context: int = 2048, generators: int = 2) -> None:
+        """Load `path`. Raises Refused when it is not a folder that onnxruntime-genai and its tokenizer can load."""
+        started = time.perf_counter()
+        threads = threads or cpu_count()
+        try:
+            settings = json.loads((path / "genai_config.json").read_text())["model"]
+            config = og.Config(str(path))
+            options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+            self._model = og.Model(config)
+            ends = settings["eos_token_id"]
+            self._ends: list[int] = ends if isinstance(ends, list) else [ends]
+            self._vocabulary = int(settings["vocab_size"])
+            self._tokenizer = LLTokenizer(
+                str(path / "tokenizer.json"), n_vocab=self._vocabulary, eos_token=self._ends
+            )
+            self._context = min(context, int(settings["context_length"]))
+        except (OSError, KeyError, ValueError, RuntimeError, og.OgaError if hasattr(og, "OgaError") else OSError) as error:
+            raise Refused(
+                f"{path.name} cannot be loaded as a language model: {error}",
+                "it is a folder made by `outrider models build`, or by onnxruntime-genai's model builder",
+            ) from error
+        self._generators = generators
+        self._caches: OrderedDict[tuple[str, str], _Cache] = OrderedDict()
+        self._grammars: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._bits = np.zeros((self._vocabulary + 31) // 32, dtype=np.uint32)
+        self.info = EngineInfo(
+            engine=f"onnxruntime-genai {og.__version__}",
+            provider="cpu",
+            model=path.name,
+            digest=content_digest(scan(path)),
+            load_s=time.perf_counter() - started,
+            extra={"threads": threads, "context": self._context, "generators": generators},
+        )
+
+    def generate(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Piece]:
+        """Stream the completion. Raises Refused for a bad grammar, an unknown adapter or lengths that do not fit."""
+        prompt = self._encode(request)
+        matcher = self._matcher(request.grammar) if request.grammar else None
+        return self._stream(_Run(request, prompt, cancelled), matcher)
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, special ones read as such."""
+        return len(self._tokenizer.tokenize_str(text, parse_special=True))
+
+    def close(self) -> None:
+        """Free the caches and the model."""
+        self._caches.clear()
+        self._grammars.clear()
+        self._model = None
+
+    def _encode(self, request: Generate) -> list[int]:
+        if request.adapter:
+            raise Refused(f"{self.info.model} has no adapter {request.adapter!r}", "leave the adapter empty")
+        if request.max_tokens < 1 or not 0 <= request.temperature < 100:
+            raise Refused("max_tokens is at least 1 and temperature from 0 to 100")
+        prompt: list[int] = self._tokenizer.tokenize_str(request.prefix + request.prompt, parse_special=True)
+        if not 0 < len(prompt) < self._context:
+            raise Refused(f"the prompt has {len(prompt)} tokens", f"it takes 1 to {self._context - 1}")
+        return prompt
+
+    def _matcher(self, grammar: str) -> LLMatcher:
+        matcher = self._grammars.pop(grammar, None)
+        if matcher is None:
+            if len(grammar) > _MAX_GRAMMAR:
+                raise Refused(f"the grammar has {len(grammar)} characters", f"at most {_MAX_GRAMMAR}")
+            matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
+            if matcher.is_error():
+                raise Refused(f"the grammar is not usable: {matcher.get_error()[:500]}", "llguidance's Lark syntax")
+        self._grammars[grammar] = matcher
+        if len(self._grammars) > _GRAMMARS:
+            self._grammars.popitem(last=False)
+        return matcher.deep_copy()
+
+    def _stream(self, run: _Run, matcher: LLMatcher | None) -> Iterator[Piece]:
+        key = (run.request.prefix, run.request.adapter)
+        cache = self._caches.pop(key, None) or self._new_cache()
+        run.cached = _shared(cache.tokens, run.prompt)
+        if run.cached < len(cache.tokens):
+            cache.generator.rewind_to(run.cached)
+            del cache.tokens[run.cached :]
+        random = np.random.default_rng(run.request.seed)
+        waiting = run.prompt[run.cached :]
+        forced = matcher.compute_ff_tokens() if matcher else []
+        limit = min(run.request.max_tokens, self._context - len(run.prompt))
+        while not run.finish:
+            if forced:
+                tokens = forced[: limit - run.written]
+            else:
+                if not self._read(cache, waiting, run.cancelled):
+                    run.finish = "cancelled"
+                    break
+                waiting = []
+                token, logprob = self._choose(cache.generator.get_logits(), matcher, run.request.temperature, random)
+                if token in self._ends:
+                    run.finish = "stop"
+                    break
+                run.logprobs.append(logprob)
+                tokens = [token]
+            text = self._tokenizer.decode_bytes(tokens)
+            waiting += tokens
+            run.write(text, len(tokens))
+            if matcher:
+                if not matcher.consume_tokens(tokens):
+                    raise Refused(f"the grammar stopped: {matcher.get_error()[:500]}", "a simpler grammar")
+                forced = matcher.compute_ff_tokens()
+                if not run.finish and matcher.is_stopped():
+                    run.finish = "stop"
+            if not run.finish and run.written >= limit:
+                run.finish = "length"
+            if piece := run.piece():
+                yield piece
+        # a stream that breaks off above (an error, a caller that leaves) drops its cache with its state unknown
+        self._keep(key, cache)
+        yield run.last()
+
+    def _read(self, cache: _Cache, tokens: list[int], cancelled: Callable[[], bool]) -> bool:
+        for start in range(0, len(tokens), _CHUNK):
+            if cancelled():
+                return False
+            chunk = tokens[start : start + _CHUNK]
+            cache.generator.append_tokens(np.array(chunk, dtype=np.int32))
+            cache.tokens += chunk
+        return not cancelled()
+
+    def _choose(
+        self, logits: NDArray[np.float32], matcher: LLMatcher | None, temperature: float, random: np.random.Generator
+    ) -> tuple[int, float]:
+        """A token and the logarithm of its probability among those that the grammar allows."""
+        logits = logits.reshape(-1)
+        allowed: NDArray[np.intp] | None = None
+        if matcher:
+            matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+            allowed = np.flatnonzero(np.unpackbits(self._bits.view(np.uint8), bitorder="little"))
+            logits = logits[allowed]
+            if not len(allowed):
+                raise Refused(f"the grammar allows no token here: {matcher.get_error()[:500]}", "check the grammar")
+        best = int(logits.argmax())
+        weights = np.exp(logits - logits[best])
+        index = best
+        if temperature > 0:
+            heap = np.cumsum(np.exp((logits - logits[best]) / temperature))
+            index = min(int(np.searchsorted(heap, random.random() * heap[-1], side="right")), len(heap) - 1)
+        logprob = float(np.log(weights[index] / weights.sum())) if weights[index] > 0 else -100.0
+        return (index if allowed is None else int(allowed[index])), logprob
+
+    def _new_cache(self) -> _Cache:
+        while len(self._caches) >= self._generators:
+            self._caches.popitem(last=False)
+        params = og.GeneratorParams(self._model)
+        params.set_search_options(max_length=self._context)
+        return _Cache(og.Generator(self._model, params))
+
+    def _keep(self, key: tuple[str, str], cache: _Cache) -> None:
+        self._caches[key] = cache
+
+
+class _Run:
+    """The text side of one request: what was written, what may be shown, how it ended."""
+
+    def __init__(self, request: Generate, prompt: list[int], cancelled: Callable[[], bool]) -> None:
+        self.request, self.prompt, self.cancelled = request, prompt, cancelled
+        self.cached = self.written = 0
+        self.finish = ""
+        self.logprobs: list[float] = []
+        self._started, self._first = time.perf_counter(), 0.0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self._hold = max((len(stop) for stop in request.stop), default=1) - 1
+
+    def write(self, raw: bytes, tokens: int) -> None:
+        """Take the bytes of tokens; finishes at a stop string."""
+        self._first = self._first or time.perf_counter() - self._started
+        self.written += tokens
+        self._held += self._decoder.decode(raw)
+        cuts = [at for stop in self.request.stop if stop and (at := self._held.find(stop)) >= 0]
+        if cuts:
+            self._held, self.finish = self._held[: min(cuts)], "stop"
+
+    def piece(self) -> Piece | None:
+        """What can be shown now: all but the characters in which a stop string may have begun."""
+        ready = len(self._held) - self._hold
+        if self.finish or ready <= 0:
+            return None
+        text, self._held = self._held[:ready], self._held[ready:]
+        return Piece(text)
+
+    def last(self) -> Piece:
+        """The rest of the text with the counts."""
+        text = self._held if self.request.stop and self.finish == "stop" else self._held + self._decoder.decode(b"", True)
+        return Piece(
+            text,
+            done=True,
+            finish=self.finish,
+            prompt_tokens=len(self.prompt),
+            cached_tokens=self.cached,
+            output_tokens=self.written,
+            first_token_s=self._first,
+            total_s=time.perf_counter() - self._started,
+            mean_logprob=float(np.mean(self.logprobs)) if self.logprobs else 0.0,
+        )
+
+
+def _shared(cached: list[int], prompt: list[int]) -> int:
+    """Leading tokens that both have, short of the prompt's last: at least one must be read again for its logits."""
+    limit = min(len(cached), len(prompt) - 1)
+    return next((i for i in range(limit) if cached[i] != prompt[i]), limit)

@@ -1,0 +1,82 @@
+"""Builds an onnxruntime-genai folder from a GGUF file, without torch or transformers.
+
+Invariants: the same GGUF file gives the same folder, byte for byte, whose name is its content digest; the folder
+appears whole or not at all (written beside, then renamed).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edge_agent.wire.bundle import content_digest, scan
+from models.genai_graph import write_graph
+from models.gguf_weights import GgufWeights
+from models.tokenizer_files import tokenizer_files
+
+Progress = Callable[[str, float], None]
+
+
+def build_genai_folder(gguf: Path, out: Path, progress: Progress = lambda text, fraction: None) -> str:
+    """Convert `gguf` to the folder `out` (replaced if it exists); returns its content digest.
+
+    progress(text, fraction 0..1). Raises UnsupportedModel when the file is not one we convert.
+    """
+    progress(f"reading {gguf.name}", 0.0)
+    weights = GgufWeights(gguf)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        documents = {"genai_config.json": _genai_config(weights), **tokenizer_files(weights)}
+        for name, document in documents.items():
+            (work / name).write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_graph(weights, work, progress)
+        digest = content_digest(scan(work))
+        work.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    progress("done", 1.0)
+    return digest
+
+
+def _genai_config(weights: GgufWeights) -> dict[str, Any]:
+    shape = weights.shape
+    end = int(weights.meta("tokenizer.ggml.eos_token_id"))
+    return {
+        "model": {
+            "type": "llama",
+            "bos_token_id": int(weights.meta("tokenizer.ggml.bos_token_id")),
+            "eos_token_id": sorted({end, 0}, reverse=True),
+            "pad_token_id": int(weights.meta("tokenizer.ggml.padding_token_id")),
+            "vocab_size": shape.vocabulary,
+            "context_length": shape.context,
+            "decoder": {
+                "session_options": {"log_id": "outrider", "provider_options": []},
+                "filename": "model.onnx",
+                "head_size": shape.head_size,
+                "hidden_size": shape.width,
+                "num_attention_heads": shape.heads,
+                "num_key_value_heads": shape.kv_heads,
+                "num_hidden_layers": shape.layers,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {"do_sample": False, "num_beams": 1, "max_length": 2048, "past_present_share_buffer": True},
+    }
