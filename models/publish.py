@@ -1,0 +1,84 @@
+"""Uploads a bundle to a hub: the blobs that are not there, then the manifest, which the hub signs.
+
+Invariants: files are checked against the manifest before the first byte leaves; a file the hub has is not sent
+again, so a publication that was cut off goes on by being run again; memory stays at one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+from models.errors import ModelError
+from models.fetch import CHUNK, Progress, quiet
+from models.package import open_bundle
+
+
+def login(hub: str, user: str, password: str) -> str:
+    """An access token. Raises ModelError."""
+    with _client(hub, "") as client:
+        answer = _ask(client, "POST", "/v1/login", json={"user": user, "password": password})
+        return str(answer["access_token"])
+
+
+def publish(hub: str, token: str, bundle: Path, progress: Progress = quiet) -> dict[str, Any]:
+    """Upload and publish a bundle folder; the hub's signed manifest. Raises ModelError."""
+    manifest = open_bundle(bundle)
+    with _client(hub, token) as client:
+        for entry in manifest.files:
+            what = f"uploading {entry.path}"
+            if not _has(client, entry.sha256):
+                body = _chunks(bundle / "files" / entry.path, what, entry.size, progress)
+                headers = {"Content-Length": str(entry.size)}
+                _ask(client, "PUT", f"/v1/blobs/{entry.sha256}", content=body, headers=headers)
+            progress(what, entry.size, entry.size)
+        return _ask(client, "POST", "/v1/bundles", json={"manifest": msgspec.to_builtins(manifest)})
+
+
+def _client(hub: str, token: str) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return httpx.Client(base_url=hub, headers=headers, timeout=httpx.Timeout(60.0, connect=10.0))
+
+
+def _has(client: httpx.Client, sha256: str) -> bool:
+    try:
+        status = client.head(f"/v1/blobs/{sha256}").status_code
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _unreachable(client, error) from error
+    if status in (401, 403):
+        raise ModelError(f"the hub does not let you publish ({status})", "log in as a user who may publish:bundle")
+    return status == 200
+
+
+def _ask(client: httpx.Client, method: str, path: str, **more: Any) -> dict[str, Any]:
+    try:
+        response = client.request(method, path, **more)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _unreachable(client, error) from error
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = {}
+    if response.is_success and isinstance(answer, dict):
+        return answer
+    detail = answer.get("detail", response.text[:200]) if isinstance(answer, dict) else response.text[:200]
+    hint = str(answer.get("hint", "")) if isinstance(answer, dict) else ""
+    raise ModelError(f"the hub refused ({response.status_code}): {detail}", hint)
+
+
+def _unreachable(client: httpx.Client, error: Exception) -> ModelError:
+    reason = str(error) or type(error).__name__
+    return ModelError(f"the hub at {client.base_url} cannot be reached: {reason}", "is `outrider hub` running there?")
+
+
+def _chunks(path: Path, what: str, size: int, progress: Progress) -> Iterator[bytes]:
+    done = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+            done += len(chunk)
+            progress(what, done, size)
