@@ -136,10 +136,12 @@ def agent(
 ) -> None:
     """Run the daemon of a device; the first start enrols it."""
     given = {key: value for key, value in locals().items() if key != "config" and value != []}
-    from edge_agent import daemon
     from edge_agent.config import load
 
-    daemon.main(load(given, config))
+    settings = load(given, config)
+    from edge_agent import daemon
+
+    daemon.main(settings)
 
 
 def doctor(

@@ -62,7 +62,8 @@ def load(given: dict[str, Any], file: Path | None) -> Settings:
     if "state" not in values:
         raise Refused("no state directory", "give --state DIR, OUTRIDER_STATE or `state` in the file")
     try:
-        settings = msgspec.convert(values, Settings)
+        values["state"] = str(values["state"])
+        settings = msgspec.convert(values, Settings, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
         raise Refused(f"a setting has the wrong type: {error}", "see `outrider agent --help`") from error
     if settings.telemetry_s <= 0 or settings.outbox_mb <= 0 or settings.task_s <= 0:
