@@ -1,0 +1,63 @@
+"""`outrider bench` and `outrider demo`: verbs for developers, never installed on a device.
+
+Invariant: a benchmark races its peer in the same run and prints one JSON object a line with `--json`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import shutil
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edge_agent.errors import Refused
+
+
+class Name(StrEnum):
+    """The benchmarks there are, each a module of `bench` with `run`."""
+
+    LLM = "llm"
+    UPLINK = "uplink"
+
+
+def bench(
+    name: Annotated[Name, typer.Argument(help="Which benchmark.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a row.")] = False,
+) -> None:
+    """Run a benchmark against its peers: `llm` (prefill, decode, call) or `uplink` (records/s, lost, doubled)."""
+    from bench.rows import show
+
+    module: Any = importlib.import_module(f"bench.{name}")
+    show(module.run(), as_json)
+
+
+def demo(
+    keep: Annotated[bool, typer.Option(help="Leave hub, devices and dashboard running at the end.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where the fleet lives while it runs; emptied first.")] = Path(".demo"),
+    report: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("demo-report.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report too, the account on stderr.")] = False,
+) -> None:
+    """A fleet on this machine: enrol, install, ten tasks, a cut cable, a killed daemon, and the books."""
+    from rich.console import Console
+
+    from bench.demo import run
+    from models.fetch import default_cache
+
+    if folder.exists() and not (folder / "hub").exists() and any(folder.iterdir()):
+        raise Refused(f"{folder} holds something that is not a demo's", "name another with --folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    console = Console(stderr=as_json)
+    found = asyncio.run(run(folder, default_cache(), console, keep, report))
+    if as_json:
+        json.dump(found, sys.stdout, indent=1)
+    broken = [promise["promise"] for promise in found["promises"] if not promise["held"]]
+    if broken:
+        console.print(f"[bold red]broken:[/bold red] {'; '.join(broken)}")
+        raise typer.Exit(1)
