@@ -65,15 +65,23 @@ class Audit:
         rows = await self._db.read(lambda c: c.execute(query).mappings().all())
         return [dict(row) | {"detail": msgspec.json.decode(row["detail"])} for row in rows]
 
+    async def newest(self, limit: int = 100) -> list[dict[str, Any]]:
+        """The last entries, newest first."""
+        query = sa.select(audit).order_by(audit.c.id.desc()).limit(limit)
+        rows = await self._db.read(lambda c: c.execute(query).mappings().all())
+        return [dict(row) | {"detail": msgspec.json.decode(row["detail"])} for row in rows]
+
     async def first_broken(self) -> int | None:
         """The id of the first entry that does not follow from the one before it, or None."""
 
         def walk(connection: sa.Connection) -> int | None:
             prev = GENESIS
-            for row in connection.execution_options(yield_per=1000).execute(sa.select(audit).order_by(audit.c.id)):
-                if row.prev != prev or row.hash != entry_hash(prev, row.ts, row.actor, row.action, row.detail):
-                    return int(row.id)
-                prev = row.hash
+            everything = sa.select(audit).order_by(audit.c.id)
+            with connection.execution_options(yield_per=1000).execute(everything) as rows:
+                for row in rows:
+                    if row.prev != prev or row.hash != entry_hash(prev, row.ts, row.actor, row.action, row.detail):
+                        return int(row.id)
+                    prev = row.hash
             return None
 
         return await self._db.read(walk)

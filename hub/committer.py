@@ -82,6 +82,7 @@ class Committed(msgspec.Struct):
 
     acks: dict[str, Ackable] = {}
     records: int = 0
+    doubled: int = 0  # seqs that came again and were skipped
 
 
 class Committer:
@@ -106,6 +107,8 @@ class Committer:
             except WireError as error:
                 self._tell(connection, device, "refuse:batch", {"reason": str(error)[:400]})
                 continue
+            if header.epoch == state.epoch:
+                done.doubled += max(0, min(header.last, state.watermark) - header.first + 1)
             taken = self._take(connection, device, state, header, message, condemn)
             rows += taken
             done.records += len(taken)

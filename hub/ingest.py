@@ -49,6 +49,7 @@ class Ingest:
         self._committer = Committer(devices.fleet)
         self._waiting: asyncio.Queue[Message] = asyncio.Queue(GROUP)
         self.records = 0
+        self.doubled = 0  # since this process started
 
     @staticmethod
     def filters(fleet: str) -> list[str]:
@@ -84,6 +85,7 @@ class Ingest:
             for message in group:
                 message.ack()
         self.records += committed.records
+        self.doubled += committed.doubled
         for device, ack in committed.acks.items():
             await self._ack(device, ack)
 
@@ -99,6 +101,7 @@ class Ingest:
             except (sa.exc.SQLAlchemyError, ValueError, OverflowError) as error:
                 one = await self._persist([message], condemn=f"it cannot be stored: {error}")
             whole.records += one.records
+            whole.doubled += one.doubled
             whole.acks |= one.acks
         return whole
 

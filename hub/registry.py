@@ -161,9 +161,9 @@ class Registry:
             )
 
     async def list(self) -> list[dict[str, Any]]:
-        """Name, version, kind, size, digests, when and by whom; newest first."""
+        """Name, version, kind, size, digests, when and by whom; oldest first."""
         shown = [c for c in bundles.c if c.name not in ("manifest", "signature")]
-        query = sa.select(*shown).order_by(bundles.c.published.desc())
+        query = sa.select(*shown).order_by(bundles.c.published)
         return [dict(row) for row in await self._db.read(lambda c: c.execute(query).mappings().all())]
 
     async def get(self, name: str, version: str) -> SignedManifest:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from hub.db import Database, dead_letters, devices, telemetry
+from hub.db import Database, devices, telemetry
 
 MAX_PAGE = 1000
 
@@ -51,13 +51,8 @@ class Telemetry:
         rows = await self._db.read(lambda c: c.execute(query).mappings().all())
         return [dict(row) | {"body": msgspec.json.decode(row["body"])} for row in rows]
 
-    async def counts(self) -> dict[str, int]:
-        """Records and dead letters in all."""
-
-        def count(connection: sa.Connection) -> dict[str, int]:
-            return {
-                table.name: connection.execute(sa.select(sa.func.count()).select_from(table)).scalar() or 0
-                for table in (telemetry, dead_letters)
-            }
-
-        return await self._db.read(count)
+    async def count_after(self, id: int) -> tuple[int, int]:
+        """How many records have an id above this one, and the highest id of all (at least `id`)."""
+        found = sa.select(sa.func.count(), sa.func.max(telemetry.c.id)).where(telemetry.c.id > id)
+        row = await self._db.read(lambda c: c.execute(found).one())
+        return row[0], row[1] or id

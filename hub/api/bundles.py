@@ -43,9 +43,9 @@ async def publish(body: NewBundle, hub: Hub, who: Publisher) -> dict[str, Any]:
     return built | {"manifest_sha256": signed.sha256}
 
 
-@router.get("/bundles", summary="What is published, newest first")
-async def list_bundles(hub: Hub, _: BundleReader) -> dict[str, Any]:
-    return {"bundles": await hub.registry.list()}
+@router.get("/bundles", summary="What is published, oldest first")
+async def list_bundles(hub: Hub, _: BundleReader) -> list[dict[str, Any]]:
+    return await hub.registry.list()
 
 
 @router.get("/bundles/{name}/{version}", summary="A signed manifest")

@@ -65,14 +65,19 @@ async def enrol(body: Enrol, hub: Hub) -> dict[str, Any]:
     }
 
 
+@router.get("/broker", summary="Where devices find the broker")
+async def broker(hub: Hub, _: DeviceReader) -> dict[str, Any]:
+    return {"url": hub.address.url, "connected": hub.session.connected}
+
+
 @router.get("/devices", summary="Every device with its true presence")
-async def list_devices(hub: Hub, _: DeviceReader) -> dict[str, Any]:
-    return {"devices": await hub.devices.list()}
+async def list_devices(hub: Hub, _: DeviceReader) -> list[dict[str, Any]]:
+    return [_shown(device) for device in await hub.devices.list()]
 
 
 @router.get("/devices/{device}", summary="One device: presence, clock offset, watermark, twin, bundles")
 async def get_device(device: str, hub: Hub, _: DeviceReader) -> dict[str, Any]:
-    return await hub.devices.get(device)
+    return _shown(await hub.devices.get(device))
 
 
 @router.get("/telemetry", summary="Committed records, a page at a time")
@@ -116,10 +121,15 @@ async def list_jobs(
     device: str | None = None,
     state: Annotated[str | None, Query(description=f"of {', '.join(JobState)}")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> dict[str, Any]:
-    return {"jobs": await hub.jobs.list(device, state, limit)}
+) -> list[dict[str, Any]]:
+    return await hub.jobs.list(device, state, limit)
 
 
 @router.get("/jobs/{job}", summary="One job with its result")
 async def get_job(job: str, hub: Hub, _: JobReader) -> dict[str, Any]:
     return await hub.jobs.get(job)
+
+
+def _shown(device: dict[str, Any]) -> dict[str, Any]:
+    presence = {name: device.pop(name) for name in ("online", "last_seen", "heartbeat_age_s", "clock_offset_s")}
+    return {"name": device.pop("name"), "presence": presence} | device

@@ -1,0 +1,205 @@
+"""`outrider hub`: run a hub, and talk to one.
+
+Invariant: every verb prints a line for each thing, or one JSON document with `--json`; an error is a sentence with a
+hint on stderr and exit status 1.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hub.errors import HubError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Url = Annotated[str | None, typer.Option("--hub", help="The hub's URL; else OUTRIDER_HUB, else the last login's.")]
+
+
+class RunByDefault(TyperGroup):
+    """`outrider hub --data DIR` is `outrider hub run --data DIR`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ("--help", "--install-completion", "--show-completion"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=RunByDefault, help="Run a hub, and talk to one.", no_args_is_help=True)
+
+
+@app.command()
+def run(
+    data: Annotated[Path, typer.Option(help="Where the hub keeps everything.")],
+    http: Annotated[str, typer.Option(help="Address to serve HTTP on.")] = "127.0.0.1:8080",
+    broker: Annotated[str, typer.Option(help="embedded, or mqtt(s)://user:password@host:port")] = "embedded",
+    broker_port: Annotated[int, typer.Option(help="Port of the embedded broker; 0 picks one once.")] = 0,
+    broker_ca: Annotated[Path | None, typer.Option(help="PEM file of the CA that signed the broker.")] = None,
+    database: Annotated[str, typer.Option(help="SQLAlchemy URL; SQLite in --data if not given.")] = "",
+    fleet: Annotated[str, typer.Option(help="Name of the fleet.")] = "main",
+    dashboard: Annotated[bool, typer.Option(help="Serve the dashboard at /.")] = True,
+) -> None:
+    """Run a hub until it is told to stop."""
+    from hub.app import Settings
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with _errors():
+        host, _, port = http.rpartition(":")
+        if not host or not port.isdecimal():
+            raise HubError(f"{http!r} is not an address", "write --http 127.0.0.1:8080")
+        settings = Settings(
+            data=data,
+            fleet=fleet,
+            broker=broker,
+            broker_port=broker_port,
+            broker_ca=broker_ca,
+            database=database,
+            admin_password=os.environ.get("OUTRIDER_ADMIN_PASSWORD"),
+            on_generated_password=lambda password: typer.echo(f"user admin, password {password} (shown once)"),
+            dashboard=dashboard,
+        )
+        asyncio.run(_serve(settings, host.strip("[]"), int(port)))
+
+
+async def _serve(settings: Any, host: str, port: int) -> None:
+    import contextlib
+
+    import uvicorn
+
+    from hub.app import create_app
+
+    class Server(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # the lifespan must end in order after the server, so the signals are ours
+
+    application = create_app(settings)
+    config = uvicorn.Config(
+        application,
+        host,
+        port,
+        lifespan="off",
+        log_level="warning",
+        limit_concurrency=1000,
+        timeout_graceful_shutdown=3,
+    )
+    server = Server(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
+    async with application.router.lifespan_context(application):
+        typer.echo(f"hub at http://{host}:{port}, broker at {application.state.services.address.url}")
+        with contextlib.suppress(SystemExit):  # uvicorn's way to say that it cannot listen; the reason is logged
+            await server.serve()
+    if not server.started:
+        raise HubError(f"cannot serve HTTP on {host}:{port}", "is the port taken? give another --http")
+
+
+@app.command()
+def login(
+    user: Annotated[str, typer.Option(prompt=True)] = "admin",
+    password: Annotated[str, typer.Option(prompt=True, hide_input=True, envvar="OUTRIDER_PASSWORD")] = "",
+    hub: Annotated[str, typer.Option(envvar="OUTRIDER_HUB")] = "http://127.0.0.1:8080",
+    as_json: Json = False,
+) -> None:
+    """Log in; the token is kept in the user's configuration folder."""
+    from hub.client import login as log_in
+
+    with _errors():
+        _print(log_in(hub, user, password), as_json, lambda a: f"logged in at {a['hub']} as {a['user']}")
+
+
+@app.command("enrol-token")
+def enrol_token(name: str | None = None, ttl_s: float = 3600, hub: Url = None, as_json: Json = False) -> None:
+    """Make a single-use enrolment token."""
+    with _errors():
+        made = _client(hub).post("/v1/enrolments", {"name": name, "ttl_s": ttl_s})
+        _print(made, as_json, lambda answer: str(answer["token"]))
+
+
+@app.command()
+def devices(hub: Url = None, as_json: Json = False) -> None:
+    """List devices with their true presence."""
+    with _errors():
+        _print(_client(hub).get("/v1/devices"), as_json, _device_line)
+
+
+@app.command()
+def task(device: str, text: str, key: str = "", hub: Url = None, as_json: Json = False) -> None:
+    """Give a device a task in plain words."""
+    with _errors():
+        job = _client(hub).post(f"/v1/devices/{device}/tasks", {"text": text, "idempotency_key": key})
+        _print(job, as_json, _job_line)
+
+
+@app.command()
+def jobs(device: str | None = None, limit: int = 20, hub: Url = None, as_json: Json = False) -> None:
+    """List jobs, newest first."""
+    with _errors():
+        _print(_client(hub).get("/v1/jobs", device=device, limit=limit), as_json, _job_line)
+
+
+@app.command()
+def publish(
+    folder: Path,
+    name: str = "",
+    version: str = "",
+    kind: str = "",
+    license: str = "",
+    hub: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Upload a folder and publish it as a bundle; a bundle.json in it may give the manifest's fields."""
+    with _errors():
+        made = _client(hub).publish(folder, name, version, kind, license, {})
+        _print(made, as_json, lambda m: f"{m['name']} {m['version']} {m['manifest_sha256']}")
+
+
+@app.command()
+def assign(device: str, name: str, version: str, hub: Url = None, as_json: Json = False) -> None:
+    """Make a device install a published bundle."""
+    with _errors():
+        done = _client(hub).post(f"/v1/devices/{device}/bundles", {"name": name, "version": version})
+        _print(done, as_json, lambda d: f"{d['device']} shall have {name} {version}")
+
+
+def _client(url: str | None) -> Any:
+    from hub.client import HubClient
+
+    return HubClient(url)
+
+
+def _device_line(device: dict[str, Any]) -> str:
+    presence = device["presence"]
+    state = "online " if presence["online"] else "offline"
+    offset = "" if presence["clock_offset_s"] is None else f"  clock {presence['clock_offset_s']:+.3f} s"
+    return f"{device['name']:20} {state} epoch {device['epoch']} seq {device['watermark']}{offset}"
+
+
+def _job_line(job: dict[str, Any]) -> str:
+    what = job["body"].get("text") or job["body"].get("tool") or ""
+    return f"{job['id']} {job['device']:20} {job['state']:10} {what} {job['error']}".rstrip()
+
+
+def _print(answer: Any, as_json: bool, line: Callable[[dict[str, Any]], str]) -> None:
+    if as_json:
+        typer.echo(json.dumps(answer, indent=2))
+    else:
+        for one in answer if isinstance(answer, list) else [answer]:
+            typer.echo(line(one))
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except HubError as error:
+        typer.echo(f"outrider hub: {error}", err=True)
+        raise typer.Exit(1) from None

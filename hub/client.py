@@ -1,0 +1,101 @@
+"""The hub's HTTP API from a shell: one function a call, errors as `HubError` with the hub's own words.
+
+Invariant: the access token is kept 0600 in the user's configuration folder, or comes from OUTRIDER_TOKEN.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+from edge_agent.wire.bundle import BundleKind, FileEntry, Manifest, scan
+from hub.broker import write_private
+from hub.errors import HubError
+
+PIECE = 1 << 20
+
+
+def config_path() -> Path:
+    """Where the token is kept."""
+    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(base) / "outrider" / "hub.json"
+
+
+def login(url: str, user: str, password: str) -> dict[str, Any]:
+    """Get a token and keep it."""
+    with httpx.Client(base_url=url, timeout=30) as http:
+        answer = _answer(http, "POST", "/v1/login", json={"user": user, "password": password})
+    path = config_path()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_private(path, msgspec.json.encode({"url": url, "token": answer["access_token"]}))
+    return {"user": user, "hub": url, "expires_in": answer["expires_in"]}
+
+
+class HubClient:
+    """A logged-in client. Raises HubError when nobody is logged in."""
+
+    def __init__(self, url: str | None = None, token: str | None = None) -> None:
+        path = config_path()
+        known: dict[str, str] = msgspec.json.decode(path.read_bytes()) if path.exists() else {}
+        url = url or os.environ.get("OUTRIDER_HUB") or known.get("url") or "http://127.0.0.1:8080"
+        token = token or os.environ.get("OUTRIDER_TOKEN") or (known.get("token") if url == known.get("url") else None)
+        if not token:
+            raise HubError(f"not logged in at {url}", "outrider hub login, or set OUTRIDER_TOKEN")
+        self._http = httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {token}"})
+
+    def get(self, path: str, **query: Any) -> Any:
+        return _answer(self._http, "GET", path, params={k: v for k, v in query.items() if v is not None})
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        return _answer(self._http, "POST", path, json=body)
+
+    def publish(
+        self, folder: Path, name: str, version: str, kind: str, license: str, meta: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Upload what is missing of a folder and publish it; a `bundle.json` in it may give other fields."""
+        given: dict[str, Any] = {}
+        described = folder / "bundle.json"
+        try:
+            if described.exists():
+                given = msgspec.json.decode(described.read_bytes(), type=dict[str, Any])
+            files = [entry for entry in scan(folder) if entry.path != "bundle.json"]
+            fields = {"name": name, "version": version, "kind": kind, "license": license, "meta": meta}
+            fields = given | {key: value for key, value in fields.items() if value}
+            manifest = msgspec.convert(fields | {"files": msgspec.to_builtins(files)}, Manifest)
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            raise HubError(f"{folder} is not a bundle: {error}", "give --name, --version and --kind") from error
+        if manifest.kind is BundleKind.UNKNOWN:
+            raise HubError(f"kind {fields.get('kind')!r} is not known", f"one of {', '.join(BundleKind)}")
+        for entry in files:
+            self._upload(folder, entry)
+        answer: dict[str, Any] = self.post("/v1/bundles", {"manifest": msgspec.to_builtins(manifest)})
+        return {"name": manifest.name, "version": manifest.version, "manifest_sha256": answer["manifest_sha256"]}
+
+    def _upload(self, folder: Path, entry: FileEntry) -> None:
+        path = f"/v1/blobs/{entry.sha256}"
+        if self._http.head(path).status_code == 200:
+            return
+
+        def pieces() -> Iterator[bytes]:
+            with (folder / entry.path).open("rb") as file:
+                while piece := file.read(PIECE):
+                    yield piece
+
+        _answer(self._http, "PUT", path, content=pieces())
+
+
+def _answer(http: httpx.Client, method: str, path: str, **more: Any) -> Any:
+    try:
+        response = http.request(method, path, **more)
+    except httpx.TransportError as error:
+        raise HubError(f"no answer from {http.base_url}: {error}", "is the hub running there?") from error
+    if response.is_error:
+        try:
+            said: dict[str, Any] = response.json()
+        except ValueError:
+            said = {"detail": response.text[:200]}
+        raise HubError(f"{response.status_code}: {said.get('detail', '')}", said.get("hint", ""))
+    return response.json()
