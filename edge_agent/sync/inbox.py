@@ -1,0 +1,116 @@
+"""Jobs that came down, journaled before anything is done about them.
+
+Invariants: a job is accepted once, by id and by idempotency key; it changes state only along `JOB_TRANSITIONS`, and the
+record that reports the change is enqueued in the same transaction; an expired job is reported expired, never run;
+`next` journals `running` before it hands a job out, so a job found running at start was interrupted and is never run
+again by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from edge_agent.errors import Refused
+from edge_agent.store import Connection, Store
+from edge_agent.sync.outbox import Outbox
+from edge_agent.wire.messages import JOB_TRANSITIONS, TERMINAL, Job, JobReport, JobState
+
+MAX_WAITING = 1000  # jobs delivered and not begun
+KEPT = 10_000  # ended jobs remembered, so that a repeated one is known
+REPORT_PRIORITY = 1
+
+
+class Inbox:
+    """The journal of jobs. `next()` is how work leaves it."""
+
+    def __init__(self, store: Store, outbox: Outbox, clock: Callable[[], float] = time.time) -> None:
+        self._store, self._outbox, self._clock = store, outbox, clock
+        self._arrived = asyncio.Event()
+        self._arrived.set()
+
+    async def accept(self, job: Job) -> JobState | None:
+        """Journal it: its state, or None when it is known by id already. Durable when this returns."""
+        return await self._store.write(lambda db: self._accept(db, job))
+
+    async def next(self) -> Job:
+        """The oldest job not begun, journaled as running; waits for one."""
+        while True:
+            self._arrived.clear()
+            job = await self._store.write(self._begin)
+            if job is not None:
+                return job
+            await self._arrived.wait()
+
+    async def interrupted(self) -> list[Job]:
+        """Jobs that were running when the last process ended: resume them or report them failed."""
+        rows = "SELECT job FROM jobs WHERE state = 'running' ORDER BY n"
+        return await self._store.read(lambda db: [_job(line) for (line,) in db.execute(rows)])
+
+    async def report(self, id: str, state: JobState, result: dict[str, Any] | None = None, error: str = "") -> None:
+        """Change the state and tell the hub, both or neither. Raises Refused for a change the table forbids."""
+        report = JobReport(id, state, self._clock(), result or {}, error)
+        await self._store.write(lambda db: self._report(db, report))
+
+    async def state(self, id: str) -> JobState | None:
+        """What became of a job; None when it is not known."""
+        row = await self._store.read(lambda db: db.execute("SELECT state FROM jobs WHERE id = ?", [id]).fetchone())
+        return JobState(row[0]) if row else None
+
+    def _accept(self, db: Connection, job: Job) -> JobState | None:
+        if db.execute("SELECT 1 FROM jobs WHERE id = ?", [job.id]).fetchone():
+            return None
+        now = self._clock()
+        key = job.idempotency_key
+        twin = db.execute("SELECT id FROM jobs WHERE idempotency_key = ? AND ? != ''", [key, key]).fetchone()
+        waiting = db.execute("SELECT count(*) FROM jobs WHERE state = 'delivered'").fetchone()[0]
+        values = [job.id, key, JobState.QUEUED, job.expires, now, msgspec.json.encode(job)]
+        columns = "id, idempotency_key, state, expires, updated, job"
+        db.execute(f"INSERT INTO jobs ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values)
+        if twin:
+            state, error = JobState.REJECTED, f"the same as job {twin[0]}: both carry idempotency key {key!r}"
+        elif job.expires <= now:
+            state, error = JobState.EXPIRED, f"it expired {now - job.expires:.0f} s before it came"
+        elif waiting >= MAX_WAITING:
+            state, error = JobState.REJECTED, f"{waiting} jobs wait on this device already: send it again later"
+        else:
+            state, error = JobState.DELIVERED, ""
+            db.on_commit(self._arrived.set)
+        self._report(db, JobReport(job.id, state, now, {}, error))
+        if state is not JobState.DELIVERED:
+            ended = ", ".join(f"'{each}'" for each in sorted(TERMINAL))
+            oldest = f"SELECT n FROM jobs WHERE state IN ({ended}) ORDER BY n DESC LIMIT -1 OFFSET {KEPT}"
+            db.execute(f"DELETE FROM jobs WHERE n IN ({oldest})")
+        return state
+
+    def _begin(self, db: Connection) -> Job | None:
+        oldest = "SELECT job FROM jobs WHERE state = 'delivered' ORDER BY n LIMIT 1"
+        while row := db.execute(oldest).fetchone():
+            job, now = _job(row[0]), self._clock()
+            if job.expires > now:
+                self._report(db, JobReport(job.id, JobState.RUNNING, now))
+                return job
+            self._report(db, JobReport(job.id, JobState.EXPIRED, now, {}, "it expired while it waited on the device"))
+        return None
+
+    def _report(self, db: Connection, report: JobReport) -> None:
+        row = db.execute("SELECT state FROM jobs WHERE id = ?", [report.id]).fetchone()
+        if row is None:
+            raise Refused(f"no job {report.id!r} is known here", "it was never accepted, or ended long ago")
+        before = JobState(row[0])
+        if report.state not in JOB_TRANSITIONS[before]:
+            raise Refused(f"job {report.id} is {before}: it cannot become {report.state}", "report a job's end once")
+        body = msgspec.to_builtins(report)
+        db.execute(
+            "UPDATE jobs SET state = ?, updated = ?, report = ? WHERE id = ?",
+            [report.state, report.ts, msgspec.json.encode(report), report.id],
+        )
+        self._outbox.put(db, "job", body, REPORT_PRIORITY)
+
+
+def _job(line: bytes) -> Job:
+    return msgspec.json.decode(line, type=Job)

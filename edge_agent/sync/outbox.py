@@ -1,0 +1,293 @@
+"""What the device has to say, until the hub has committed it.
+
+Invariants: a seq that `append` returned is on disk and names one content for ever; seqs count from 1 within an epoch,
+with no holes but for records let go by quota or TTL, and a `loss` record tells of those; a record leaves only when the
+hub's ack covers it, when its TTL has passed or when the quota makes it the victim (lowest priority first, then oldest).
+A batch that was handed out is let go only when nothing else is left to go.
+Memory is bounded by the callers that wait; disk by `Limits` and the few `loss` records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from edge_agent.errors import Refused
+from edge_agent.store import Connection, Store
+from edge_agent.wire.batch import MAX_BATCH
+from edge_agent.wire.messages import Loss, LossReason, Record
+
+MAX_RECORD = 64 * 1024  # bytes, encoded
+LOWEST = 9
+_KEPT = -1  # stored priority of a loss record: never let go
+_PREFIX = len(b'{"seq":0')
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Past either one, records are let go."""
+
+    rows: int = 1_000_000
+    bytes: int = 256 << 20
+
+
+class Slice(NamedTuple):
+    """Encoded records that cover the seqs `first` to `last`; fewer than that when some were let go."""
+
+    first: int
+    last: int
+    lines: list[bytes]
+    full: bool
+
+
+class Draft(NamedTuple):
+    """A record encoded but for its seq."""
+
+    tail: bytes
+    priority: int
+    expires: float | None
+
+
+class _State(msgspec.Struct):
+    last_seq: int
+    acked: int
+    rows: int
+    bytes: int
+    losses: dict[LossReason, tuple[int, Loss]] = {}
+
+
+class Outbox:
+    """Made by `await Outbox.open(store)`; one an open store."""
+
+    def __init__(self, store: Store, epoch: int, state: _State, limits: Limits, clock: Callable[[], float]) -> None:
+        self._store, self._state, self._limits, self._clock = store, state, limits, clock
+        self.epoch = epoch
+        self.changed = asyncio.Event()  # set after each commit of new records; its consumer clears it
+        self._waiting: list[tuple[Draft, asyncio.Future[int]]] = []
+        self._flusher: asyncio.Task[None] | None = None
+        self._handed_out = state.acked  # the newest seq that may be on its way
+
+    @classmethod
+    async def open(cls, store: Store, limits: Limits | None = None, clock: Callable[[], float] = time.time) -> Outbox:
+        """Read where the last process stopped."""
+
+        def load(db: Connection) -> tuple[int, _State]:
+            epoch, last, acked = db.execute("SELECT epoch, last_seq, acked FROM outbox_state").fetchone()
+            rows, size = db.execute("SELECT count(*), coalesce(sum(length(line)), 0) FROM outbox").fetchone()
+            return epoch, _State(last, acked, rows, size)
+
+        epoch, state = await store.read(load)
+        return cls(store, epoch, state, limits or Limits(), clock)
+
+    @property
+    def last_seq(self) -> int:
+        return self._state.last_seq
+
+    @property
+    def acked(self) -> int:
+        """The newest seq the hub has committed."""
+        return self._state.acked
+
+    @property
+    def depth(self) -> int:
+        """Records that wait for the hub's commit."""
+        return self._state.rows
+
+    @property
+    def size(self) -> int:
+        """Bytes of the records that wait."""
+        return self._state.bytes
+
+    def draft(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> Draft:
+        """Encode once, now. `ttl` is in seconds. Raises Refused when it cannot be a record."""
+        if not 0 <= priority <= LOWEST:
+            raise Refused(f"priority {priority} of a {kind} record", f"0 is the highest, {LOWEST} the lowest")
+        now = self._clock()
+        try:
+            line = msgspec.json.encode(Record(0, now, kind, priority, body))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Refused(f"the body of a {kind} record is not JSON: {error}", "use text, numbers, lists") from None
+        if len(line) > MAX_RECORD:
+            raise Refused(f"a {kind} record of {len(line)} bytes", f"at most {MAX_RECORD}: send a blob, or split it")
+        return Draft(line[_PREFIX:], priority, None if ttl is None else now + ttl)
+
+    async def append(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int:
+        """The record's seq, once it is on disk. Concurrent callers share one commit. Raises Refused or Retry."""
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting.append((self.draft(kind, body, priority, ttl), future))
+        if self._flusher is None:
+            self._flusher = asyncio.create_task(self._flush(), name="outbox-flush")
+        return await future
+
+    async def append_many(self, drafts: Sequence[Draft]) -> range:
+        """The seqs of records that `draft` made, in one commit."""
+        return await self._store.write(lambda db: self._insert(db, drafts))
+
+    def put(self, db: Connection, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int:
+        """Append inside the caller's transaction."""
+        return self._insert(db, [self.draft(kind, body, priority, ttl)])[0]
+
+    async def batch(self, after: int) -> Slice | None:
+        """The next records after a seq, at most MAX_BATCH bytes of them; None when there are none."""
+        if after >= self._state.last_seq:
+            return None
+        return await self._store.write(lambda db: self._batch(db, after))
+
+    async def ack(self, seq: int) -> None:
+        """The hub has committed everything up to `seq`. Raises Refused when that was never appended."""
+        if seq > self._state.last_seq:
+            hint = "the state directory is older than what was sent: it was restored or copied; enrol the device anew"
+            raise Refused(f"the hub has seq {seq} of epoch {self.epoch}, this device made {self.last_seq}", hint)
+        if seq > self._state.acked:
+            await self._store.write(lambda db: self._ack(db, seq))
+
+    async def expire(self) -> None:
+        """Let go of what outlived its TTL."""
+        await self._store.write(self._expire)
+
+    async def _flush(self) -> None:
+        try:
+            while self._waiting:
+                group, self._waiting = self._waiting, []
+                drafts = [draft for draft, _ in group]
+                try:
+                    seqs = await self.append_many(drafts)
+                except Exception as error:  # noqa: BLE001 - every caller gets it
+                    for _, future in group:
+                        if not future.done():
+                            future.set_exception(error)
+                else:
+                    for seq, (_, future) in zip(seqs, group, strict=True):
+                        if not future.done():
+                            future.set_result(seq)
+        finally:
+            self._flusher = None
+            for _, future in self._waiting:
+                future.cancel()
+
+    # What follows runs in the store's thread, inside a transaction.
+
+    def _begin(self, db: Connection) -> _State:
+        before = self._state
+
+        def restore() -> None:
+            self._state = before
+
+        db.on_rollback(restore)
+        self._state = msgspec.structs.replace(before)
+        return self._state
+
+    def _insert(self, db: Connection, drafts: Iterable[Draft], stored_priority: int | None = None) -> range:
+        state = self._begin(db)
+        first = seq = state.last_seq + 1
+        rows = []
+        for tail, priority, expires in drafts:
+            line = b'{"seq":%d%b' % (seq, tail)
+            rows.append((seq, priority if stored_priority is None else stored_priority, expires, line))
+            state.bytes += len(line)
+            seq += 1
+        db.executemany("INSERT INTO outbox VALUES (?, ?, ?, ?)", rows)
+        db.execute("UPDATE outbox_state SET last_seq = ?", [seq - 1])
+        state.rows += len(rows)
+        state.last_seq = seq - 1
+        if stored_priority is None and (state.rows > self._limits.rows or state.bytes > self._limits.bytes):
+            self._make_room(db)
+        db.on_commit(self.changed.set)
+        return range(first, seq)
+
+    def _batch(self, db: Connection, after: int) -> Slice | None:
+        self._expire(db)
+        lines: list[bytes] = []
+        last, size, full = after, 0, False
+        for seq, line in db.execute("SELECT seq, line FROM outbox WHERE seq > ? ORDER BY seq", [after]):
+            size += len(line) + 1
+            if size > MAX_BATCH:
+                full = True
+                break
+            lines.append(line)
+            last = seq
+        if not lines:
+            return None
+        self._handed_out = max(self._handed_out, last)
+        return Slice(after + 1, last, lines, full)
+
+    def _ack(self, db: Connection, seq: int) -> None:
+        state = self._begin(db)
+        self._delete(db, "seq <= ?", [seq])
+        db.execute("UPDATE outbox_state SET acked = ?", [seq])
+        state.acked = max(state.acked, seq)
+        self._handed_out = max(self._handed_out, seq)
+
+    def _delete(self, db: Connection, where: str, values: Sequence[float]) -> None:
+        sums = f"SELECT count(*), coalesce(sum(length(line)), 0) FROM outbox WHERE {where}"
+        rows, size = db.execute(sums, values).fetchone()
+        db.execute(f"DELETE FROM outbox WHERE {where}", values)
+        self._state.rows -= rows
+        self._state.bytes -= size
+
+    def _expire(self, db: Connection) -> None:
+        values = [self._clock(), self._handed_out]
+        where = "expires IS NOT NULL AND expires <= ? AND seq > ?"
+        gone = db.execute(f"SELECT seq, priority FROM outbox WHERE {where} ORDER BY seq", values).fetchall()
+        if gone:
+            self._begin(db)
+            self._delete(db, where, values)
+            self._tell_loss(db, LossReason.TTL, gone)
+
+    def _make_room(self, db: Connection) -> None:
+        """Down to 95 % of the limits, so that the scan for victims is paid once for many appends."""
+        self._expire(db)
+        state = self._begin(db)
+        rows, size = int(self._limits.rows * 0.95), int(self._limits.bytes * 0.95)
+        gone: list[tuple[int, int]] = []
+        for floor in (self._handed_out, state.acked):
+            for priority in range(LOWEST, -1, -1):
+                if state.rows <= rows and state.bytes <= size:
+                    break
+                victims = self._victims(db, priority, floor, state.rows - rows, state.bytes - size)
+                if victims:
+                    self._delete(db, "priority = ? AND seq > ? AND seq <= ?", [priority, floor, victims[-1]])
+                    gone += ((seq, priority) for seq in victims)
+        if gone:
+            self._tell_loss(db, LossReason.QUOTA, gone)
+
+    def _victims(self, db: Connection, priority: int, floor: int, rows: int, size: int) -> list[int]:
+        oldest = "SELECT seq, length(line) FROM outbox WHERE priority = ? AND seq > ? ORDER BY seq"
+        victims = []
+        for seq, length in db.execute(oldest, [priority, floor]):
+            if rows <= 0 and size <= 0:
+                break
+            victims.append(seq)
+            rows, size = rows - 1, size - length
+        return victims
+
+    def _tell_loss(self, db: Connection, reason: LossReason, gone: list[tuple[int, int]]) -> None:
+        """One `loss` record a reason, amended until it is handed out."""
+        seqs = [seq for seq, _ in gone]
+        loss = Loss(reason, min(seqs), max(seqs), len(gone), _count(priority for _, priority in gone))
+        seq, known = self._state.losses.get(reason, (0, loss))
+        if seq > self._handed_out:
+            loss = _merge(known, loss)
+            line = msgspec.json.encode(Record(seq, self._clock(), "loss", 0, msgspec.to_builtins(loss)))
+            (before,) = db.execute("SELECT length(line) FROM outbox WHERE seq = ?", [seq]).fetchone()
+            db.execute("UPDATE outbox SET line = ? WHERE seq = ?", [line, seq])
+            self._state.bytes += len(line) - before
+        else:
+            (seq,) = self._insert(db, [self.draft("loss", msgspec.to_builtins(loss), 0)], _KEPT)
+        self._state.losses = {**self._state.losses, reason: (seq, loss)}
+
+
+def _count(priorities: Iterable[int]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for priority in priorities:
+        counts[str(priority)] = counts.get(str(priority), 0) + 1
+    return counts
+
+
+def _merge(a: Loss, b: Loss) -> Loss:
+    by_priority = {k: a.by_priority.get(k, 0) + b.by_priority.get(k, 0) for k in a.by_priority | b.by_priority}
+    first, last = min(a.first_seq, b.first_seq), max(a.last_seq, b.last_seq)
+    return Loss(a.reason, first, last, a.count + b.count, by_priority)
