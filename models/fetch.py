@@ -34,6 +34,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes or steps done, total; total 0 when unknown)."""
 
 CHUNK = 1 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DOWNLOAD_TIMEOUT_S = 900
 
 
@@ -222,7 +223,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise ModelError(f"cannot write the model cache: {error}", f"is {folder} writable?") from error
         free = shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free
         raise ModelError(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -21,19 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from edge_agent.engines.base import Generate
 from edge_agent.errors import OutriderError
 from edge_agent.wire.bundle import BundleKind, Manifest, content_digest, scan, sha256_file
-from edge_agent.wire.tensor import Tensor
 from models.errors import ModelError
 from models.fetch import Progress, Source, atomic_file, fetch, quiet, sources
 
 KEEP_BUILDS = 3
 PROBE = "probe.msgpack"
 PROBE_PROMPT = "The capital of France is"
-PROBE_TOKENS = 3
+PROBE_TOKENS = 2
 
 Convert = Callable[[Path, Path, Progress], None]
 """(fetched file, empty folder to fill, progress)."""
@@ -45,7 +42,7 @@ class Recipe(msgspec.Struct, frozen=True):
     convert: Convert
     modules: tuple[str, ...]
     precision: str
-    probe_shape: tuple[int, ...] = ()
+    probe_shape: tuple[int, int, int, int] | None = None
 
 
 def _genai(source: Path, out: Path, progress: Progress) -> None:
@@ -67,8 +64,8 @@ def _ppocr_recognition(source: Path, out: Path, progress: Progress) -> None:
 _GENAI = ("models.genai_build", "models.genai_graph", "models.gguf_weights", "models.tokenizer_files")
 RECIPES = {
     "smollm2": Recipe(_genai, _GENAI, "int4"),
-    "ppocr-det": Recipe(_as_it_is, (), "float32", (1, 3, 64, 64)),
-    "ppocr-rec": Recipe(_ppocr_recognition, ("models.ppocr",), "float32", (1, 3, 48, 64)),
+    "ppocr-det": Recipe(_as_it_is, ("models.golden",), "float32", (1, 3, 64, 160)),
+    "ppocr-rec": Recipe(_ppocr_recognition, ("models.ppocr", "models.golden"), "float32", (1, 3, 48, 128)),
 }
 
 
@@ -88,7 +85,9 @@ def build(name: str, cache: Path, progress: Progress = quiet) -> Path:
             work.mkdir()
             recipe.convert(model, work, progress)
             if recipe.probe_shape:
-                (work / PROBE).write_bytes(_golden(work / "model.onnx", recipe.probe_shape))
+                from models.golden import golden
+
+                (work / PROBE).write_bytes(golden(work / "model.onnx", recipe.probe_shape))
             for text in source.files[1:]:
                 shutil.copy(model.parent / text.name, work / text.name)
             _publish_folder(work, folder)
@@ -149,10 +148,12 @@ def open_bundle(bundle: Path) -> Manifest:
 
 def _manifest(name: str, version: str, folder: Path, recipe: Recipe, source: Source, progress: Progress) -> Manifest:
     files, kind = scan(folder), BundleKind(source.kind)
-    inputs: list[dict[str, Any]] = []
-    outputs: list[dict[str, Any]] = []
+    inputs: list[dict[str, object]] = []
+    outputs: list[dict[str, object]] = []
     if kind is BundleKind.ONNX:
-        inputs, outputs = _signature(folder / "model.onnx")
+        from models.golden import signature
+
+        inputs, outputs = signature(folder / "model.onnx")
         probe: dict[str, Any] = {"file": PROBE, "rtol": 1e-2, "atol": 1e-2}
     else:
         progress("asking the golden probe", 0, 0)
@@ -205,32 +206,6 @@ def _publish_folder(work: Path, folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
-
-
-def _golden(model: Path, shape: tuple[int, ...]) -> bytes:
-    """Inputs (seeded noise in -1..1) and the outputs of the engine that serves networks, as msgpack."""
-    from edge_agent.engines.onnxruntime import OnnxNetwork
-
-    noise = np.random.default_rng(7).uniform(-1, 1, shape).astype(np.float32)
-    inputs = {"x": Tensor("float32", list(shape), noise.tobytes())}
-    network = OnnxNetwork(model, probe=inputs)
-    try:
-        return msgspec.msgpack.encode({"inputs": inputs, "outputs": network.infer(inputs)})
-    finally:
-        network.close()
-
-
-def _signature(model: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    described = [
-        [{"name": io.name, "dtype": io.type[7:-1], "shape": [d if isinstance(d, int) else -1 for d in io.shape]}
-         for io in side]
-        for side in (session.get_inputs(), session.get_outputs())
-    ]  # fmt: skip
-    return described[0], described[1]
 
 
 def _language_probe(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""Golden inputs and answers of networks, stored in their bundles.
+
+Invariants: the picture is drawn here, so no data set is needed and it is the same everywhere; a good reading network
+is sure of every character of it, so small differences between processors do not change its answer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.engines.onnxruntime import OnnxNetwork
+from edge_agent.wire.tensor import Tensor
+
+DIGITS = {
+    "4": ("00010", "00110", "01010", "10010", "11111", "00010", "00010"),
+    "2": ("01110", "10001", "00001", "00110", "01000", "10000", "11111"),
+    "1": ("00100", "01100", "00100", "00100", "00100", "00100", "01110"),
+    "7": ("11111", "00001", "00010", "00100", "01000", "01000", "01000"),
+}
+TEXT = "4217"
+
+
+def picture(height: int, width: int) -> NDArray[np.float32]:
+    """`TEXT`, dark (-1) on light (1), in the middle of (height, width)."""
+    glyphs = [np.pad(np.array([list(row) for row in DIGITS[c]], np.float32), ((0, 0), (0, 1))) for c in TEXT]
+    line = np.kron(np.concatenate(glyphs, axis=1), np.ones((4, 4), np.float32))
+    page = np.ones((height, width), np.float32)
+    top, left = (height - line.shape[0]) // 2, (width - line.shape[1]) // 2
+    page[top : top + line.shape[0], left : left + line.shape[1]] -= 2 * line
+    return page
+
+
+def golden(model: Path, shape: tuple[int, int, int, int]) -> bytes:
+    """The picture as input `x` (NCHW) and what the serving engine answers, as msgpack {inputs, outputs}."""
+    pixels = np.broadcast_to(picture(*shape[2:]), shape)
+    inputs = {"x": Tensor("float32", list(shape), pixels.tobytes())}
+    network = OnnxNetwork(model, probe=inputs)
+    try:
+        return msgspec.msgpack.encode({"inputs": inputs, "outputs": network.infer(inputs)})
+    finally:
+        network.close()
+
+
+def signature(model: Path) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """What a network takes and gives: name, dtype (numpy's), shape (-1 is free)."""
+    import onnx
+    from onnx import helper
+
+    graph = onnx.load(str(model), load_external_data=False).graph
+
+    def described(value: onnx.ValueInfoProto) -> dict[str, object]:
+        tensor = value.type.tensor_type
+        shape = [d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim]
+        return {"name": value.name, "dtype": helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, "shape": shape}
+
+    weights = {initializer.name for initializer in graph.initializer}
+    return [described(v) for v in graph.input if v.name not in weights], [described(v) for v in graph.output]
