@@ -341,9 +341,7 @@ class _Link:
             self._socket = None
             self._reading = self._writing = False
 
-    def _on_connect(
-        self, _c: object, _u: object, flags: paho.ConnectFlags, reason: ReasonCode, properties: Any
-    ) -> None:
+    def _on_connect(self, _c: object, _u: object, flags: paho.ConnectFlags, reason: ReasonCode, told: Any) -> None:
         if reason.is_failure:
             self._end(refusal(reason.value, str(reason), self.session.address))
             return
