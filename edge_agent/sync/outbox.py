@@ -10,17 +10,20 @@ Memory is bounded by the callers that wait; disk by `Limits` and the few `loss` 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
-from edge_agent.errors import Refused
+from edge_agent.errors import Refused, Retry
 from edge_agent.store import Connection, Store
 from edge_agent.wire.batch import MAX_BATCH
 from edge_agent.wire.messages import Loss, LossReason, Record
 
+log = logging.getLogger(__name__)
 MAX_RECORD = 64 * 1024  # bytes, encoded
 LOWEST = 9
 _KEPT = -1  # stored priority of a loss record: never let go
@@ -69,6 +72,7 @@ class Outbox:
         self._waiting: list[tuple[Draft, asyncio.Future[int]]] = []
         self._flusher: asyncio.Task[None] | None = None
         self._handed_out = state.acked  # the newest seq that may be on its way
+        self._next_expiry = 0.0  # nothing outlives its TTL before
 
     @classmethod
     async def open(cls, store: Store, limits: Limits | None = None, clock: Callable[[], float] = time.time) -> Outbox:
@@ -134,7 +138,11 @@ class Outbox:
         """The next records after a seq, at most MAX_BATCH bytes of them; None when there are none."""
         if after >= self._state.last_seq:
             return None
-        return await self._store.write(lambda db: self._batch(db, after))
+        try:
+            await self.expire()
+        except Retry as error:  # a full disk must not stop what would free it
+            log.warning("what outlived its TTL is sent all the same: %s", error)
+        return await self._store.read(lambda db: self._batch(db, after))
 
     async def ack(self, seq: int) -> None:
         """The hub has committed everything up to `seq`. Raises Refused when that was never appended."""
@@ -145,8 +153,9 @@ class Outbox:
             await self._store.write(lambda db: self._ack(db, seq))
 
     async def expire(self) -> None:
-        """Let go of what outlived its TTL."""
-        await self._store.write(self._expire)
+        """Let go of what outlived its TTL. Raises Retry."""
+        if self._clock() >= self._next_expiry:
+            await self._store.write(self._expire)
 
     async def _flush(self) -> None:
         try:
@@ -186,6 +195,7 @@ class Outbox:
         rows = []
         for tail, priority, expires in drafts:
             line = b'{"seq":%d%b' % (seq, tail)
+            self._next_expiry = min(self._next_expiry, expires or math.inf)
             rows.append((seq, priority if stored_priority is None else stored_priority, expires, line))
             state.bytes += len(line)
             seq += 1
@@ -199,7 +209,6 @@ class Outbox:
         return range(first, seq)
 
     def _batch(self, db: Connection, after: int) -> Slice | None:
-        self._expire(db)
         lines: list[bytes] = []
         last, size, full = after, 0, False
         for seq, line in db.execute("SELECT seq, line FROM outbox WHERE seq > ? ORDER BY seq", [after]):
@@ -236,6 +245,8 @@ class Outbox:
             self._begin(db)
             self._delete(db, where, values)
             self._tell_loss(db, LossReason.TTL, gone)
+        (soonest,) = db.execute("SELECT min(expires) FROM outbox WHERE expires > ?", values[:1]).fetchone()
+        self._next_expiry = math.inf if soonest is None else soonest
 
     def _make_room(self, db: Connection) -> None:
         """Down to 95 % of the limits, so that the scan for victims is paid once for many appends."""

@@ -1,0 +1,270 @@
+"""The device's side of the contract: batches up, acks, desired documents, jobs and grants down, presence beside.
+
+Invariants: nothing that comes down is parsed before the pinned hub key has verified it, and what fails is audited and
+dropped; it is PUBACKed only when it is on disk; a batch is sent again from the acked watermark after every connection,
+every stall and every gap, and a record leaves the outbox only by the hub's ack; at most `window` batches are unacked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from pathlib import Path
+
+import msgspec
+
+from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.sync.inbox import Inbox
+from edge_agent.sync.outbox import Outbox
+from edge_agent.sync.transport import Message, MqttSession, Publication
+from edge_agent.sync.twin import GrantsCache, Twin
+from edge_agent.wire.batch import Header, encode_batch
+from edge_agent.wire.errors import TooBig, WireError
+from edge_agent.wire.messages import MAX_MESSAGE, Ack, Desired, Job, Presence, PresenceState
+from edge_agent.wire.signed import seal, unseal
+from edge_agent.wire.signing import SigningKey, VerifyKey
+from edge_agent.wire.topics import Topic, TopicKind
+
+log = logging.getLogger(__name__)
+HEARTBEAT_S = 15.0
+PATIENCE_S = (5.0, 60.0)  # without an ack before the window is sent again: first and longest
+LINGER_S, LINGER_ROWS = 0.02, 500  # while a batch is on its way, a small one waits a little for company
+AUDIT_EVERY_S = 10.0
+
+
+class Counters(msgspec.Struct):
+    """Since the process started."""
+
+    batches: int = 0
+    records: int = 0
+    resent: int = 0
+    acks: int = 0
+    jobs: int = 0
+    refused: int = 0
+    connections: int = 0
+
+
+class Session:
+    """`run()` serves until it is cancelled; offline or not makes no difference to its callers.
+
+    Raises Refused at once for a broker address or CA file that cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        fleet: str,
+        device: str,
+        key: SigningKey,
+        hub_key: VerifyKey,
+        broker: str,
+        outbox: Outbox,
+        inbox: Inbox,
+        twin: Twin,
+        grants: GrantsCache,
+        username: str | None = None,
+        password: str | None = None,
+        ca: Path | None = None,
+        agent: str = "",
+        heartbeat: float = HEARTBEAT_S,
+        window: int = 8,
+    ) -> None:
+        self._key, self._hub_key, self._agent = key, hub_key, agent
+        self._outbox, self._inbox, self._twin, self._grants = outbox, inbox, twin, grants
+        self._heartbeat, self._window = heartbeat, window
+        kinds = (TopicKind.ACK, TopicKind.DESIRED, TopicKind.JOBS)
+        self._down = [str(Topic(fleet, TopicKind.GRANTS)), *(str(Topic(fleet, kind, device)) for kind in kinds)]
+        self._up = str(Topic(fleet, TopicKind.UP, device))
+        self._presence_topic = str(Topic(fleet, TopicKind.PRESENCE, device))
+        self._mqtt = MqttSession(
+            broker,
+            f"{fleet}.{device}",
+            username=username,
+            password=password,
+            ca=ca,
+            subscriptions=self._down,
+            will=lambda: self._presence(PresenceState.OFFLINE),
+            on_connect=self._on_connect,
+        )
+        self.counters = Counters()
+        self._halted: Refused | None = None
+        self._nonce = ""
+        self._beat_now = asyncio.Event()
+        self._cursor = self._furthest = outbox.acked  # sent since the last rewind, and ever
+        self._inflight: deque[int] = deque()  # last seqs of the batches not acked
+        self._turn = 0  # rewinds
+        self._progress, self._patience = time.monotonic(), PATIENCE_S[0]
+        self._audited = float("-inf")
+
+    @property
+    def connected(self) -> bool:
+        return self._mqtt.connected
+
+    @property
+    def error(self) -> OutriderError | None:
+        """Why nothing flows, when nothing flows."""
+        return self._halted or self._mqtt.error
+
+    async def run(self) -> None:
+        async with self._mqtt as mqtt:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._receive(mqtt, tasks), name="sync-receive")
+                    tasks.create_task(self._send(mqtt), name="sync-send")
+                    tasks.create_task(self._beat(mqtt), name="sync-beat")
+            finally:
+                with contextlib.suppress(OutriderError, TimeoutError):
+                    async with asyncio.timeout(2.0):
+                        await self._publish(mqtt, self._presence(PresenceState.OFFLINE))
+
+    def _on_connect(self, _session_present: bool) -> None:
+        self.counters.connections += 1
+        self._rewind()
+        self._patience = PATIENCE_S[0]
+        self._beat_now.set()
+
+    # up
+
+    async def _send(self, mqtt: MqttSession) -> None:
+        wake = self._outbox.changed
+        while True:
+            wake.clear()
+            try:
+                if await self._send_next(mqtt):
+                    continue
+            except Retry as error:
+                log.info("sending waits: %s", error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(wake.wait(), 1.0)
+
+    async def _send_next(self, mqtt: MqttSession) -> bool:
+        if self._inflight and time.monotonic() - self._progress > self._patience:
+            log.info("no ack for %.0f s: sending again from seq %d", self._patience, self._outbox.acked + 1)
+            self._patience = min(self._patience * 2, PATIENCE_S[1])
+            self._rewind()
+        backlog = self._outbox.last_seq - self._cursor
+        if not mqtt.connected or self._halted or backlog <= 0 or len(self._inflight) >= self._window:
+            return False
+        if self._inflight and backlog < LINGER_ROWS:
+            await asyncio.sleep(LINGER_S)
+        turn = self._turn
+        part = await self._outbox.batch(self._cursor)
+        if part is None or turn != self._turn:
+            return part is not None
+        header = Header(self._outbox.epoch, part.first, part.last)
+        batch = await asyncio.to_thread(encode_batch, part.lines, self._key, self._up, header)
+        if turn == self._turn:
+            await mqtt.publish(self._up, batch.payload, properties=batch.properties, wait=False)
+        if turn == self._turn:
+            if not self._inflight:
+                self._progress = time.monotonic()
+            self._cursor = part.last
+            self._inflight.append(part.last)
+            self.counters.batches += 1
+            self.counters.records += len(part.lines)
+            self.counters.resent += part.last <= self._furthest
+            self._furthest = max(self._furthest, part.last)
+        return True
+
+    def _rewind(self) -> None:
+        self._turn += 1
+        self._cursor = self._outbox.acked
+        self._inflight.clear()
+        self._progress = time.monotonic()
+        self._outbox.changed.set()
+
+    async def _beat(self, mqtt: MqttSession) -> None:
+        while True:
+            self._beat_now.clear()
+            if mqtt.connected:
+                with contextlib.suppress(Retry):  # the next connection beats again
+                    await self._publish(mqtt, self._presence(PresenceState.ONLINE))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._beat_now.wait(), self._heartbeat)
+
+    def _presence(self, state: PresenceState) -> Publication:
+        said = Presence(state, time.time(), self._outbox.epoch, self._outbox.last_seq, self._nonce, self._agent)
+        return Publication(self._presence_topic, *seal(self._key, self._presence_topic, said), retain=True)
+
+    async def _publish(self, mqtt: MqttSession, out: Publication) -> None:
+        await mqtt.publish(out.topic, out.payload, qos=out.qos, retain=out.retain, properties=out.properties)
+
+    # down
+
+    async def _receive(self, mqtt: MqttSession, tasks: asyncio.TaskGroup) -> None:
+        async for message in mqtt.messages():
+            try:
+                await self._take(message)
+            except Retry as error:
+                log.warning("%s is tried again: %s", message.topic, error)
+                tasks.create_task(self._take_later(message), name="sync-retry")
+            else:
+                message.ack()
+
+    async def _take_later(self, message: Message) -> None:
+        """The disk was full. Others go on; how many wait here is bounded by what the broker may leave unacked."""
+        while True:
+            await asyncio.sleep(1.0)
+            with contextlib.suppress(Retry):
+                await self._take(message)
+                message.ack()
+                return
+
+    async def _take(self, message: Message) -> None:
+        """Raises Retry when it could not be stored."""
+        try:
+            await self._dispatch(message)
+        except (WireError, Refused) as error:
+            self.counters.refused += 1
+            now = time.monotonic()
+            if now - self._audited >= AUDIT_EVERY_S:
+                self._audited = now
+                log.warning("refused a message on %s: %s", message.topic, error)
+                body = {"action": "refuse:message", "topic": message.topic[:200], "reason": str(error)[:400]}
+                await self._outbox.append("audit", body | {"count": self.counters.refused}, 1)
+
+    async def _dispatch(self, message: Message) -> None:
+        if len(message.payload) > MAX_MESSAGE:
+            raise TooBig(f"{len(message.payload)} bytes came; at most {MAX_MESSAGE}")
+        opening = (self._hub_key, message.topic, message.payload, message.properties)
+        match Topic.parse(message.topic).kind:
+            case TopicKind.ACK:
+                await self._on_ack(unseal(*opening, Ack))
+            case TopicKind.DESIRED:
+                await self._twin.accept(unseal(*opening, Desired))
+            case TopicKind.JOBS:
+                self.counters.jobs += await self._inbox.accept(unseal(*opening, Job)) is not None
+            case TopicKind.GRANTS:
+                await self._grants.accept(message.payload.decode(errors="replace"))
+
+    async def _on_ack(self, ack: Ack) -> None:
+        self.counters.acks += 1
+        if ack.nonce != self._nonce:
+            self._nonce = ack.nonce
+            self._beat_now.set()
+        if ack.epoch > self._outbox.epoch:
+            hint = "the state directory was restored or copied from an older one: enrol the device anew"
+            self._halt(Refused(f"the hub knows epoch {ack.epoch}, this device writes {self._outbox.epoch}", hint))
+        if ack.epoch != self._outbox.epoch:
+            return
+        now = time.monotonic()
+        if ack.seq > self._outbox.acked:
+            try:
+                await self._outbox.ack(ack.seq)
+            except Refused as error:
+                return self._halt(error)
+            while self._inflight and self._inflight[0] <= ack.seq:
+                self._inflight.popleft()
+            self._progress, self._patience = now, PATIENCE_S[0]
+            self._cursor = max(self._cursor, ack.seq)
+            self._outbox.changed.set()
+        elif self._inflight and now - self._progress > 1.0:  # the hub stands at a gap
+            self._rewind()
+
+    def _halt(self, error: Refused) -> None:
+        if self._halted is None:
+            log.error("nothing more is sent: %s", error)
+        self._halted = error
