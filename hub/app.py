@@ -77,6 +77,10 @@ def create_app(settings: Settings) -> FastAPI:
         declare_actions(router)
         app.include_router(router)
     app.include_router(health.router)
+    if settings.dashboard:
+        from hub.ui.mount import mount  # takes a second to import
+
+        mount(app)
     return app
 
 

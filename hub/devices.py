@@ -105,7 +105,7 @@ class Devices:
     async def heard(self, name: str, presence: Presence, received: float) -> Heard:
         """Take note of a presence whose signature was checked. A fresh one also tells the clock's offset."""
         heard = self.liveness.heard(name, presence, time.monotonic())
-        if heard is Heard.FRESH:
+        if heard in (Heard.FRESH, Heard.BACK):
             values = {
                 "last_seen": received,
                 "clock_offset_s": presence.ts - received,

@@ -129,11 +129,10 @@ class Ingest:
             reason = str(error)
             await self._db.write(lambda c: self._committer.tell(c, device or "unknown", "refuse:presence", reason))
             return
-        was_online = self._devices.online(device)
         heard = await self._devices.heard(device, presence, time.time())
         if heard is Heard.STALE:
             await self._ack(device, Ackable(row.epoch, row.watermark))
-        elif heard is Heard.FRESH and not was_online:
+        elif heard is Heard.BACK:
             await self._on_online(device)
 
     async def _heartbeat(self) -> None:

@@ -20,6 +20,7 @@ class Heard(Enum):
     """What a presence message told."""
 
     FRESH = auto()  # it answers a nonce of ours
+    BACK = auto()  # the same, for the first time since it came (again)
     STALE = auto()  # online, but it may be old: challenge it
     GONE = auto()
 
@@ -28,6 +29,7 @@ class _Device(msgspec.Struct):
     nonces: list[tuple[str, float]] = []  # newest last, at most two
     answered: float = float("-inf")
     claims: bool = False  # it said online, proven or not
+    challenged: bool = True  # it has come (again) and not answered since
 
 
 class Liveness:
@@ -44,13 +46,16 @@ class Liveness:
     def heard(self, device: str, presence: Presence, now: float) -> Heard:
         state = self._devices.setdefault(device, _Device())
         if presence.state is not PresenceState.ONLINE:
-            state.answered, state.claims, state.nonces = float("-inf"), False, []
+            state.answered, state.claims, state.nonces, state.challenged = float("-inf"), False, [], True
             return Heard.GONE
         state.claims = True
         fresh = any(nonce == presence.nonce and now - issued < OFFLINE_S for nonce, issued in state.nonces)
-        if fresh:
-            state.answered = now
-        return Heard.FRESH if fresh else Heard.STALE
+        if not fresh:
+            state.challenged = True
+            return Heard.STALE
+        back = state.challenged or now - state.answered >= OFFLINE_S
+        state.answered, state.challenged = now, False
+        return Heard.BACK if back else Heard.FRESH
 
     def online(self, device: str, now: float) -> bool:
         state = self._devices.get(device)

@@ -34,7 +34,7 @@ class BoundedBody:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > MAX_BODY:
-                raise Refused(413, "the request is too big", f"at most {MAX_BODY} bytes")
+                raise HTTPException(413, f"the request is too big: at most {MAX_BODY} bytes")
             return message
 
         await self._app(scope, bounded, send)
