@@ -111,7 +111,8 @@ class Reference:
         scores[:, future] = -np.inf
         scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
         scores /= scores.sum(axis=-1, keepdims=True)
-        return np.einsum("hqk,khd->qhd", scores, value).reshape(len(query), -1)
+        attended: Floats = np.einsum("hqk,khd->qhd", scores, value)
+        return attended.reshape(len(query), -1)
 
 
 def _rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:

@@ -9,6 +9,7 @@ position only. The form follows onnxruntime-genai's own model builder (GroupQuer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -173,9 +174,9 @@ class DecoderGraph(Graph):
         return self.node("MatMulNBits", [x, f"{weight}.q", f"{weight}.d"], output, domain=_MICROSOFT, **form)
 
 
-def write_graph(weights: GgufWeights, folder: Path, progress: Any) -> None:
+def write_graph(weights: GgufWeights, folder: Path, progress: Callable[[str, float], None]) -> None:
     """Write model.onnx and model.onnx.data into `folder`; progress(text, fraction) after each layer."""
-    with open(folder / "model.onnx.data", "wb") as data:
+    with (folder / "model.onnx.data").open("wb") as data:
         graph = DecoderGraph(weights, data, "model.onnx.data")
         graph.start()
         for index in range(weights.shape.layers):

@@ -15,13 +15,15 @@ import numpy as np
 from gguf import GGUFReader
 from numpy.typing import NDArray
 
+from models.errors import ModelError
+
 BLOCK = 32
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 
-class UnsupportedModel(ValueError):
-    """The file is not a model this toolchain can convert; the message says what it is and what would do."""
+class UnsupportedModel(ModelError):
+    """The file is not a model this toolchain can convert; the message says what it is, the hint what would do."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class GgufWeights:
             raise UnsupportedModel(f"the GGUF file has no tensor {name}")
         if tensor.tensor_type.name != kind:
             raise UnsupportedModel(
-                f"{name} is stored as {tensor.tensor_type.name}, not {kind}: "
-                "linear layers are converted from Q4_1 and embeddings from Q8_0 (requantize with llama.cpp to q4_1)"
+                f"{name} is stored as {tensor.tensor_type.name}, not {kind}",
+                "linear layers are converted from Q4_1, embeddings from Q8_0: requantize with llama-quantize … q4_1",
             )
         return np.asarray(tensor.data)
 

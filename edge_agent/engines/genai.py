@@ -62,11 +62,9 @@ class GenaiModel:
             ends = settings["eos_token_id"]
             self._ends: list[int] = ends if isinstance(ends, list) else [ends]
             self._vocabulary = int(settings["vocab_size"])
-            self._tokenizer = LLTokenizer(
-                str(path / "tokenizer.json"), n_vocab=self._vocabulary, eos_token=self._ends
-            )
+            self._tokenizer = LLTokenizer(str(path / "tokenizer.json"), n_vocab=self._vocabulary, eos_token=self._ends)
             self._context = min(context, int(settings["context_length"]))
-        except (OSError, KeyError, ValueError, RuntimeError, og.OgaError if hasattr(og, "OgaError") else OSError) as error:
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
             raise Refused(
                 f"{path.name} cannot be loaded as a language model: {error}",
                 "it is a folder made by `outrider models build`, or by onnxruntime-genai's model builder",
@@ -162,7 +160,7 @@ class GenaiModel:
             if piece := run.piece():
                 yield piece
         # a stream that breaks off above (an error, a caller that leaves) drops its cache with its state unknown
-        self._keep(key, cache)
+        self._caches[key] = cache
         yield run.last()
 
     def _read(self, cache: _Cache, tokens: list[int], cancelled: Callable[[], bool]) -> bool:
@@ -202,9 +200,6 @@ class GenaiModel:
         params.set_search_options(max_length=self._context)
         return _Cache(og.Generator(self._model, params))
 
-    def _keep(self, key: tuple[str, str], cache: _Cache) -> None:
-        self._caches[key] = cache
-
 
 class _Run:
     """The text side of one request: what was written, what may be shown, how it ended."""
@@ -238,7 +233,9 @@ class _Run:
 
     def last(self) -> Piece:
         """The rest of the text with the counts."""
-        text = self._held if self.request.stop and self.finish == "stop" else self._held + self._decoder.decode(b"", True)
+        text = (
+            self._held if self.request.stop and self.finish == "stop" else self._held + self._decoder.decode(b"", True)
+        )
         return Piece(
             text,
             done=True,
