@@ -1,9 +1,9 @@
 """What the model may say, as text and as values: a call, an answer, or nothing.
 
-Invariants: the text form is `name(arg="text", other=2)`, `answer("text")` or `none()`; values are JSON scalars,
-arguments are named, in declared order in the canonical form. `parse(render(d)) == d` for every validated decision,
-and `grammar.build` accepts exactly what `render` makes. Parsing is bounded and never raises anything but CallError,
-whose text is written for the model to read.
+Invariants: the text form is `name(arg="text", other=2)`, `answer("text")` or `none()`; values are JSON (a few levels
+deep), arguments are named, in declared order in the canonical form; several calls stand one on each line.
+`parse(render(d)) == d` for every validated decision, and `grammar.build` accepts exactly what `render` makes. Parsing
+is bounded and never raises anything but CallError, whose text is written for the model to read.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.agent.tool import Param, ToolSpec
+from edge_agent.agent.tool import Kind, Param, ToolSpec
 
 MAX_TEXT = 240  # characters of one string value
-MAX_DIGITS = 9  # digits before the point of a number
-DECIMALS = 4  # digits after it
+MAX_DIGITS = 15  # digits before the point of a number
+DECIMALS = 10  # digits after it
+MAX_DEPTH = 5  # lists and dicts inside each other
 RESERVED = ("answer", "none")
 
 _NAME = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,62})\s*")
@@ -64,20 +65,49 @@ def render(decision: Decision) -> str:
 
 
 def render_value(value: Any) -> str:
-    """One JSON scalar; floats in plain decimal notation, always with a point."""
+    """One JSON value; floats in plain decimal notation, always with a point."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(render_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{render_value(key)}: {render_value(item)}' for key, item in value.items())}}}"
     if isinstance(value, float):
         whole, _, fraction = f"{value:.{DECIMALS}f}".partition(".")
         return f"{whole}.{fraction.rstrip('0') or '0'}"
     return json.dumps(value, ensure_ascii=False)
 
 
+def render_all(decisions: Sequence[Decision]) -> str:
+    """Several decisions, one on each line; `none()` when there are none."""
+    return "\n".join(map(render, decisions)) or render(Nothing())
+
+
+def parse_all(text: str) -> list[Decision]:
+    """Read every call that a model emitted. Raises CallError saying what is wrong with the first bad one."""
+    if len(text) > _LIMIT:
+        raise CallError(f"the calls are longer than {_LIMIT} characters")
+    found: list[Decision] = []
+    at = 0
+    while not found or at < len(text):
+        decision, at = _call(text, at)
+        found.append(decision)
+    return found
+
+
 def parse(text: str) -> Decision:
     """Read what a model emitted. Raises CallError saying what is wrong with it."""
     if len(text) > _LIMIT:
         raise CallError(f"the call is longer than {_LIMIT} characters")
-    head = _NAME.match(text)
+    decision, at = _call(text, 0)
+    if at < len(text):
+        raise CallError(f"only one call at a time; left over: {text[at:].strip()[:60]!r}")
+    return decision
+
+
+def _call(text: str, at: int) -> tuple[Decision, int]:
+    """The call that begins at `at`, and where the next thing begins."""
+    start, head = at, _NAME.match(text, at)
     if head is None or not text.startswith("(", head.end()):
-        raise CallError(f"not a call: {text.strip()[:80]!r}; write name(argument=value)")
+        raise CallError(f"not a call: {text[start:].strip()[:80]!r}; write name(argument=value)")
     name, at = head[1], _space(text, head.end() + 1)
     args: dict[str, Any] = {}
     positional: list[Any] = []
@@ -90,13 +120,11 @@ def parse(text: str) -> Decision:
         if key and text.startswith("=", key.end()):
             if key[1] in args:
                 raise CallError(f"argument {key[1]} is given twice")
-            args[key[1]], at = _scalar(text, key.end() + 1)
+            args[key[1]], at = _read(text, key.end() + 1)
         else:
-            value, at = _scalar(text, at)
+            value, at = _read(text, at)
             positional.append(value)
-    if text[at + 1 :].strip():
-        raise CallError(f"only one call at a time; left over: {text[at + 1 :].strip()[:60]!r}")
-    return _decision(name, args, positional)
+    return _decision(name, args, positional), _space(text, at + 1)
 
 
 def _space(text: str, at: int) -> int:
@@ -105,8 +133,33 @@ def _space(text: str, at: int) -> int:
     return at
 
 
-def _scalar(text: str, at: int) -> tuple[Any, int]:
+def _read(text: str, at: int, depth: int = 0) -> tuple[Any, int]:
+    """A JSON value and where the text goes on behind it."""
     at = _space(text, at)
+    if not text.startswith(("[", "{"), at):
+        return _scalar(text, at)
+    if depth >= MAX_DEPTH:
+        raise CallError(f"lists and dicts are at most {MAX_DEPTH} deep")
+    close = "]" if text[at] == "[" else "}"
+    items: list[Any] = []
+    pairs: dict[str, Any] = {}
+    at = _space(text, at + 1)
+    while not text.startswith(close, at):
+        if items or pairs:
+            if not text.startswith(",", at):
+                raise CallError(f"expected , or {close} at {text[at : at + 40]!r}")
+            at += 1
+        value, at = _read(text, at, depth + 1)
+        if close == "]":
+            items.append(value)
+        elif not isinstance(value, str) or not text.startswith(":", at):
+            raise CallError(f'expected "key": value at {text[at : at + 40]!r}')
+        else:
+            pairs[value], at = _read(text, at + 1, depth + 1)
+    return items if close == "]" else pairs, _space(text, at + 1)
+
+
+def _scalar(text: str, at: int) -> tuple[Any, int]:
     found = _SCALAR.match(text, at)
     if found is None:
         raise CallError(f'expected "text", a number, true or false at {text[at : at + 40]!r}')
@@ -169,12 +222,36 @@ def _value(tool: str, param: Param, value: Any) -> Any:
             return value
         case "bool" if isinstance(value, bool):
             return value
+        case "list" if isinstance(value, list):
+            return [_value(tool, param.items, item) if param.items else _plain(where, item) for item in value]
+        case "dict" if isinstance(value, dict):
+            return _fields(where, param, value) if param.fields else _plain(where, value)
         case "int" if number and math.isfinite(value) and value == int(value):
             return _in_range(where, param, int(value))
         case "float" if number and math.isfinite(value):
             return _in_range(where, param, round(float(value), DECIMALS) + 0.0)
-    wanted = {"str": f"a text of at most {MAX_TEXT} characters", "bool": "true or false", "int": "a whole number"}
+    wanted = {"list": "a list like [1, 2]", "dict": 'a dict like {"key": 1}'}
+    wanted |= {"str": f"a text of at most {MAX_TEXT} characters", "bool": "true or false", "int": "a whole number"}
     raise CallError(f"{where} is {wanted.get(param.kind, 'a number')}, not {str(value)[:60]!r}")
+
+
+def _fields(where: str, param: Param, value: Mapping[str, Any]) -> dict[str, Any]:
+    names = [field.name for field in param.fields]
+    if unknown := [key for key in value if key not in names]:
+        raise CallError(f"{where} has no key {unknown[0]}; its keys are: {', '.join(names)}")
+    if missing := [field.name for field in param.fields if field.required and field.name not in value]:
+        raise CallError(f"{where} needs the key {missing[0]}")
+    return {f.name: _value(where, f, value[f.name]) for f in param.fields if f.name in value}
+
+
+def _plain(where: str, value: Any) -> Any:
+    """Any JSON value, with its texts and numbers bounded."""
+    if isinstance(value, list):
+        return [_plain(where, item) for item in value]
+    if isinstance(value, dict):
+        return {_plain(where, key): _plain(where, item) for key, item in value.items()}
+    kind: Kind = "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "str"
+    return _value(where, Param("value", "float" if isinstance(value, float) else kind), value)
 
 
 def _in_range(where: str, param: Param, value: int | float) -> int | float:

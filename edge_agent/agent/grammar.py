@@ -9,11 +9,13 @@ forced, and it holds choices to their literals; it does not hold numbers to thei
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 from edge_agent.agent.calls import DECIMALS, MAX_DIGITS, MAX_TEXT, RESERVED
 from edge_agent.agent.tool import Param, ToolSpec
 
+_FIELD = r"\"{}\": "
 _CHARACTER = r'([^"\\\x00-\x1f]|\\["\\nrtbf]|\\u00[01][0-9a-f])'
 _TERMINALS = {
     "TEXT": rf'/"{_CHARACTER}{{0,{MAX_TEXT}}}"/',
@@ -21,18 +23,31 @@ _TERMINALS = {
     "FLOAT": rf"/-?(0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})(\.[0-9]{{1,{DECIMALS}}})?/",
 }
 _KINDS = {"int": "INT", "float": "FLOAT", "str": "TEXT", "bool": '("true" | "false")'}
+_ANY = (
+    'any: TEXT | FLOAT | "true" | "false" | anylist | anydict\n'
+    'anylist: "[" (any (", " any)*)? "]"\n'
+    'anydict: "{" (TEXT ": " any (", " TEXT ": " any)*)? "}"'
+)
 
 
-def build(specs: Sequence[ToolSpec], *, answer: bool = True, none: bool = True) -> str:
-    """A Lark grammar of one call of one of the tools, `answer("…")` or `none()`. Raises ValueError for a bad name."""
+def build(specs: Sequence[ToolSpec], *, answer: bool = True, none: bool = True, several: int = 1) -> str:
+    """A Lark grammar of a call of one of the tools (up to `several`, a line each), `answer("…")` or `none()`.
+
+    Raises ValueError for a bad name.
+    """
     reserved = [spec.name for spec in specs if spec.name in RESERVED]
     if reserved:
         raise ValueError(f"a tool cannot be named {reserved[0]}")
     rules = [f"tool{index}: {_tool(spec)}" for index, spec in enumerate(specs)]
     starts = [f"tool{index}" for index in range(len(specs))]
+    if several > 1 and starts:
+        rules.append(f"call: {' | '.join(starts)}")
+        starts = [f'call ("\\n" call){{0,{several - 1}}}']
     starts += ['"answer(" TEXT ")"'] * answer + ['"none()"'] * none
     if not starts:
         raise ValueError("a grammar needs a tool, an answer or none")
+    if any(re.search(r"\bany(list|dict)?\b", rule) for rule in rules):
+        rules.append(_ANY)
     body = "\n".join(rules)
     used = [f"{name}: {pattern}" for name, pattern in _TERMINALS.items() if name in body or (name == "TEXT" and answer)]
     return "\n".join([f"start: {' | '.join(starts)}", *rules, *used]) + "\n"
@@ -42,22 +57,32 @@ def _tool(spec: ToolSpec) -> str:
     return f'"{spec.name}(" {_arguments(spec.params, first=True)} ")"'
 
 
-def _arguments(params: Sequence[Param], first: bool) -> str:
+def _arguments(params: Sequence[Param], first: bool, key: str = "{}=") -> str:
+    """Arguments of a call, or with another `key` fields of a dict: in declared order, optional ones left out."""
     if not params:
         return '""' if first else ""
     param, rest = params[0], params[1:]
-    here = f'"{"" if first else ", "}{param.name}=" {_value(param)}'
-    taken = f"{here} {_arguments(rest, first=False)}".rstrip()
+    here = f'"{"" if first else ", "}{key.format(param.name)}" {_value(param)}'
+    taken = f"{here} {_arguments(rest, False, key)}".rstrip()
     if param.required:
         return taken
     if first:
-        return f"({taken} | {_arguments(rest, first=True)})"
-    return f"({here})? {_arguments(rest, first=False)}".rstrip()
+        return f"({taken} | {_arguments(rest, True, key)})"
+    return f"({here})? {_arguments(rest, False, key)}".rstrip()
 
 
 def _value(param: Param) -> str:
     if param.kind == "choice":
         return f"({' | '.join(_literal(choice) for choice in param.choices)})"
+    if param.kind == "list":
+        if param.items is None:
+            return "anylist"
+        value = _value(param.items)
+        return f'"[" ({value} (", " {value})*)? "]"'
+    if param.kind == "dict":
+        if not param.fields:
+            return "anydict"
+        return f'"{{" {_arguments(param.fields, True, _FIELD)} "}}"'
     return _KINDS[param.kind]
 
 

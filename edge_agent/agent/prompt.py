@@ -24,6 +24,12 @@ SYSTEM = (
 )
 
 
+SYSTEM_ALL = (
+    "You have tools. Reply to the request with every call that it asks for, one on each line, "
+    "or with none() when the tools cannot do it."
+)
+
+
 class Turn(msgspec.Struct, frozen=True):
     """One turn of the conversation after the preamble."""
 
@@ -37,11 +43,22 @@ def signature(spec: ToolSpec) -> str:
 
 
 def _param(param: Param) -> str:
-    kind = "|".join(f'"{choice}"' for choice in param.choices) if param.kind == "choice" else param.kind
+    note = f" ({param.about})" if param.about else ""
+    return f"{param.name}{'' if param.required else '?'}: {_type(param)}{note}"
+
+
+def _type(param: Param) -> str:
+    """`"a"|"b"`, `int 1..3 mm`, `[str]`, `{x: int, y?: int}`, `dict`."""
+    if param.kind == "choice":
+        return "|".join(f'"{choice}"' for choice in param.choices)
+    if param.kind == "list":
+        return f"[{_type(param.items) if param.items else 'any'}]"
+    if param.kind == "dict" and param.fields:
+        return f"{{{', '.join(_param(field) for field in param.fields)}}}"
     bounds = ""
     if param.low is not None or param.high is not None:
         bounds = f" {_bound(param.low)}..{_bound(param.high)}"
-    return f"{param.name}{'' if param.required else '?'}: {kind}{bounds}{param.unit and ' '}{param.unit}"
+    return f"{param.kind}{bounds}{param.unit and ' '}{param.unit}"
 
 
 def _bound(value: float | None) -> str:

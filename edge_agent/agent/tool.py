@@ -2,7 +2,8 @@
 
 Invariants: a `ToolSpec` is plain data that crosses processes and is the only thing prompt, grammar, policy and
 validation read; `Tool` adds the function itself and exists only in the process that runs it. A parameter is an
-int, a float, a bool, a str or a choice of literals; anything else is refused when the tool is declared.
+int, a float, a bool, a str, a choice of literals, a list of one of these, or a dict (with declared fields, or with
+free keys); anything else is refused when the tool is declared.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import msgspec
 from edge_agent.wire.tensor import Tensor
 
 Risk = Literal["read", "act", "danger"]
-Kind = Literal["int", "float", "bool", "str", "choice"]
+Kind = Literal["int", "float", "bool", "str", "choice", "list", "dict"]
 _KINDS: dict[type, Kind] = {int: "int", float: "float", bool: "bool", str: "str"}
 
 
@@ -45,7 +46,11 @@ class Range(msgspec.Struct, frozen=True):
 
 
 class Param(msgspec.Struct, frozen=True):
-    """One parameter of a tool as prompt, grammar and validation see it."""
+    """One parameter of a tool as prompt, grammar and validation see it.
+
+    `items` describes the elements of a list (None: any), `fields` the keys of a dict (empty: any keys); `about` is a
+    short note on the value that the model reads.
+    """
 
     name: str
     kind: Kind
@@ -55,6 +60,9 @@ class Param(msgspec.Struct, frozen=True):
     unit: str = ""
     required: bool = True
     default: Any = None
+    about: str = ""
+    items: Param | None = None
+    fields: list[Param] = []
 
 
 class ToolSpec(msgspec.Struct, frozen=True):
@@ -125,7 +133,13 @@ def _param(tool_name: str, name: str, hint: Any, default: Any) -> Param:
     if get_origin(hint) is Literal:
         choices = [str(c) for c in get_args(hint)]
         return Param(name, "choice", choices=choices, required=required, default=fallback)
+    if get_origin(hint) is list:
+        items = _param(tool_name, name, get_args(hint)[0], inspect.Parameter.empty)
+        return Param(name, "list", required=required, default=fallback, items=items)
+    if hint is dict or get_origin(hint) is dict:
+        return Param(name, "dict", required=required, default=fallback)
     kind = _KINDS.get(hint)
     if kind is None:
-        raise TypeError(f"tool {tool_name}: parameter {name} has type {hint!r}; use int, float, bool, str or Literal")
+        hint_text = "use int, float, bool, str, Literal, list[...] or dict"
+        raise TypeError(f"tool {tool_name}: parameter {name} has type {hint!r}; {hint_text}")
     return Param(name, kind, low=bounds.low, high=bounds.high, unit=bounds.unit, required=required, default=fallback)

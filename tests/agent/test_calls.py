@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.agent import grammar
-from edge_agent.agent.calls import MAX_TEXT, Answer, Call, CallError, Decision, Nothing, parse, render, validate
+from edge_agent.agent.calls import (
+    MAX_TEXT,
+    Answer,
+    Call,
+    CallError,
+    Decision,
+    Nothing,
+    parse,
+    parse_all,
+    render,
+    render_all,
+    validate,
+)
 from edge_agent.agent.tool import Param, ToolSpec
 from tests.agent import plant
 
@@ -40,14 +52,47 @@ def params(draw: st.DrawFn) -> Param:
 
 
 @st.composite
+def nested(draw: st.DrawFn) -> Param:
+    flat, shape = draw(params()), draw(st.sampled_from(["flat", "list", "lists", "dict", "any list", "any dict"]))
+    listed = Param(flat.name, "list", required=flat.required, items=flat)
+    match shape:
+        case "list":
+            return listed
+        case "lists":
+            return Param(flat.name, "list", required=flat.required, items=listed)
+        case "dict":
+            fields = draw(st.lists(params(), min_size=1, max_size=3, unique_by=lambda p: p.name))
+            return Param(flat.name, "dict", required=flat.required, fields=[*fields])
+        case "any list" | "any dict":
+            return Param(flat.name, "list" if shape == "any list" else "dict", required=flat.required)
+    return flat
+
+
+@st.composite
 def specs(draw: st.DrawFn) -> list[ToolSpec]:
     names = draw(st.lists(NAMES.filter(lambda n: n not in ("answer", "none")), min_size=1, max_size=3, unique=True))
-    return [ToolSpec(n, "D.", draw(st.lists(params(), max_size=4, unique_by=lambda p: p.name))) for n in names]
+    return [ToolSpec(n, "D.", draw(st.lists(nested(), max_size=4, unique_by=lambda p: p.name))) for n in names]
+
+
+PLAIN = st.recursive(
+    st.integers(-(10**9), 10**9) | TEXTS | st.booleans() | st.floats(-1e6, 1e6).map(lambda f: round(f, 4) + 0.0),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=4,
+)
 
 
 def values(param: Param) -> st.SearchStrategy[Any]:
     low = -(10**9) + 1 if param.low is None else int(param.low)
     high = 10**9 - 1 if param.high is None else int(param.high)
+    if param.kind == "list":
+        return st.lists(values(param.items) if param.items else PLAIN, max_size=3)
+    if param.kind == "dict" and param.fields:
+        return st.fixed_dictionaries(
+            {f.name: values(f) for f in param.fields if f.required},
+            optional={f.name: values(f) for f in param.fields if not f.required},
+        )
+    if param.kind == "dict":
+        return st.dictionaries(TEXTS, PLAIN, max_size=3)
     return {
         "int": st.integers(low, high),
         "float": st.floats(low, high, allow_nan=False),
@@ -80,6 +125,18 @@ def test_what_is_rendered_is_parsed_back_and_accepted_by_the_grammar(case: tuple
         assert validate(back, catalogue) == decision
 
 
+@settings(deadline=None)
+@given(st.lists(decisions(), min_size=1, max_size=4))
+def test_several_calls_stand_one_on_each_line(cases: list[tuple[list[ToolSpec], Decision]]) -> None:
+    catalogue = [
+        ToolSpec(f"t{i}_{spec.name}", "D.", spec.params) for i, (specs, _) in enumerate(cases) for spec in specs
+    ]
+    calls = [Call(f"t{i}_{d.name}", d.args) for i, (_, d) in enumerate(cases) if isinstance(d, Call)]
+    text = render_all(calls)
+    assert parse_all(text) == (calls or [Nothing()])
+    assert accepts(grammar.build(catalogue, several=4), text)
+
+
 @given(st.text(max_size=200) | st.text('()"\\,=-0.1 truefalsanwNone_\n', max_size=60))
 def test_no_text_crashes_the_parser(text: str) -> None:
     with contextlib.suppress(CallError):
@@ -95,7 +152,9 @@ def test_no_text_crashes_the_parser(text: str) -> None:
         ('stop("now")', "arguments are named: stop(argument="),
         ("stop(line=1, line=2)", "twice"),
         ("stop(line=1) stop(line=2)", "only one call"),
-        ("stop(line=[1])", "expected"),
+        ("stop(line=[1)", "expected , or ]"),
+        ("stop(line={1: 2})", 'expected "key"'),
+        ("stop(line=" + "[" * 9 + "]" * 9 + ")", "at most 5 deep"),
         ("answer(5)", "answer takes one text"),
         ("none(1)", "none takes no arguments"),
         ('answer("\\q")', "bad value"),
