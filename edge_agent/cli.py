@@ -18,11 +18,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edge_agent.config import EX_FATAL, EX_REFUSED, EX_RETRY
-from edge_agent.errors import Fatal, OutriderError, Refused, Retry
+from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.exits import EX_MISSING, tell
 from edge_agent.wire.errors import WireError
 
-EX_MISSING = 69
 _VERBS = {
     "agent": ("Run the daemon of a device.", "edge"),
     "task": ("Give a device a task through its local API and watch it work.", "edge"),
@@ -94,16 +93,13 @@ def main() -> None:
     """The console script."""
     try:
         app()
+    except _Missing as error:
+        tell(error)
+        sys.exit(EX_MISSING)
     except (OutriderError, WireError) as error:
-        typer.secho(f"error: {getattr(error, 'message', error)}", fg="red", err=True)
-        if hint := getattr(error, "hint", ""):
-            typer.secho(f"hint:  {hint}", err=True)
-        codes = {_Missing: EX_MISSING, Retry: EX_RETRY, Fatal: EX_FATAL}
-        sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), EX_REFUSED))
+        sys.exit(tell(error))
     except ModuleNotFoundError as error:
-        verb = next((arg for arg in sys.argv[1:] if not arg.startswith("-")), "")
-        missing = _missing(verb, error)
-        typer.secho(f"error: {missing.message}\nhint:  {missing.hint}", fg="red", err=True)
+        tell(_missing(next((arg for arg in sys.argv[1:] if not arg.startswith("-")), ""), error))
         sys.exit(EX_MISSING)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -136,12 +132,16 @@ def agent(
 ) -> None:
     """Run the daemon of a device; the first start enrols it."""
     given = {key: value for key, value in locals().items() if key != "config" and value != []}
+    import msgspec
+
     from edge_agent.config import load
 
     settings = load(given, config)
-    from edge_agent import daemon
-
-    daemon.main(settings)
+    passed, given_to = os.pipe()
+    os.write(given_to, msgspec.json.encode(settings, enc_hook=str))
+    os.close(given_to)
+    os.set_inheritable(passed, True)
+    os.execv(sys.executable, [sys.executable, "-m", "edge_agent", str(passed)])
 
 
 def doctor(

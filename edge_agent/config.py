@@ -15,8 +15,6 @@ import msgspec
 
 from edge_agent.errors import Refused
 
-EX_RETRY, EX_REFUSED, EX_FATAL = 75, 78, 70  # sysexits.h: EX_TEMPFAIL, EX_CONFIG, EX_SOFTWARE
-
 
 class Settings(msgspec.Struct, frozen=True):
     """What `outrider agent` runs with; enrolment needs `hub`, `token` and `name`, later `hub` and `broker` override."""
@@ -41,6 +39,13 @@ class Settings(msgspec.Struct, frozen=True):
 FIELDS = frozenset(Settings.__struct_fields__)
 
 
+def as_path(kind: type, value: Any) -> Any:
+    """msgspec's `dec_hook` for the one type it does not know here."""
+    if kind is not Path:
+        raise NotImplementedError(kind)
+    return Path(value)
+
+
 def nearest(name: str, known: frozenset[str]) -> str:
     """A hint that names the closest known name, or all of them."""
     close = difflib.get_close_matches(name, known, 1, 0.5)
@@ -63,7 +68,7 @@ def load(given: dict[str, Any], file: Path | None) -> Settings:
         raise Refused("no state directory", "give --state DIR, OUTRIDER_STATE or `state` in the file")
     try:
         values["state"] = str(values["state"])
-        settings = msgspec.convert(values, Settings, dec_hook=lambda kind, value: kind(value))
+        settings = msgspec.convert(values, Settings, dec_hook=as_path)
     except msgspec.ValidationError as error:
         raise Refused(f"a setting has the wrong type: {error}", "see `outrider agent --help`") from error
     if settings.telemetry_s <= 0 or settings.outbox_mb <= 0 or settings.task_s <= 0:

@@ -57,7 +57,7 @@ def load(state: Path) -> Identity | None:
     """The identity in a state directory. Raises Fatal when it is damaged."""
     try:
         return msgspec.json.decode((state / IDENTITY).read_bytes(), type=Identity)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, msgspec.DecodeError) as error:
         hint = "restore it, or move the state directory away and enrol again"

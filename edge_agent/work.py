@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 import time
 import uuid
 from collections.abc import Callable
@@ -85,10 +84,7 @@ class Work:
         job = Job(id, JobKind.TASK, {"text": text}, subject.name, subject.roles, now, now + LOCAL_TTL_S)
         if await self._inbox.accept(job) is not JobState.DELIVERED:
             raise Retry("too many tasks wait on this device", "try again when some are done")
-        try:
-            await self._agent.accept(id, text, subject)
-        except sqlite3.Error as error:
-            raise Retry(f"the task could not be saved: {error}", "is the disk full?") from error
+        await self._agent.accept(id, text, subject)
         return id
 
     async def task(self, id: str) -> Task | None:
@@ -129,7 +125,7 @@ class Work:
         self.current = job.id
         try:
             state, result, error = await self._do(job, again)
-        except (OutriderError, sqlite3.Error) as problem:
+        except OutriderError as problem:
             state, result, error = JobState.FAILED, {}, str(problem)
         finally:
             self.current = ""
@@ -198,7 +194,7 @@ async def _until_stored(work: Callable[[], Any]) -> Any:
         except Refused as error:
             _log.error("the end of a piece of work is not reported: %s", error)
             return None
-        except (Retry, sqlite3.Error) as error:
+        except Retry as error:
             _log.error("%s; trying again in %.1f s", error, pause)
             await asyncio.sleep(pause)
             pause = min(pause * 2, 30.0)

@@ -173,13 +173,17 @@ class WorkerProcess:
             if finished:
                 self._pending.pop(id, None)
             elif id in self._pending:
-                asyncio.get_running_loop().call_later(self._grace_s, self._kill_if_unanswered, id, process)
-                with contextlib.suppress(Retry):
-                    await channel.send(frames.Cancel(id))
+                if self._grace_s:
+                    asyncio.get_running_loop().call_later(self._grace_s, self._kill_if_unanswered, id, process)
+                    with contextlib.suppress(Retry):
+                        await channel.send(frames.Cancel(id))
+                else:
+                    self._kill_if_unanswered(id, process)
 
     def _kill_if_unanswered(self, id: int, process: asyncio.subprocess.Process) -> None:
         if self._pending.pop(id, None) is not None and process.returncode is None:
             self._log.error("the %s process does not let go of a request; it is killed", self.name)
+            self._ready.clear()
             process.kill()
 
     async def _one_life(self) -> int | None:

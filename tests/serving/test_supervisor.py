@@ -188,9 +188,8 @@ async def test_a_tool_may_ask_the_daemon_to_infer() -> None:
 
 
 async def test_a_tool_past_its_timeout_is_killed_with_its_runner() -> None:
-    async with child("runner", answer=summing(), grace_s=0.2) as runner:
+    async with child("runner", answer=summing(), grace_s=0) as runner:
         await runner.ready(10)
         with pytest.raises(Retry, match="within"):
             await runner.call("stuck", {}, 0.1)
-        await until(lambda: runner.starts == 2)
         assert (await runner.call("add", {}, 5.0)).result == 3

@@ -1,0 +1,285 @@
+"""The composition root: what a device is made of and how the parts meet.
+
+Invariants: every part is one object with one `run()`, a named task in one TaskGroup; a part that fails or ends takes
+the daemon down with its reason, and systemd starts it anew (crash-only: nothing is left to clean up); SIGTERM stops
+cleanly. This process imports no pydantic, numpy, onnxruntime: workers do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import platform
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+
+from edge_agent import enrol
+from edge_agent.agent import transcript
+from edge_agent.agent.loop import AgentLoop, Budget
+from edge_agent.agent.ports import RunnerTools
+from edge_agent.agent.transcript import Transcripts
+from edge_agent.api.app import LocalApi
+from edge_agent.audit import Audit
+from edge_agent.config import Settings
+from edge_agent.errors import Fatal, OutriderError
+from edge_agent.hosting import ROLES, Hosting
+from edge_agent.notify import notify, watchdog
+from edge_agent.serving.supervisor import WorkerProcess
+from edge_agent.store import Store
+from edge_agent.sync.inbox import Inbox
+from edge_agent.sync.outbox import Limits, Outbox
+from edge_agent.sync.session import Session
+from edge_agent.sync.twin import GrantsCache, Twin
+from edge_agent.telemetry import Telemetry
+from edge_agent.update.download import Downloads, hub_client
+from edge_agent.update.service import BundleReport, UpdateService
+from edge_agent.update.trust import PinnedHubKey
+from edge_agent.wire.grants import Grants, Subject, allowed
+from edge_agent.wire.signing import SigningKey
+from edge_agent.wire.tokens import issue_device_token
+from edge_agent.work import Work
+
+_log = logging.getLogger("outrider")
+
+
+class Daemon:
+    """The parts. Made by `Daemon.open`, which reads the state directory; `run` brings them to life."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        identity: enrol.Identity,
+        store: Store,
+        outbox: Outbox,
+        twin: Twin,
+        cache: GrantsCache,
+    ) -> None:
+        state = settings.state
+        self._settings, self._identity, self._key = settings, identity, SigningKey.load(state / enrol.KEY)
+        self._store, self._outbox, self._twin, self._cache = store, outbox, twin, cache
+        self._began, self._up = time.time(), False
+        self._workers = {role: WorkerProcess.engine(role) for role in ROLES.values()}
+        self._hosting = Hosting(self._workers, settings.model)
+        self._workers["tools"] = WorkerProcess("tools", self._runner(), answer=self._hosting.infer, grace_s=0)
+        self._tools = RunnerTools(self._workers["tools"])
+        inbox, transcripts = Inbox(store, outbox), Transcripts(store)
+        budget = Budget(seconds=settings.task_s)
+        agent = AgentLoop(self._hosting, self._tools, transcripts, self._allowed, budget=budget)
+        self._work = Work(inbox, agent, transcripts, self._tools, Audit(store, outbox), self._allowed)
+        rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
+        self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample)
+        self._http = hub_client(settings.hub or identity.hub)
+        self._updates = UpdateService(
+            state / "bundles",
+            PinnedHubKey(identity.hub_key),
+            Downloads(self._http, self._token),
+            self._hosting,
+            self._hosting.switch,
+            self._report,
+        )
+        self._session = self._connect(inbox)
+        self._api = LocalApi(self, settings.api)
+
+    @classmethod
+    async def open(cls, settings: Settings, identity: enrol.Identity) -> Daemon:
+        """Raises Refused (state in use, port taken), Fatal (damaged), Retry (disk full)."""
+        store = Store(settings.state / "outrider.db", transcript.migrations)
+        try:
+            outbox = await Outbox.open(store, Limits(bytes=settings.outbox_mb << 20))
+            twin = await Twin.open(store, outbox)
+            cache = await GrantsCache.open(store, identity.hub_key)
+            if cache.grants is None:
+                await cache.accept(identity.enrolled.grants)
+            return cls(settings, identity, store, outbox, twin, cache)
+        except BaseException:
+            store.close()
+            raise
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set. Raises an ExceptionGroup with what a part failed of."""
+        parts: dict[str, Callable[[], Awaitable[None]]] = {
+            **{name: worker.run for name, worker in self._workers.items()},
+            "session": self._session.run,
+            "updates": self._updates.run,
+            "desired": self._follow_desired,
+            "telemetry": self._telemetry.run,
+            "work": self._work.run,
+            "api": self._api.run,
+            "profile": self._tell_profile,
+            "link": self._watch_link,
+        }
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(_forever(name, run), name=name) for name, run in parts.items()]
+                tasks.append(group.create_task(watchdog(self._line), name="watchdog"))
+                self._up = True
+                notify("READY=1", f"STATUS={self._line()}")
+                _log.info("%s is up; local API at %s", self._identity.enrolled.device, self._api.url)
+                await stop.wait()
+                notify("STOPPING=1")
+                for task in tasks:
+                    task.cancel()
+        finally:
+            await self._http.aclose()
+            self._store.close()
+
+    # api.Device
+
+    def grants(self) -> Grants | None:
+        return self._cache.grants
+
+    def healthy(self) -> bool:
+        return self._up
+
+    async def submit(self, text: str, subject: Subject) -> str:
+        return await self._work.submit(text, subject)
+
+    async def task(self, id: str) -> Any | None:
+        return await self._work.task(id)
+
+    async def tasks(self) -> list[Any]:
+        return list(await self._work.tasks())
+
+    async def call(self, tool: str, args: dict[str, Any], subject: Subject) -> Any:
+        return await self._work.call(tool, args, subject)
+
+    async def status(self) -> dict[str, Any]:
+        enrolled, box, grants = self._identity.enrolled, self._outbox, self._cache.grants
+        specs: list[Any] = []
+        with contextlib.suppress(OutriderError):
+            specs = list(await asyncio.wait_for(self._tools.specs(), 1.0)) if self._workers["tools"].specs else []
+        return {
+            "device": enrolled.device,
+            "fleet": enrolled.fleet,
+            "agent": version("outrider"),
+            "uptime_s": round(time.time() - self._began, 1),
+            "connected": self._session.connected,
+            "link_error": str(self._session.error or ""),
+            "sync": self._session.counters,
+            "outbox": {"depth": box.depth, "bytes": box.size},
+            "epoch": box.epoch,
+            "last_seq": box.last_seq,
+            "acked": box.acked,
+            "grants_epoch": grants.epoch if grants else None,
+            "models": self._hosting.show(),
+            "reported": self._twin.reported,
+            "tools": specs,
+            "workers": {name: {"pid": w.pid, "starts": w.starts} for name, w in self._workers.items()},
+            "running": self._work.current,
+        }
+
+    # how the parts meet
+
+    def _connect(self, inbox: Inbox) -> Session:
+        enrolled, given = self._identity.enrolled, self._settings.broker
+        ca = self._settings.state / "broker-ca.pem" if enrolled.broker.ca else None
+        if ca is not None:
+            ca.write_text(enrolled.broker.ca or "")
+        own = "@" in given  # an override may carry its own user and password
+        return Session(
+            fleet=enrolled.fleet,
+            device=enrolled.device,
+            key=self._key,
+            hub_key=self._identity.hub_key,
+            broker=given or enrolled.broker.url,
+            username=None if own else enrolled.broker.username or None,
+            password=None if own else enrolled.broker.password or None,
+            ca=ca,
+            outbox=self._outbox,
+            inbox=inbox,
+            twin=self._twin,
+            grants=self._cache,
+            agent=version("outrider"),
+        )
+
+    def _allowed(self, subject: Subject, action: str, resource: str) -> bool:
+        grants = self._cache.grants
+        return grants is not None and allowed(grants, subject, action, resource, now=time.time())
+
+    def _runner(self) -> list[str]:
+        options = [part for option in self._settings.option for part in ("--option", option)]
+        where = ["--pack", self._settings.pack, "--state", str(self._settings.state / "tools")]
+        return [sys.executable, "-m", "edge_agent.agent.toolrunner", *where, *options]
+
+    def _token(self) -> str:
+        enrolled = self._identity.enrolled
+        return issue_device_token(self._key, enrolled.fleet, enrolled.device, now=time.time())
+
+    async def _report(self, name: str, report: BundleReport) -> None:
+        try:
+            await self._twin.report({"bundles": {name: msgspec.to_builtins(report)}})
+        except OutriderError as error:
+            _log.error("the state of %s is not reported: %s", name, error)
+
+    async def _follow_desired(self) -> None:
+        seen = 0
+        while True:
+            desired = await self._twin.newer_than(seen)
+            seen, bundles = desired.version, desired.doc.get("bundles")
+            self._updates.desire(bundles if isinstance(bundles, dict) else {})
+
+    async def _watch_link(self) -> None:
+        """A new connection is the moment to try failed downloads again."""
+        seen = 0
+        while True:
+            if self._session.counters.connections > seen:
+                seen = self._session.counters.connections
+                self._updates.retry_now()
+            await asyncio.sleep(1.0)
+
+    async def _tell_profile(self) -> None:
+        while True:
+            with contextlib.suppress(OutriderError):
+                tools = [spec.name for spec in await self._tools.specs()]
+                profile = {"version": version("outrider"), "python": platform.python_version(), "tools": tools}
+                await self._twin.report({"agent": profile | {"machine": platform.machine()}})
+            await asyncio.sleep(60)
+
+    def _line(self) -> str:
+        link = "connected" if self._session.connected else "offline"
+        return f"{link}, {self._outbox.depth} records wait, {len(self._hosting.running)} models"
+
+
+async def _forever(name: str, run: Callable[[], Awaitable[None]]) -> None:
+    await run()
+    raise Fatal(f"{name} ended by itself", "this is a bug; the daemon starts anew")
+
+
+async def _serve(settings: Settings, identity: enrol.Identity) -> None:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    daemon = await Daemon.open(settings, identity)
+    await daemon.run(stop)
+
+
+def main(settings: Settings) -> None:
+    """Enrol if need be, then serve until SIGTERM. Raises OutriderError with what to do."""
+    logging.basicConfig(
+        level=settings.log.upper(), stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
+    )
+    for chatty in ("httpx", "httpcore", "uvicorn"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    identity = enrol.load(settings.state)
+    if identity is None:
+        identity = enrol.enrol(settings.state, settings.hub, settings.token, settings.name)
+        _log.info("enrolled as %s of %s", identity.enrolled.device, identity.enrolled.fleet)
+    elif settings.name and settings.name != identity.enrolled.device:
+        _log.warning("this state directory is %s's; the name %s is not used", identity.enrolled.device, settings.name)
+    try:
+        asyncio.run(_serve(settings, identity))
+    except BaseExceptionGroup as group:
+        known = group.subgroup(OutriderError)
+        if known is None or len(known.exceptions) < len(group.exceptions):
+            raise
+        first: BaseException = known
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from group

@@ -1,0 +1,198 @@
+"""The daemon with no hub and no broker: it serves, it is supervised, it survives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.daemon_process import ROOT, DaemonProcess, free_port, until
+
+UNIT = ROOT / "deploy" / "outrider-agent.service"
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    made = DaemonProcess(tmp_path / "press-1")
+    yield made
+    made.end(signal.SIGKILL)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def records(daemon: DaemonProcess, kind: str) -> list[str]:
+    with sqlite3.connect(f"file:{daemon.state / 'outrider.db'}?mode=ro", uri=True) as db:
+        found = [line.decode() for (line,) in db.execute("select line from outbox order by seq")]
+    db.close()
+    return [line for line in found if f'"kind":"{kind}"' in line]
+
+
+def test_tools_answer_and_telemetry_gathers_with_no_network(daemon: DaemonProcess) -> None:
+    daemon.start()
+    answer = daemon.ask("POST", "/v1/tools/read_sensor", {"args": {"sensor": "speed", "line": 1}})
+    assert answer.json() == {"result": {"sensor": "speed", "line": 1, "value": 7.5}}
+    until("samples", lambda: len(records(daemon, "telemetry")) >= 5)
+    assert any('"sensor":"wear","line":2' in line for line in records(daemon, "telemetry"))
+    assert any("memory_free_mb" in line for line in records(daemon, "telemetry"))
+    status = daemon.status()
+    assert status["connected"] is False
+    assert status["outbox"]["depth"] == status["last_seq"] - status["acked"] >= 5
+    assert {tool["name"] for tool in status["tools"]} == {"read_sensor", "stamp", "jam", "hang"}
+    assert daemon.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("tool", "args", "roles", "status", "says"),
+    [
+        ("read_sensor", {"sensor": "noise", "line": 1}, ["admin"], 422, "noise"),
+        ("read_sensor", {"sensor": "speed", "line": 3}, ["admin"], 422, "line"),
+        ("open_door", {}, ["admin"], 422, "open_door"),
+        ("jam", {}, ["admin"], 422, "the feeder is jammed"),
+        ("stamp", {"text": "x"}, ["viewer"], 403, "may not use stamp"),
+    ],
+)
+def test_a_bad_call_is_refused_with_its_reason(
+    shared: DaemonProcess, tool: str, args: dict[str, Any], roles: list[str], status: int, says: str
+) -> None:
+    answer = shared.ask("POST", f"/v1/tools/{tool}", {"args": args}, *roles)
+    assert answer.status_code == status
+    assert says in answer.json()["detail"]
+    assert answer.json()["hint"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    made = DaemonProcess(tmp_path_factory.mktemp("shared") / "press-1")
+    made.start()
+    yield made
+    made.end(signal.SIGKILL)
+
+
+def test_a_tool_that_hangs_is_killed_and_the_next_one_answers(shared: DaemonProcess) -> None:
+    hung = shared.ask("POST", "/v1/tools/hang", {})
+    assert hung.status_code == 503
+    answer = shared.ask("POST", "/v1/tools/read_sensor", {"args": {"sensor": "speed", "line": 1}})
+    assert answer.status_code == 202
+    assert shared.status()["workers"]["tools"]["starts"] == 2
+
+
+def test_the_daemon_process_imports_no_heavy_library(shared: DaemonProcess) -> None:
+    assert shared.process is not None
+    mapped = Path(f"/proc/{shared.process.pid}/maps").read_text()
+    for library in ("numpy", "onnxruntime", "pydantic_core"):
+        assert library not in mapped
+    assert "sqlite3" in mapped
+
+
+def test_kill_9_takes_the_children_along_and_an_accepted_task_is_resumed(daemon: DaemonProcess) -> None:
+    daemon.start("--task-s", "4")
+    id = daemon.ask("POST", "/v1/tasks", {"text": "how fast is line 1?"}).json()["id"]
+    until("the task to run", lambda: daemon.status()["running"] == id)
+    workers = [worker["pid"] for worker in daemon.status()["workers"].values()]
+    before = len(records(daemon, "telemetry"))
+    daemon.end(signal.SIGKILL)
+    until("the children to end", lambda: all(gone(pid) for pid in workers))
+    daemon.start("--task-s", "1")
+    ended = until("the end of the task", lambda: _ended(daemon, id))
+    assert ended["runs"] == 2
+    assert "no language model" in ended["error"] or "not installed" in ended["error"]
+    told = [line for line in records(daemon, "job") if id in line]
+    assert [state for line in told for state in ("delivered", "running", "failed") if f'"state":"{state}"' in line] == [
+        "delivered",
+        "running",
+        "failed",
+    ]
+    assert len(records(daemon, "telemetry")) >= before
+    assert len(records(daemon, "audit")) == 1
+
+
+def _ended(daemon: DaemonProcess, id: str) -> dict[str, Any] | None:
+    task: dict[str, Any] = daemon.ask("GET", f"/v1/tasks/{id}").json()
+    return task if task["state"] != "running" else None
+
+
+def test_a_second_daemon_on_the_same_state_or_port_is_refused(daemon: DaemonProcess, tmp_path: Path) -> None:
+    daemon.start()
+    twin = DaemonProcess(tmp_path / "press-2")
+    twin.port = daemon.port
+    for state in (daemon.state, twin.state):
+        command = ["agent", "--state", str(state), "--api", f"127.0.0.1:{daemon.port}"]
+        done = _outrider(*command)
+        assert done.returncode == 78, done.stderr
+        assert done.stderr.splitlines()[-1].startswith("hint:")
+    assert "in use by another process" in _outrider("agent", "--state", str(daemon.state)).stderr
+
+
+def _outrider(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    import sys
+
+    command = [sys.executable, "-m", "edge_agent.cli", *args]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env={**os.environ, **env}
+    )
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_hears_ready_watchdog_and_stopping(daemon: DaemonProcess, tmp_path: Path, abstract: bool) -> None:
+    address = f"@outrider-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0" + address[1:] if abstract else address)
+        manager.settimeout(30)
+        daemon.start(NOTIFY_SOCKET=address, WATCHDOG_USEC="400000")
+        heard = [manager.recv(4096).decode() for _ in range(6)]
+        assert heard[0].startswith("READY=1\nSTATUS=offline")
+        assert sum(text.startswith("WATCHDOG=1") for text in heard) >= 3
+        assert daemon.end() == 0
+        manager.setblocking(False)
+        while (text := manager.recv(4096).decode()) != "STOPPING=1":
+            assert text.startswith("WATCHDOG=1")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not on this machine")
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    unit = tmp_path / UNIT.name
+    unit.write_text(UNIT.read_text().replace("/opt/outrider/bin/outrider", "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    for line in ("Type=notify", "WatchdogSec=30", "NoNewPrivileges=yes", "ProtectSystem=strict", "MemoryMax=75%"):
+        assert f"\n{line}\n" in UNIT.read_text()
+
+
+def test_enrolment_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    state = tmp_path / "new"
+    hub = f"http://127.0.0.1:{free_port()}"
+    cases = [
+        (["--hub", hub, "--token", "t", "--name", "press-9"], 75, "does not answer"),
+        (["--hub", hub, "--name", "press-9"], 78, "not enrolled"),
+        (["--hub", "nonsense", "--token", "t", "--name", "press-9"], 78, "not the address of a hub"),
+        (["--hub", hub, "--token", "t", "--name", "Press 9"], 78, "device name"),
+    ]
+    for args, code, says in cases:
+        done = _outrider("agent", "--state", str(state), *args)
+        assert done.returncode == code, done.stderr
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not state.exists()
+    (tmp_path / "file").write_text("x")
+    full = _outrider("agent", "--state", str(tmp_path / "file" / "x"), *cases[0][0])
+    assert full.returncode == 70
+    assert "not writable" in full.stderr
+
+
+def test_the_health_page_is_open_and_nothing_else_is(shared: DaemonProcess) -> None:
+    assert httpx.get(f"{shared.url}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{shared.url}/v1/status").status_code == 401
