@@ -64,7 +64,8 @@ def test_a_batch_sized_message_with_user_properties_comes_through(tmp_path: Path
         client.publish("outrider/1/f/d/up", bytes(300_000), qos=1, properties=properties)
         until(lambda: bool(got))
         assert len(got[0].payload) == 300_000
-        assert got[0].properties is not None and got[0].properties.UserProperty == [("epoch", "7")]
+        assert got[0].properties is not None
+        assert got[0].properties.UserProperty == [("epoch", "7")]
         end(client)
 
 
@@ -94,7 +95,8 @@ def test_a_taken_port_is_a_clear_error_with_a_hint(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(Fatal) as caught:
             EmbeddedBroker(tmp_path, port=port).start()
-        assert str(port) in caught.value.message and "--broker" in caught.value.hint
+        assert str(port) in caught.value.message
+        assert "--broker" in caught.value.hint
 
 
 def test_a_killed_broker_comes_back_on_the_same_port(tmp_path: Path) -> None:

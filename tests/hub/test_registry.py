@@ -1,0 +1,142 @@
+"""Blobs and bundles: what is published is whole, signed and never changes."""
+
+import errno
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from edge_agent.wire import tokens
+from edge_agent.wire.bundle import SignedManifest, content_digest, scan, verify_manifest
+from edge_agent.wire.signing import VerifyKey
+from hub.registry import Registry
+from tests.hub.rig import Hub, enrolled
+
+
+def folder_of(path: Path, **files: bytes) -> Path:
+    path.mkdir()
+    for name, content in files.items():
+        (path / name.replace("_", ".")).write_bytes(content)
+    return path
+
+
+async def upload(client: Any, folder: Path) -> list[dict[str, Any]]:
+    entries = scan(folder)
+    for entry in entries:
+        answer = await client.put(f"/v1/blobs/{entry.sha256}", content=(folder / entry.path).read_bytes())
+        assert answer.status_code == 201, answer.text
+        assert answer.json()["size"] == entry.size
+    return [msgspec.to_builtins(entry) for entry in entries]
+
+
+async def test_a_published_bundle_reaches_a_device_signed_and_by_ranges(hub: Hub, tmp_path: Path) -> None:
+    developer, device = await hub.user("developer"), await enrolled(hub, "press-1")
+    folder = folder_of(tmp_path / "model", model_onnx=bytes(range(256)) * 5000, vocab_txt=b"a b c")
+    files = await upload(developer, folder)
+    manifest = {"name": "reader", "version": "1.0", "kind": "onnx", "files": files, "of_the_future": [1]}
+    published = await developer.post("/v1/bundles", json={"manifest": manifest})
+    assert published.status_code == 201, published.text
+    assert (await developer.post("/v1/bundles", json={"manifest": manifest})).json() == published.json()
+
+    client = hub.client(tokens.issue_device_token(device.key, "main", "press-1", now=time.time()))
+    signed = msgspec.convert((await client.get("/v1/bundles/reader/1.0")).json(), SignedManifest)
+    verified = verify_manifest(VerifyKey.from_text(hub.services.key.public.text), signed)
+    assert content_digest(verified.files) == content_digest(scan(folder))
+    assert '"of_the_future":[1]' in signed.manifest
+    entry = next(e for e in verified.files if e.path == "model.onnx")
+    part = await client.get(f"/v1/blobs/{entry.sha256}", headers={"Range": "bytes=1000000-"})
+    assert part.status_code == 206
+    assert part.content == (folder / "model.onnx").read_bytes()[1_000_000:]
+
+    assigned = await developer.post("/v1/devices/press-1/bundles", json={"name": "reader", "version": "1.0"})
+    wanted = {"reader": {"version": "1.0", "manifest_sha256": signed.sha256}}
+    assert assigned.json()["desired"] == {"bundles": wanted}
+    assert (await developer.get("/v1/devices/press-1")).json()["bundles"] == wanted
+    missing = await developer.post("/v1/devices/press-1/bundles", json={"name": "reader", "version": "2"})
+    assert missing.status_code == 404
+
+
+async def test_a_published_version_never_changes(hub: Hub, tmp_path: Path) -> None:
+    developer = await hub.user("developer")
+    files = await upload(developer, folder_of(tmp_path / "m", a_txt=b"1"))
+    manifest = {"name": "m", "version": "1", "kind": "onnx", "files": files}
+    assert (await developer.post("/v1/bundles", json={"manifest": manifest})).status_code == 201
+    changed = await developer.post("/v1/bundles", json={"manifest": manifest | {"license": "other"}})
+    assert changed.status_code == 409
+    assert "new version" in changed.json()["hint"]
+    assert [b["version"] for b in (await developer.get("/v1/bundles")).json()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"files": [{"path": "../evil", "size": 1, "sha256": "0" * 64}]}, 422),
+        ({"files": [{"path": "a.txt", "size": 1, "sha256": "0" * 64}]}, 409),
+        ({"files": []}, 422),
+        ({"version": "../1"}, 422),
+        ({"name": "Bad Name"}, 422),
+        ({"v": 2}, 422),
+    ],
+)
+async def test_a_manifest_that_cannot_hold_is_refused(
+    hub: Hub, tmp_path: Path, change: dict[str, Any], status: int
+) -> None:
+    developer = await hub.user("developer")
+    files = await upload(developer, folder_of(tmp_path / "m", a_txt=b"1"))
+    manifest = {"name": "m", "version": "1", "kind": "onnx", "files": files} | change
+    answer = await developer.post("/v1/bundles", json={"manifest": manifest})
+    assert answer.status_code == status
+    assert answer.json()["hint"]
+    assert (await developer.get("/v1/bundles")).json() == []
+
+
+async def test_a_file_of_another_size_than_its_blob_is_refused(hub: Hub, tmp_path: Path) -> None:
+    developer = await hub.user("developer")
+    files = await upload(developer, folder_of(tmp_path / "m", a_txt=b"123"))
+    files[0]["size"] = 4
+    manifest = {"name": "m", "version": "1", "kind": "onnx", "files": files}
+    assert (await developer.post("/v1/bundles", json={"manifest": manifest})).status_code == 409
+
+
+async def test_content_with_another_hash_is_refused_and_leaves_nothing(hub: Hub) -> None:
+    developer = await hub.user("developer")
+    named = hashlib.sha256(b"good").hexdigest()
+    answer = await developer.put(f"/v1/blobs/{named}", content=b"evil")
+    assert answer.status_code == 422
+    assert (await developer.get(f"/v1/blobs/{named}")).status_code == 404
+    assert list(hub.services.registry._partial.iterdir()) == []
+    for bad in ("zz", "A" * 64, "%2e%2e%2fhub.key"):
+        assert (await developer.put(f"/v1/blobs/{bad}", content=b"x")).status_code in (404, 422)
+
+
+async def test_an_upload_that_breaks_off_or_finds_a_full_disk_leaves_nothing(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry: Registry = hub.services.registry
+    content = b"x" * 3_000_000
+    named = hashlib.sha256(content).hexdigest()
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield content[:2_000_000]
+        raise ConnectionError("gone")
+
+    with pytest.raises(ConnectionError):
+        await registry.put_blob(named, broken())
+    assert list(registry._partial.iterdir()) == []
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    developer = await hub.user("developer")
+    with monkeypatch.context() as patch:
+        patch.setattr("hub.registry.os.fsync", full)
+        answer = await developer.put(f"/v1/blobs/{named}", content=content)
+    assert answer.status_code == 507
+    assert "free space" in answer.json()["hint"]
+    assert list(registry._partial.iterdir()) == []
+    assert (await developer.put(f"/v1/blobs/{named}", content=content)).status_code == 201
+    assert (await developer.put(f"/v1/blobs/{named}", content=content)).json()["size"] == len(content)
