@@ -81,13 +81,12 @@ class Browser:
     async def cdp(self, command: str, **params: Any) -> Any:
         return await self.command("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
 
-    async def screenshot(self, path: Path, width: int = 1280, height: int = 800, dark: bool = False) -> None:
-        """A PNG of the window at this size, in the given look of the system."""
-        await self.look(width, height, dark)
-        await asyncio.sleep(0.8)  # charts settle
-        path.write_bytes(base64.b64decode(await self.command("GET", "/screenshot")))
+    async def screenshot(self) -> bytes:
+        """The window as PNG."""
+        return base64.b64decode(await self.command("GET", "/screenshot"))
 
     async def look(self, width: int, height: int, dark: bool = False) -> None:
+        """Set the window's size and the look the system asks for."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.cdp("Emulation.setEmulatedMedia", features=[scheme])
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -97,7 +96,8 @@ class Browser:
 @asynccontextmanager
 async def browser(profile: Path) -> AsyncIterator[Browser]:
     """Starts chromedriver and through it Chromium, and ends both."""
-    assert CHROMIUM and CHROMEDRIVER
+    assert CHROMIUM is not None
+    assert CHROMEDRIVER is not None
     port = free_port()
     quiet = asyncio.subprocess.DEVNULL
     driver = await asyncio.create_subprocess_exec(CHROMEDRIVER, f"--port={port}", stdout=quiet, stderr=quiet)

@@ -1,0 +1,209 @@
+"""One device: state, work and a box to ask for more, models, measurements, documents."""
+
+import json
+from typing import Any
+
+from nicegui import ui
+
+from edge_agent.wire.messages import JobKind
+from hub.errors import Refused
+from hub.ui import work
+from hub.ui.frame import View, ago, e, empty, heading, number, offset, page, set_html
+from hub.ui.overview import models_of
+
+JOBS = 12
+RECORDS = 780  # the newest telemetry records, that the charts are drawn from
+CHARTS = 6
+COLOURS = ("#7573e6", "#2fa38f", "#d9963a", "#d0648d")  # of the lines in a chart; no more lines are drawn
+Line = list[tuple[int, float]]
+MAX_REQUEST = 2000
+
+
+@page("/devices/{name}", "Device", "read:device")
+async def device_page(view: View) -> None:
+    name = view.args["name"]
+    view.services.auth.require(view.session.subject, "read:device", name)
+    try:
+        await view.services.devices.get(name)
+    except Refused as refused:
+        empty(f"{refused.message[:1].upper()}{refused.message[1:]}", "It may have another name: see the fleet.")
+        return
+    top = ui.html().classes("device-head")
+    with ui.element("div").classes("two"):
+        with ui.element("section").classes("main"):
+            await ask(view, name)
+        with ui.element("section").classes("side"):
+            models = ui.html().classes("wide")
+            await measurements(view, name)
+            documents = ui.html().classes("wide")
+
+    async def show() -> None:
+        device = await view.snapshots.device(name)
+        set_html(top, head_html(device))
+        set_html(models, models_html(device))
+        set_html(documents, documents_html(device))
+
+    await view.live(show, "read:device")
+
+
+def head_html(device: dict[str, Any]) -> str:
+    state = "online" if device["online"] else "offline"
+    facts = (
+        ("Last seen", ago(device["last_seen"])),
+        ("Clock", offset(device["clock_offset_s"])),
+        ("Epoch", number(device["epoch"])),
+        ("Committed up to", number(device["watermark"])),
+        ("Lost", number(device["lost"])),
+        ("Agent", e(device["agent"] or "not known")),
+    )
+    shown = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in facts)
+    tone = "ok" if device["online"] else ""
+    title = f'<h1><i class="dot {tone or "off"}"></i>{e(device["name"])}</h1><span class="badge {tone}">{state}</span>'
+    return f'<a class="back" href="/">← Fleet</a><div class="line">{title}</div><dl class="card">{shown}</dl>'
+
+
+def models_html(device: dict[str, Any]) -> str:
+    rows = ""
+    for model in models_of(device):
+        why = f'<p class="bad">{e(model["why"])}</p>' if model["why"] else ""
+        digest = f'<code title="{e(model["digest"])}">{e(model["digest"][:12])}</code>' if model["digest"] else ""
+        note = f'<span class="chip {model["tone"]}"><i>{e(model["note"])}</i></span>'
+        rows += f'<div class="row"><b>{e(model["name"])}</b>{digest}{note}</div>{why}'
+    none = '<p class="muted">Nothing installed. Assign a bundle on the <a href="/models">Models</a> page.</p>'
+    return f'<div class="heading"><h2>Models</h2></div><div class="card pad">{rows or none}</div>'
+
+
+def documents_html(device: dict[str, Any]) -> str:
+    def document(title: str, note: str, value: Any) -> str:
+        text = e(json.dumps(value, indent=2, ensure_ascii=False)) if value else "{}"
+        return f"<details><summary><b>{title}</b><span>{note}</span></summary><pre>{text}</pre></details>"
+
+    desired = document("Desired", f"version {device['desired_version']}, the hub decides", device["desired"])
+    reported = document("Reported", "the device decides", device["reported"])
+    return f'<div class="heading"><h2>Documents</h2></div><div class="card">{desired}{reported}</div>'
+
+
+async def ask(view: View, name: str) -> None:
+    """The box for a request, and the device's work, newest first."""
+    if reason := view.why_not("read:job", name):
+        empty("Its work is not shown", reason, icon="block")
+        return
+
+    async def submit() -> None:
+        words = text.value.strip()
+        if not words:
+            raise Refused(422, "the request is empty", "write what the device should do")
+        await view.services.jobs.create(
+            name, JobKind.TASK, {"text": words}, subject=view.session.subject.name, roles=view.session.subject.roles
+        )
+        text.set_value("")
+        await show()
+
+    refused = view.why_not("run:task", name)
+    with ui.element("div").classes("card ask"):
+        text = ui.input(placeholder=refused or f"Ask {name}, such as: what is the vibration on line 2?")
+        text.props(f"borderless dense maxlength={MAX_REQUEST} aria-label='Ask this device'").classes("grow")
+        text.set_enabled(not refused)
+        send = view.button("Ask", submit, "run:task", name, icon="send")
+        text.on("keydown.enter", lambda: send.run_method("click"))
+    none = ui.html('<div class="nothing">Nothing asked yet. The answer will appear here, step by step.</div>')
+    listed = ui.element("div").classes("jobs")
+    cards: dict[str, ui.html] = {}
+
+    async def show() -> None:
+        jobs = await view.snapshots.jobs(name, JOBS)
+        none.set_visibility(not jobs)
+        for job in reversed(jobs):
+            if job["id"] not in cards:
+                with listed:
+                    cards[job["id"]] = made = ui.html().classes("card job")
+                made.move(target_index=0)
+            set_html(cards[job["id"]], work.card(job))
+        for gone in cards.keys() - {job["id"] for job in jobs}:
+            cards.pop(gone).delete()
+
+    await view.live(show, "read:job", every=0.5)
+
+
+async def measurements(view: View, name: str) -> None:
+    """The newest telemetry as small charts, one a quantity."""
+    if view.why_not("read:telemetry", name):
+        return
+    heading("Telemetry")
+    grid = ui.element("div").classes("charts")
+    none = ui.html('<div class="card pad muted">No measurements yet.</div>')
+    charts: dict[str, tuple[ui.html, ui.echart]] = {}
+
+    async def show() -> None:
+        drawn = quantities(await view.snapshots.records(name, RECORDS))
+        none.set_visibility(not drawn)
+        for quantity, lines in list(drawn.items())[:CHARTS]:
+            if quantity not in charts:
+                with grid, ui.element("div").classes("card chart"):
+                    charts[quantity] = (ui.html(), ui.echart(chart_options()))
+            title, chart = charts[quantity]
+            set_html(title, legend_html(quantity, lines))
+            drawings = [drawing(colour, points) for colour, points in zip(COLOURS, lines.values(), strict=False)]
+            if chart.options["series"] != drawings:
+                chart.options["series"] = drawings
+                chart.update()
+
+    await view.live(show, "read:telemetry", every=2.0)
+
+
+def quantities(records: list[dict[str, Any]]) -> dict[str, dict[str, Line]]:
+    """Lines of (ms since the Unix epoch, value) by quantity and label; the device's own health comes last."""
+    found: dict[str, dict[str, Line]] = {}
+    for record in records:
+        for quantity, label, value in numbers(record["body"]):
+            point = (round(record["ts"] * 1000), value)
+            found.setdefault(quantity, {}).setdefault(label, []).append(point)
+    health = {quantity for quantity in found if quantity.startswith("health ")}
+    ordered = sorted(found, key=lambda quantity: (quantity in health, quantity))
+    return {quantity.removeprefix("health "): dict(sorted(found[quantity].items())) for quantity in ordered}
+
+
+def numbers(body: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(quantity, label, value): a sampled call by its words and numbers, such as vibration and line 2; else by path."""
+    if isinstance(args := body.get("args"), dict) and "tool" in body:
+        words = " ".join(str(value) for value in args.values() if isinstance(value, str)) or str(body["tool"])
+        label = " ".join(f"{key} {value}" for key, value in args.items() if not isinstance(value, str))
+        result = body.get("result")
+        value = result.get("value") if isinstance(result, dict) else result
+        return [(words, label, float(value))] if isinstance(value, int | float) else []
+    pairs: list[tuple[str, str, float]] = []
+    for key, value in body.items():
+        if isinstance(value, dict):
+            pairs += [(f"{key} {quantity}", label, number) for quantity, label, number in numbers(value)]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            pairs.append((key.replace("_", " "), "", float(value)))
+    return pairs
+
+
+def legend_html(quantity: str, lines: dict[str, Line]) -> str:
+    """The quantity, and the latest value of each line in its colour."""
+    latest = "".join(
+        f'<b title="{e(label)}"><i style="background:{colour}"></i>{points[-1][1]:,.4g}</b>'
+        for colour, (label, points) in zip(COLOURS, lines.items(), strict=False)
+    )
+    return f"<span>{e(quantity)}</span>{latest}"
+
+
+def drawing(colour: str, points: Line) -> dict[str, Any]:
+    line = {"width": 1.5, "color": colour}
+    return {"type": "line", "data": points, "showSymbol": False, "lineStyle": line, "itemStyle": {"color": colour}}
+
+
+def chart_options() -> dict[str, Any]:
+    """Axes fitted to the data, readable on light and dark."""
+    label = {"color": "#8b8f9c", "fontSize": 10, "hideOverlap": True}
+    quiet = {"axisLabel": label, "axisTick": {"show": False}, "splitNumber": 2}
+    return {
+        "animation": False,
+        "grid": {"left": 36, "right": 6, "top": 8, "bottom": 18},
+        "tooltip": {"trigger": "axis", "confine": True},
+        "xAxis": quiet
+        | {"type": "time", "splitLine": {"show": False}, "axisLine": {"lineStyle": {"color": "#8b8f9c55"}}},
+        "yAxis": quiet | {"type": "value", "scale": True, "splitLine": {"lineStyle": {"color": "#8b8f9c22"}}},
+        "series": [],
+    }

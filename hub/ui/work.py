@@ -1,0 +1,115 @@
+"""Jobs in words and HTML: what was asked, each call with its result and time, how it ended."""
+
+import json
+import time
+from typing import Any
+
+import msgspec
+
+from edge_agent.wire.messages import TERMINAL, JobState
+from hub.ui.frame import clock, e
+
+ENDED = frozenset(state.value for state in TERMINAL)
+PATH = (JobState.QUEUED, JobState.DELIVERED, JobState.RUNNING)
+MAX_TEXT = 400
+
+
+def tone(state: str) -> str:
+    """The colour class of a job state."""
+    if state == JobState.SUCCEEDED:
+        return "ok"
+    return "bad" if state in (JobState.FAILED, JobState.REJECTED) else "" if state in ENDED else "busy"
+
+
+def asked(job: dict[str, Any]) -> str:
+    """The request in the words it was made, or the tool call it is."""
+    body = job["body"]
+    if job["kind"] == "tool":
+        args = body.get("args")
+        shown = ", ".join(f"{k}={_text(v)}" for k, v in args.items()) if isinstance(args, dict) else ""
+        return _short(f"{body.get('tool')}({shown})")
+    return _short(str(body.get("text", "")))
+
+
+class Made(msgspec.Struct):
+    """A tool call a device made: in the compact form, what came of it, and how long it took in ms."""
+
+    text: str
+    result: str
+    ok: bool = True
+    ms: float | None = None
+
+
+def calls(job: dict[str, Any]) -> list[Made]:
+    """The tool calls in a job's result, whatever a device put there."""
+    listed = job["result"].get("calls")
+    found = []
+    for each in listed if isinstance(listed, list) else []:
+        if isinstance(each, dict):
+            ms = each.get("ms")
+            ms = float(ms) if isinstance(ms, int | float) else None
+            result, ok = each.get("result"), bool(each.get("ok", True))
+            found.append(Made(_short(_text(each.get("call"))), _short(_text(result)), ok, ms))
+    return found
+
+
+def decided_ms(job: dict[str, Any]) -> float:
+    """How long the model took for all its decisions."""
+    listed = job["result"].get("decisions")
+    times = [each.get("ms") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    return sum(ms for ms in times if isinstance(ms, int | float))
+
+
+def summary(job: dict[str, Any]) -> str:
+    """One line: the last call and what came of it."""
+    if made := calls(job):
+        return f"{made[-1].text} → {made[-1].result}"
+    return _short(job["error"] or _text(job["result"].get("result", job["result"] or "")))
+
+
+def card(job: dict[str, Any]) -> str:
+    """A job as HTML: request, way so far, calls, answer or error."""
+    who = f"{clock(job['created'])} · {e(job['subject'])}"
+    head = f'<header><b>{e(asked(job))}</b><span class="faint">{who}</span>{_badge(job["state"])}</header>'
+    return head + _way(job) + "".join(map(_step, calls(job))) + _end(job)
+
+
+def _way(job: dict[str, Any]) -> str:
+    """While it is under way: where it stands, and for how long."""
+    if job["state"] in ENDED:
+        return ""
+    reached = PATH.index(JobState(job["state"])) if job["state"] in PATH else 0
+    names = "".join(f'<li class="{"done" if n <= reached else ""}">{state}</li>' for n, state in enumerate(PATH))
+    waited = f"{max(0, time.time() - job['created']):.0f} s"
+    return f'<ol class="way">{names}<li class="time"><i class="spin"></i>{waited}</li></ol>'
+
+
+def _step(made: Made) -> str:
+    took = "" if made.ms is None else f"{made.ms:,.0f} ms"
+    sign = '<i class="sign ok">✓</i>' if made.ok else '<i class="sign bad">✕</i>'
+    call = f'<code>{e(made.text)}</code><span class="result">{e(made.result)}</span>'
+    return f'<div class="step">{sign}<div>{call}</div><em>{took}</em></div>'
+
+
+def _end(job: dict[str, Any]) -> str:
+    """The answer or error, unless the last call said it already, and the time the decisions took."""
+    if job["state"] not in ENDED:
+        return ""
+    made, thought = calls(job), decided_ms(job)
+    answer = _short(job["error"] or _text(job["result"].get("answer") or job["result"].get("result", "")))
+    said = "" if made and made[-1].result in answer else answer
+    note = f"<em>decided in {thought:,.0f} ms</em>" if thought else ""
+    kind = "bad" if job["error"] else ""
+    return f'<p class="answer"><span class="{kind}">{e(said)}</span>{note}</p>' if said or note else ""
+
+
+def _badge(state: str) -> str:
+    return f'<span class="badge {tone(state)}">{e(state)}</span>'
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
