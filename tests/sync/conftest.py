@@ -1,5 +1,6 @@
 import datetime
 import ipaddress
+import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -60,3 +61,13 @@ def certificate(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
         return paths
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB with 1 MiB free, and a file `filler` that can be removed to make room."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    (tmp_path / "filler").write_bytes(bytes(1 << 20))
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)

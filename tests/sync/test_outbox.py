@@ -1,0 +1,291 @@
+"""The outbox promises: what append returned survives, order holds, and every loss is told."""
+
+import asyncio
+import json
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import msgspec
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from edge_agent.errors import Refused, Retry
+from edge_agent.store import Store
+from edge_agent.sync.outbox import Limits, Outbox
+from edge_agent.wire.batch import MAX_BATCH
+from edge_agent.wire.messages import Loss, Record
+
+
+async def everything(outbox: Outbox) -> list[Record]:
+    """All that waits, read as the session reads it."""
+    records: list[Record] = []
+    after = outbox.acked
+    while part := await outbox.batch(after):
+        assert part.first == after + 1
+        assert sum(len(line) + 1 for line in part.lines) <= MAX_BATCH
+        records += [msgspec.json.decode(line, type=Record) for line in part.lines]
+        after = part.last
+    return records
+
+
+async def test_appended_records_come_out_in_order_with_seqs_from_1(outbox: Outbox) -> None:
+    seqs = await asyncio.gather(*(outbox.append("telemetry", {"n": n}, priority=n % 10) for n in range(500)))
+    assert list(seqs) == list(range(1, 501))
+    records = await everything(outbox)
+    assert [(r.seq, r.body["n"], r.priority) for r in records] == [(n + 1, n, n % 10) for n in range(500)]
+    assert outbox.depth == 500
+
+
+async def test_concurrent_appends_share_a_commit(outbox: Outbox, store: Store) -> None:
+    before = await store.read(lambda db: db.total_changes)
+    await asyncio.gather(*(outbox.append("telemetry", {"n": n}) for n in range(300)))
+    after = await store.read(lambda db: db.total_changes)
+    assert after - before <= 300 + 5  # one change a row, and one of the counter a commit
+
+
+async def test_an_ack_empties_the_outbox_up_to_its_seq_and_no_further(outbox: Outbox) -> None:
+    await outbox.append_many([outbox.draft("telemetry", {"n": n}) for n in range(10)])
+    await outbox.ack(4)
+    await outbox.ack(3)  # late
+    assert (outbox.acked, outbox.depth) == (4, 6)
+    assert [r.seq for r in await everything(outbox)] == [5, 6, 7, 8, 9, 10]
+
+
+async def test_an_ack_of_what_was_never_sent_is_refused(outbox: Outbox) -> None:
+    with pytest.raises(Refused, match="restored or copied"):
+        await outbox.ack(1)
+
+
+async def test_epoch_seq_and_watermark_survive_a_restart(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.db")
+    outbox = await Outbox.open(store)
+    epoch = outbox.epoch
+    for n in range(5):
+        await outbox.append("telemetry", {"n": n})
+    await outbox.ack(5)
+    store.close()
+    store = Store(tmp_path / "s.db")
+    outbox = await Outbox.open(store)
+    assert (outbox.epoch, outbox.last_seq, outbox.acked, outbox.depth) == (epoch, 5, 5, 0)
+    assert await outbox.append("telemetry", {}) == 6
+    store.close()
+
+
+async def test_large_records_are_cut_into_batches_and_a_too_large_one_is_refused(outbox: Outbox) -> None:
+    for _ in range(9):
+        await outbox.append("telemetry", {"x": "y" * 60_000})
+    assert len(await everything(outbox)) == 9
+    with pytest.raises(Refused, match="at most"):
+        await outbox.append("telemetry", {"x": "y" * 70_000})
+    with pytest.raises(Refused, match="not JSON"):
+        await outbox.append("telemetry", {"x": object()})
+    with pytest.raises(Refused, match="priority"):
+        await outbox.append("telemetry", {}, priority=10)
+    assert await outbox.append("telemetry", {}) == 10
+
+
+async def test_past_the_quota_the_lowest_priority_and_oldest_go_first(store: Store) -> None:
+    outbox = await Outbox.open(store, Limits(rows=100))
+    for n in range(60):
+        await outbox.append("telemetry", {"n": n}, priority=0)
+    for n in range(60):
+        await outbox.append("telemetry", {"n": n}, priority=9)
+    records = await everything(outbox)
+    losses = [msgspec.convert(r.body, Loss) for r in records if r.kind == "loss"]
+    assert [r.body["n"] for r in records if r.priority == 0 and r.kind != "loss"] == list(range(60))
+    kept = [r.body["n"] for r in records if r.priority == 9]
+    assert kept == list(range(60 - len(kept), 60))
+    assert len(losses) == 1
+    assert (losses[0].count, losses[0].by_priority) == (60 - len(kept), {"9": 60 - len(kept)})
+
+
+async def test_what_outlived_its_ttl_goes_and_is_told(store: Store) -> None:
+    now = 1000.0
+    outbox = await Outbox.open(store, clock=lambda: now)
+    await outbox.append("telemetry", {"n": 1}, ttl=10)
+    await outbox.append("telemetry", {"n": 2})
+    now = 1011.0
+    records = await everything(outbox)
+    assert [r.kind for r in records] == ["telemetry", "loss"]
+    assert msgspec.convert(records[1].body, Loss) == Loss("ttl", 1, 1, 1, {"5": 1})  # type: ignore[arg-type]
+
+
+async def test_a_transaction_that_fails_takes_its_record_and_its_seq_back(outbox: Outbox, store: Store) -> None:
+    def work(db: Any) -> None:
+        assert outbox.put(db, "job", {"n": 1}) == 1
+        raise Refused("no")
+
+    with pytest.raises(Refused):
+        await store.write(work)
+    assert (outbox.last_seq, outbox.depth, outbox.size) == (0, 0, 0)
+    assert await outbox.append("job", {"n": 2}) == 1
+
+
+class OutboxMachine(RuleBasedStateMachine):
+    """Appends, acks, batches, restarts and time: every seq is delivered or told lost, never silently gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.folder = Path(tempfile.mkdtemp())
+        self.now = 1000.0
+        self.sent: dict[int, bytes] = {}  # what a batch once said of a seq
+        self.delivered: set[int] = set()
+        self.lost = 0
+        self.restarted = False
+        self.appended = 0
+        self._open()
+
+    def _open(self) -> None:
+        self.store = Store(self.folder / "s.db")
+        limits = Limits(rows=40, bytes=8000)
+        self.outbox = self.loop.run_until_complete(Outbox.open(self.store, limits, lambda: self.now))
+
+    def run(self, work: Any) -> Any:
+        return self.loop.run_until_complete(work)
+
+    @rule(
+        sizes=st.lists(st.integers(0, 300), max_size=20), priority=st.integers(0, 9), ttl=st.none() | st.integers(1, 50)
+    )
+    def append(self, sizes: list[int], priority: int, ttl: int | None) -> None:
+        before = self.outbox.last_seq
+        seqs = self.run(
+            self.outbox.append_many([self.outbox.draft("telemetry", {"x": "y" * n}, priority, ttl) for n in sizes])
+        )
+        assert len(seqs) == len(sizes)
+        assert not sizes or seqs[0] == before + 1
+        self.appended += len(sizes)
+
+    @rule(seconds=st.integers(1, 40))
+    def wait(self, seconds: int) -> None:
+        self.now += seconds
+
+    @rule()
+    def send(self) -> None:
+        after = self.outbox.acked
+        while part := self.run(self.outbox.batch(after)):
+            for line in part.lines:
+                seq = json.loads(line)["seq"]
+                assert part.first <= seq <= part.last
+                assert self.sent.setdefault(seq, line) == line, "a seq names one content for ever"
+            after = part.last
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def ack(self, data: st.DataObject) -> None:
+        seq = data.draw(st.sampled_from(sorted(self.sent)))
+        if seq > self.outbox.acked:
+            for each, line in self.sent.items():
+                if self.outbox.acked < each <= seq and each not in self.delivered:
+                    self.delivered.add(each)
+                    record = json.loads(line)
+                    self.lost += record["body"]["count"] if record["kind"] == "loss" else 0
+        self.run(self.outbox.ack(seq))
+
+    @rule()
+    def restart(self) -> None:
+        self.store.close()
+        self._open()
+
+    @invariant()
+    def disk_is_bounded_and_counted(self) -> None:
+        count, size, kept, kept_size = self.run(self.store.read(_measure))
+        assert (count, size) == (self.outbox.depth, self.outbox.size)
+        assert count - kept <= 40
+        assert size - kept_size <= 8000
+
+    def teardown(self) -> None:
+        self.run(self.outbox.expire())
+        told = self.lost
+        waiting: set[int] = set()
+        for seq, line in self.run(self.store.read(lambda db: db.execute("SELECT seq, line FROM outbox").fetchall())):
+            record = json.loads(line)
+            waiting.add(seq)
+            told += record["body"]["count"] if record["kind"] == "loss" else 0
+        gone = set(range(1, self.outbox.last_seq + 1)) - waiting - self.delivered
+        assert len(gone) <= told, "a record went and nobody said so"
+        self.store.close()
+        self.loop.close()
+
+
+def _measure(db: Any) -> tuple[int, int, int, int]:
+    sums = "SELECT count(*), coalesce(sum(length(line)), 0) FROM outbox"
+    (whole,), (kept,) = db.execute(sums).fetchall(), db.execute(f"{sums} WHERE priority < 0").fetchall()
+    return (*whole, *kept)
+
+
+TestOutboxMachine = OutboxMachine.TestCase
+TestOutboxMachine.settings = settings(
+    max_examples=30, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+APPENDER = """
+import asyncio, sys
+from pathlib import Path
+from edge_agent.store import Store
+from edge_agent.sync.outbox import Outbox
+
+async def main():
+    outbox = await Outbox.open(Store(Path(sys.argv[1])))
+    async def one(lane):
+        n = 0
+        while True:
+            seq = await outbox.append("telemetry", {"lane": lane, "n": n})
+            print(seq, lane, n, flush=True)
+            n += 1
+    await asyncio.gather(*(one(lane) for lane in range(8)))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 50, 700])
+async def test_every_seq_that_append_returned_survives_kill_9(tmp_path: Path, lines: int) -> None:
+    path = tmp_path / "s.db"
+    ledger: dict[int, tuple[int, int]] = {}
+    for _ in range(2):  # the second life begins on what the first left
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", APPENDER, str(path), stdout=asyncio.subprocess.PIPE
+        )
+        assert child.stdout is not None
+        for _ in range(lines):
+            seq, lane, n = map(int, (await child.stdout.readline()).split())
+            ledger[seq] = (lane, n)
+        child.send_signal(signal.SIGKILL)
+        rest = (await child.stdout.read()).decode().splitlines(keepends=True)
+        ledger |= {int(s): (int(a), int(b)) for s, a, b in (line.split() for line in rest if line.endswith("\n"))}
+        await child.wait()
+    store = Store(path)
+    outbox = await Outbox.open(store)
+    kept = {r.seq: (r.body["lane"], r.body["n"]) for r in await everything(outbox)}
+    assert {seq: kept.get(seq) for seq in ledger} == ledger
+    assert sorted(kept) == list(range(1, outbox.last_seq + 1))
+    store.close()
+
+
+def make_room(disk: Path) -> None:
+    (disk / "filler").unlink()
+
+
+async def test_a_full_disk_is_a_retry_that_loses_nothing(small_disk: Path) -> None:
+    store = Store(small_disk / "s.db")
+    outbox = await Outbox.open(store)
+    stored: list[int] = []
+
+    async def fill() -> None:
+        while True:
+            stored.extend(await outbox.append_many([outbox.draft("telemetry", {"x": "y" * 1000}) for _ in range(10)]))
+
+    with pytest.raises(Retry, match="free some space"):
+        await fill()
+    assert [r.seq for r in await everything(outbox)] == stored
+    assert outbox.last_seq == stored[-1]
+    make_room(small_disk)
+    await outbox.ack(stored[-1])
+    assert await outbox.append("telemetry", {}) == stored[-1] + 1
+    store.close()
