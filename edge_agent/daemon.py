@@ -168,7 +168,7 @@ class Daemon:
             "last_seq": box.last_seq,
             "acked": box.acked,
             "grants_epoch": grants.epoch if grants else None,
-            "models": self._hosting.show(),
+            "models": self._hosting.show(self._twin.reported.get("bundles", {})),
             "reported": self._twin.reported,
             "tools": specs,
             "workers": {name: {"pid": w.pid, "starts": w.starts} for name, w in self._workers.items()},

@@ -75,17 +75,19 @@ class Hosting:
             return self._preferred if self._preferred in llms else None
         return llms[0] if llms else None
 
-    def show(self) -> list[dict[str, Any]]:
-        """What runs, for the status."""
-        shown = []
-        for name, installed in sorted(self.running.items()):
+    def show(self, reported: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Per bundle: how it fares by the update service's reports, and what runs it here."""
+        shown = {}
+        for name, report in reported.items():
+            shown[name] = dict(report)
+            installed = self.running.get(name)
+            if installed is None or installed.digest != report["digest"]:
+                shown[name]["state"] = "loading" if report["state"] == "committed" else report["state"]
+                continue
             info = self._workers[_role(installed)].infos.get(name)
             engine = msgspec.to_builtins(info) if info else {}
-            manifest = installed.manifest
-            shown.append(
-                {"name": name, "version": manifest.version, "kind": manifest.kind, "digest": installed.digest}
-                | {key: engine.get(key) for key in ("engine", "provider", "load_s")}
-            )
+            shown[name] |= {key: engine.get(key) for key in ("engine", "provider", "load_s")}
+            shown[name]["kind"] = installed.manifest.kind
         return shown
 
 
