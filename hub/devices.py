@@ -29,6 +29,7 @@ class Devices:
         self._db = db
         self.fleet = fleet
         self.liveness = Liveness()
+        self.doubled = 0  # records that came again and were skipped, since this process started
 
     async def create_enrolment(self, by: str, name: str | None = None, ttl_s: float = 3600.0) -> str:
         """A single-use token for one device, of the given name if there is one."""

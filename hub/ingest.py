@@ -49,7 +49,6 @@ class Ingest:
         self._committer = Committer(devices.fleet)
         self._waiting: asyncio.Queue[Message] = asyncio.Queue(GROUP)
         self.records = 0
-        self.doubled = 0  # since this process started
 
     @staticmethod
     def filters(fleet: str) -> list[str]:
@@ -85,7 +84,7 @@ class Ingest:
             for message in group:
                 message.ack()
         self.records += committed.records
-        self.doubled += committed.doubled
+        self._devices.doubled += committed.doubled
         for device, ack in committed.acks.items():
             await self._ack(device, ack)
 

@@ -174,7 +174,7 @@ def numbers(body: dict[str, Any]) -> list[tuple[str, str, float]]:
     pairs: list[tuple[str, str, float]] = []
     for key, value in body.items():
         if isinstance(value, dict):
-            pairs += [(f"{key} {quantity}", label, number) for quantity, label, number in numbers(value)]
+            pairs += [(f"{key} {quantity}", label, read) for quantity, label, read in numbers(value)]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             pairs.append((key.replace("_", " "), "", float(value)))
     return pairs
@@ -183,7 +183,7 @@ def numbers(body: dict[str, Any]) -> list[tuple[str, str, float]]:
 def legend_html(quantity: str, lines: dict[str, Line]) -> str:
     """The quantity, and the latest value of each line in its colour."""
     latest = "".join(
-        f'<b title="{e(label)}"><i style="background:{colour}"></i>{points[-1][1]:,.4g}</b>'
+        f'<b title="{e(label)}"><i style="background:{colour}"></i>{number(points[-1][1])}</b>'
         for colour, (label, points) in zip(COLOURS, lines.items(), strict=False)
     )
     return f"<span>{e(quantity)}</span>{latest}"

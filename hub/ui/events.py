@@ -25,7 +25,7 @@ async def events(view: View) -> None:
     with ui.row().classes("title-row"):
         heading("Events", "what people and devices did, each entry chained to the one before")
         ui.element("div").classes("grow")
-        view.button("Check the chain", check, "read:audit", icon="verified").classes("quiet")
+        view.button("Check the chain", check, "read:audit", icon="verified", quiet=True)
     with ui.element("section").classes("card"):
         entries = table(
             {"id": "No.", "when": "When", "actor": "Who", "action": "Did", "detail": "Detail"},

@@ -92,7 +92,7 @@ class View:
         timer = ui.timer(every, again, immediate=False)
 
     def button(
-        self, text: str, run: Callable[[], Awaitable[None]], action: str, resource: str = "", *, icon: str | None = None
+        self, text: str, run: Show, action: str, resource: str = "", *, icon: str | None = None, quiet: bool = False
     ) -> ui.button:
         """A button for an action; greyed out, saying why, for who may not."""
 
@@ -111,7 +111,8 @@ class View:
 
         reason = self.why_not(action, resource)
         with ui.element("span"):
-            button = ui.button(text, on_click=click, icon=icon).props("unelevated no-caps")
+            button = ui.button(text, on_click=click, icon=icon, color=None if quiet else "primary")
+            button.props("unelevated no-caps").classes("quiet" if quiet else "")
             if reason:
                 button.disable()
                 ui.tooltip(reason)
@@ -248,8 +249,8 @@ def clock(ts: float) -> str:
 
 
 def number(value: float) -> str:
-    """With thin spaces between thousands."""
-    return f"{value:,.0f}".replace(",", "\u202f")
+    """Three figures at least, with thin spaces between thousands."""
+    return f"{value:.3g}" if value % 1 and abs(value) < 1000 else f"{value:,.0f}".replace(",", "\u202f")
 
 
 def size(count: float) -> str:

@@ -91,7 +91,7 @@ def counters_html(fleet: Fleet) -> str:
     cards = (
         stat("Devices online", f"{online}<small> of {len(fleet.devices)}</small>", there),
         stat("Records committed", number(fleet.committed), "each once, in order"),
-        stat("Records per second", f"{rate:.1f}" if rate < 100 else number(rate), spark(fleet.rates), "spark"),
+        stat("Records per second", number(rate), spark(fleet.rates), "spark"),
         stat("Doubles skipped", number(fleet.doubled), "sent again, kept once"),
         stat("Records lost", number(lost), "declared by devices" if lost else "nothing", "bad" if lost else ""),
     )

@@ -94,4 +94,4 @@ class Snapshots:
         self._history.append((time.monotonic(), self._counted[0]))
         points = list(self._history)
         rates = [(b - a) / max(0.5, until - since) for (since, a), (until, b) in pairwise(points)]
-        return Fleet(devices, jobs, self._counted[0], services.ingest.doubled, rates)
+        return Fleet(devices, jobs, self._counted[0], services.devices.doubled, rates)

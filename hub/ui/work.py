@@ -69,8 +69,11 @@ def summary(job: dict[str, Any]) -> str:
 
 def card(job: dict[str, Any]) -> str:
     """A job as HTML: request, way so far, calls, answer or error."""
-    who = f"{clock(job['created'])} · {e(job['subject'])}"
-    head = f'<header><b>{e(asked(job))}</b><span class="faint">{who}</span>{_badge(job["state"])}</header>'
+    facts = [clock(job["created"]), job["subject"]]
+    if thought := decided_ms(job):
+        facts.append(f"decided in {thought:,.0f} ms")
+    state = f'<span class="badge {tone(job["state"])}">{e(job["state"])}</span>'
+    head = f'<header><b>{e(asked(job))}</b><span class="faint">{e(" · ".join(facts))}</span>{state}</header>'
     return head + _way(job) + "".join(map(_step, calls(job))) + _end(job)
 
 
@@ -92,19 +95,11 @@ def _step(made: Made) -> str:
 
 
 def _end(job: dict[str, Any]) -> str:
-    """The answer or error, unless the last call said it already, and the time the decisions took."""
-    if job["state"] not in ENDED:
-        return ""
-    made, thought = calls(job), decided_ms(job)
+    """The answer or error, unless the last call said it already."""
     answer = _short(job["error"] or _text(job["result"].get("answer") or job["result"].get("result", "")))
-    said = "" if made and made[-1].result in answer else answer
-    note = f"<em>decided in {thought:,.0f} ms</em>" if thought else ""
-    kind = "bad" if job["error"] else ""
-    return f'<p class="answer"><span class="{kind}">{e(said)}</span>{note}</p>' if said or note else ""
-
-
-def _badge(state: str) -> str:
-    return f'<span class="badge {tone(state)}">{e(state)}</span>'
+    if any(made.result in answer for made in calls(job)[-1:]):
+        return ""
+    return f'<p class="{"bad" if job["error"] else ""}">{e(answer)}</p>' if answer else ""
 
 
 def _text(value: Any) -> str:
