@@ -1,0 +1,129 @@
+"""Jobs once, states by the table, reports with the state or not at all; documents that never go back."""
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_agent.errors import Fatal, Refused
+from edge_agent.store import Store
+from edge_agent.sync import inbox as inbox_module
+from edge_agent.sync.inbox import Inbox
+from edge_agent.sync.outbox import Outbox
+from edge_agent.sync.twin import Twin, merge_patch
+from edge_agent.wire.errors import Undecodable
+from edge_agent.wire.messages import Desired, Job, JobKind, JobState, Record
+
+
+def job(id: str, expires: float = 2000.0, key: str = "") -> Job:
+    return Job(id, JobKind.TASK, {"text": "x"}, "ann", ["operator"], 1.0, expires, key)
+
+
+async def reports(outbox: Outbox) -> list[tuple[str, str, str]]:
+    part = await outbox.batch(0)
+    records = [msgspec.json.decode(line, type=Record) for line in part.lines] if part else []
+    return [(r.body["id"], r.body["state"], r.body["error"]) for r in records if r.kind == "job"]
+
+
+async def test_an_expired_job_is_reported_and_not_run(store: Store, outbox: Outbox) -> None:
+    now = 1000.0
+    inbox = Inbox(store, outbox, lambda: now)
+    assert await inbox.accept(job("old", expires=999)) is JobState.EXPIRED
+    assert await inbox.accept(job("waits", expires=1010)) is JobState.DELIVERED
+    assert await inbox.accept(job("good")) is JobState.DELIVERED
+    now = 1011.0
+    assert (await inbox.next()).id == "good"
+    told = [(id, state) for id, state, _ in await reports(outbox)]
+    assert told[-2:] == [("waits", "expired"), ("good", "running")]
+    assert told[0] == ("old", "expired")
+
+
+async def test_the_same_idempotency_key_runs_once(store: Store, outbox: Outbox) -> None:
+    inbox = Inbox(store, outbox, lambda: 0.0)
+    assert await inbox.accept(job("a", key="k")) is JobState.DELIVERED
+    assert await inbox.accept(job("a", key="k")) is None
+    assert await inbox.accept(job("b", key="k")) is JobState.REJECTED
+    assert "the same as job a" in (await reports(outbox))[-1][2]
+
+
+async def test_too_many_waiting_jobs_are_rejected_not_kept(
+    store: Store, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox_module, "MAX_WAITING", 2)
+    inbox = Inbox(store, outbox, lambda: 0.0)
+    states = [await inbox.accept(job(str(n))) for n in range(3)]
+    assert states == [JobState.DELIVERED, JobState.DELIVERED, JobState.REJECTED]
+
+
+async def test_a_change_the_table_forbids_is_refused_and_not_reported(store: Store, outbox: Outbox) -> None:
+    inbox = Inbox(store, outbox, lambda: 0.0)
+    await inbox.accept(job("a"))
+    await inbox.next()
+    await inbox.report("a", JobState.SUCCEEDED, {"answer": 1})
+    before = outbox.last_seq
+    for state in (JobState.FAILED, JobState.RUNNING, JobState.SUCCEEDED):
+        with pytest.raises(Refused, match="once"):
+            await inbox.report("a", state)
+    with pytest.raises(Refused, match="no job"):
+        await inbox.report("never", JobState.FAILED)
+    assert outbox.last_seq == before
+
+
+async def test_a_job_that_was_running_is_interrupted_after_a_restart_and_not_run_again(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.db")
+    inbox = Inbox(store, await Outbox.open(store), lambda: 0.0)
+    await inbox.accept(job("began"))
+    await inbox.accept(job("waits"))
+    await inbox.next()
+    store.close()
+    store = Store(tmp_path / "s.db")
+    inbox = Inbox(store, await Outbox.open(store), lambda: 0.0)
+    assert [each.id for each in await inbox.interrupted()] == ["began"]
+    assert (await inbox.next()).id == "waits"
+    store.close()
+
+
+async def test_next_waits_for_a_job(store: Store, outbox: Outbox) -> None:
+    inbox = Inbox(store, outbox, lambda: 0.0)
+    waiting = asyncio.create_task(inbox.next())
+    await asyncio.sleep(0)
+    await inbox.accept(job("a"))
+    assert (await asyncio.wait_for(waiting, 5)).id == "a"
+
+
+async def test_reported_grows_by_merge_and_is_told_only_when_it_changed(store: Store, outbox: Outbox) -> None:
+    twin = await Twin.open(store, outbox)
+    assert await twin.report({"a": {"x": 1}, "b": 2}) == 1
+    assert await twin.report({"a": {"x": 1}}) is None
+    assert await asyncio.gather(twin.report({"a": {"y": 3}}), twin.report({"b": None})) == [2, 3]
+    assert (await Twin.open(store, outbox)).reported == {"a": {"x": 1, "y": 3}}
+    assert outbox.last_seq == 3
+    with pytest.raises(Refused, match="at most"):
+        await twin.report({"big": "x" * 40_000})
+
+
+async def test_a_desired_document_past_its_limit_is_refused(store: Store, outbox: Outbox) -> None:
+    twin = await Twin.open(store, outbox)
+    with pytest.raises(Undecodable):
+        await twin.accept(Desired(1, 0.0, {"x": "y" * 40_000}))
+    assert await twin.accept(Desired(1, 0.0, {"x": 1}))
+    assert not await twin.accept(Desired(1, 0.0, {"x": 2}))
+    assert (await Twin.open(store, outbox)).desired.doc == {"x": 1}
+
+
+def test_merge_patch_follows_rfc_7396() -> None:
+    assert merge_patch({"a": "b", "c": {"d": "e", "f": "g"}}, {"a": "z", "c": {"f": None}}) == {
+        "a": "z",
+        "c": {"d": "e"},
+    }
+    assert merge_patch({"a": [1]}, {"a": {"b": None, "c": 1}}) == {"a": {"c": 1}}
+
+
+async def test_a_second_process_and_a_damaged_file_are_told_apart(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="in use"):
+        Store(store.path)
+    damaged = tmp_path / "damaged.db"
+    damaged.write_bytes(b"not a database at all" * 100)
+    with pytest.raises(Fatal, match="move the file aside"):
+        Store(damaged)

@@ -1,0 +1,216 @@
+"""The device's side of the contract, over both brokers, against a hub of forty lines."""
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.store import Store
+from edge_agent.sync import session as session_module
+from edge_agent.sync.inbox import Inbox
+from edge_agent.sync.outbox import Outbox
+from edge_agent.sync.session import Session
+from edge_agent.sync.twin import GrantsCache, Twin
+from edge_agent.wire.grants import SHIPPED_ROLES, Grants, sign_grants
+from edge_agent.wire.messages import Ack, Desired, Job, JobKind, JobState, PresenceState
+from edge_agent.wire.signing import SigningKey
+from edge_agent.wire.topics import TopicKind
+from tests.sync.brokers import Embedded, Mosquitto, until
+from tests.sync.peer import DEVICE, FLEET, Hub, topic
+
+Broker = Embedded | Mosquitto
+
+
+class Device:
+    """The parts a session joins."""
+
+    def __init__(
+        self, store: Store, outbox: Outbox, inbox: Inbox, twin: Twin, grants: GrantsCache, **more: Any
+    ) -> None:
+        self.store, self.outbox, self.inbox, self.twin, self.grants = store, outbox, inbox, twin, grants
+        parts = {"outbox": outbox, "inbox": inbox, "twin": twin, "grants": grants}
+        self.session = Session(fleet=FLEET, device=DEVICE, agent="test", **parts, **more)
+
+    def cut(self) -> None:
+        link = self.session._mqtt._link
+        assert link is not None
+        link._socket.shutdown(socket.SHUT_RDWR)
+
+
+@asynccontextmanager
+async def device_of(hub: Hub, broker: Broker, key: SigningKey, path: Path, **more: Any) -> AsyncIterator[Device]:
+    store = Store(path)
+    outbox = await Outbox.open(store)
+    twin, grants = await Twin.open(store, outbox), await GrantsCache.open(store, hub.key.public)
+    access = {"broker": broker.url, "username": broker.username, "password": broker.password}
+    device = Device(store, outbox, twin, grants, key=key, hub_key=hub.key.public, **access, **more)
+    task = asyncio.create_task(device.session.run())
+    yield device
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled(), task.exception()
+    store.close()
+
+
+@pytest.fixture
+def key() -> SigningKey:
+    return SigningKey.generate()
+
+
+@pytest.fixture
+async def hub(broker: Broker, key: SigningKey) -> AsyncIterator[Hub]:
+    async with Hub(broker, key.public) as running:
+        yield running
+
+
+@pytest.fixture
+async def device(hub: Hub, broker: Broker, key: SigningKey, tmp_path: Path) -> AsyncIterator[Device]:
+    async with device_of(hub, broker, key, tmp_path / "d" / "s.db") as made:
+        yield made
+
+
+def job(id: str, ttl: float = 60, key: str = "") -> Job:
+    now = time.time()
+    return Job(id, JobKind.TASK, {"text": "hello"}, "ann", ["operator"], now, now + ttl, key)
+
+
+async def test_every_record_arrives_once_in_order_and_the_outbox_empties(hub: Hub, device: Device) -> None:
+    for n in range(20):
+        await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n * 100 + i}) for i in range(100)])
+    await until(lambda: device.outbox.depth == 0)
+    assert [r.seq for r in hub.records] == list(range(1, 2001))
+    assert [r.body["n"] for r in hub.records] == list(range(2000))
+
+
+async def test_cuts_lose_and_double_nothing(hub: Hub, device: Device) -> None:
+    async def produce() -> None:
+        for n in range(1500):
+            await device.outbox.append("telemetry", {"n": n})
+
+    producing = asyncio.create_task(produce())
+    for connection in range(1, 5):
+        await until(lambda connection=connection: device.session.connected and hub.batches >= connection * 2)
+        device.cut()
+        await until(lambda: not device.session.connected)
+    await producing
+    await until(lambda: device.outbox.depth == 0)
+    assert [r.body["n"] for r in hub.records] == list(range(1500))
+    assert device.session.counters.connections == 5
+
+
+async def test_a_restarted_broker_loses_and_doubles_nothing(hub: Hub, device: Device, broker: Broker) -> None:
+    hub.deaf = True
+    await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n}) for n in range(3000)])
+    await until(lambda: device.session.counters.batches >= 1)
+    await asyncio.to_thread(broker.stop)
+    await until(lambda: not device.session.connected)
+    hub.deaf = False
+    await asyncio.to_thread(broker.start)
+    await until(lambda: device.outbox.depth == 0)
+    assert [r.body["n"] for r in hub.records] == list(range(3000))
+
+
+async def test_a_batch_lost_on_the_way_is_sent_again_from_the_watermark(
+    hub: Hub, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "PATIENCE_S", (0.5, 1.0))
+    await until(lambda: device.session.connected)
+    device.session._patience = 0.5
+    hub.forget = 1
+    await device.outbox.append("telemetry", {"n": 0})
+    await until(lambda: hub.forget == 0)
+    for n in range(1, 4):
+        await device.outbox.append("telemetry", {"n": n})
+    await until(lambda: device.outbox.depth == 0)
+    assert [r.body["n"] for r in hub.records] == [0, 1, 2, 3]
+    assert device.session.counters.resent >= 1
+
+
+async def test_presence_is_signed_answers_the_nonce_and_ends_offline(
+    hub: Hub, broker: Broker, key: SigningKey, tmp_path: Path
+) -> None:
+    async with device_of(hub, broker, key, tmp_path / "d" / "s.db") as device:
+        await until(lambda: hub.presence)
+        assert hub.presence[0].state is PresenceState.ONLINE
+        await device.outbox.append("telemetry", {})
+        await until(lambda: hub.presence[-1].nonce == "n1")
+        assert (hub.presence[-1].epoch, hub.presence[-1].agent) == (device.outbox.epoch, "test")
+    await until(lambda: hub.presence[-1].state is PresenceState.OFFLINE)
+
+
+async def test_the_will_says_offline_when_the_cable_is_cut(hub: Hub, device: Device) -> None:
+    await until(lambda: hub.presence)
+    device.cut()
+    await until(lambda: PresenceState.OFFLINE in [p.state for p in hub.presence])
+    await until(lambda: hub.presence[-1].state is PresenceState.ONLINE)
+
+
+async def test_a_job_is_journaled_once_and_its_report_reaches_the_hub(hub: Hub, device: Device) -> None:
+    await until(lambda: device.session.connected)
+    await hub.send(TopicKind.JOBS, job("j1"))
+    await hub.send(TopicKind.JOBS, job("j1"))
+    taken = await asyncio.wait_for(device.inbox.next(), 10)
+    assert taken.body == {"text": "hello"}
+    await device.inbox.report("j1", JobState.SUCCEEDED, {"answer": "done"})
+    await until(lambda: device.outbox.depth == 0 and len(hub.records) >= 3)
+    states = [r.body["state"] for r in hub.records if r.kind == "job"]
+    assert states == ["delivered", "running", "succeeded"]
+
+
+async def test_a_job_sent_while_offline_arrives_on_reconnect(
+    hub: Hub, broker: Broker, key: SigningKey, tmp_path: Path
+) -> None:
+    async with device_of(hub, broker, key, tmp_path / "d" / "s.db") as device:
+        await until(lambda: device.session.connected)
+    await hub.send(TopicKind.JOBS, job("later"))
+    async with device_of(hub, broker, key, tmp_path / "d" / "s.db") as device:
+        assert (await asyncio.wait_for(device.inbox.next(), 10)).id == "later"
+
+
+async def test_desired_and_grants_are_kept_and_never_go_back(hub: Hub, device: Device) -> None:
+    await until(lambda: device.session.connected)
+    await hub.send(TopicKind.DESIRED, Desired(2, 1.0, {"a": 2}))
+    await hub.send(TopicKind.DESIRED, Desired(1, 1.0, {"a": 1}))
+    assert (await asyncio.wait_for(device.twin.newer_than(0), 10)).doc == {"a": 2}
+    for epoch in (7, 6):
+        text = sign_grants(hub.key, Grants(epoch, 0.0, 1.0, SHIPPED_ROLES, []))
+        await hub.mqtt.publish(topic(TopicKind.GRANTS), text.encode(), retain=True)
+    await until(lambda: device.session.counters.refused == 1)
+    assert device.grants.grants is not None
+    assert device.grants.grants.epoch == 7
+    assert device.twin.desired.version == 2
+    again = await GrantsCache.open(device.store, hub.key.public)
+    assert again.grants == device.grants.grants
+
+
+async def test_a_message_the_hub_did_not_sign_is_audited_and_changes_nothing(hub: Hub, device: Device) -> None:
+    await until(lambda: device.session.connected)
+    await device.outbox.append("telemetry", {"n": 1})
+    await until(lambda: device.outbox.depth == 0)
+    forger = SigningKey.generate()
+    await hub.send(TopicKind.JOBS, job("forged"), forger)
+    await hub.send(TopicKind.ACK, Ack(device.outbox.epoch, 10**9, 0.0), forger)
+    await hub.mqtt.publish(topic(TopicKind.JOBS), b"\xff\x00 rubbish")
+    await hub.mqtt.publish(topic(TopicKind.DESIRED), b"x" * 300_000)
+    await until(lambda: device.session.counters.refused == 4)
+    await hub.send(TopicKind.JOBS, job("real"))
+    assert (await asyncio.wait_for(device.inbox.next(), 10)).id == "real"
+    assert await device.inbox.state("forged") is None
+    await until(lambda: device.outbox.depth == 0)
+    assert [r.body["action"] for r in hub.records if r.kind == "audit"] == ["refuse:message"]
+    assert device.session.error is None
+
+
+async def test_a_restored_state_directory_stops_sending_and_says_why(hub: Hub, device: Device) -> None:
+    await until(lambda: device.session.connected)
+    hub.epoch = device.outbox.epoch + 1
+    await hub.ack()
+    await until(lambda: device.session.error is not None)
+    assert "enrol the device anew" in str(device.session.error)
+    await device.outbox.append("telemetry", {})
+    assert device.outbox.depth == 1
