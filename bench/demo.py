@@ -45,7 +45,7 @@ class Demo:
         self.devices: dict[str, Device] = {}
 
     def say(self, text: str) -> None:
-        self.console.print(f"[dim]{time.monotonic() - self.began:6.1f} s[/dim]  {text}", highlight=False)
+        self.console.print(f"[dim]{time.monotonic() - self.began:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True)
 
     def title(self, text: str) -> None:
         self.console.rule(f"[bold]{text}", align="left")
@@ -76,8 +76,8 @@ class Demo:
 
     async def _online(self, hub: Hub, device: Device, wanted: bool) -> bool | None:
         device.process.check()
-        seen = await hub.get(f"/v1/devices/{device.name}")
-        return True if seen["presence"]["online"] is wanted else None
+        seen = {known["name"]: known["presence"]["online"] for known in await hub.get("/v1/devices")}
+        return True if seen.get(device.name) is wanted else None
 
     async def install(self, hub: Hub, digests: dict[str, str]) -> None:
         """Publish the bundles, assign them to every device and wait until each has them."""
