@@ -5,6 +5,7 @@ every route under /v1 declares its action or is on the short list of open ones, 
 """
 
 import asyncio
+import fcntl
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -85,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
-    settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _lock(settings.data, stack)
     key = SigningKey.load_or_create(settings.data / "hub.key")
     url = settings.database or f"sqlite:///{settings.data / 'hub.db'}"
     database = await asyncio.to_thread(Database, url)
@@ -114,6 +115,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         Twin(database, downlink.desired),
         Jobs(database, downlink.job),
     )
+    ingest = Ingest(database, session, devices_, downlink, jobs.send_queued)
     services = Services(
         fleet=settings.fleet,
         key=key,
@@ -129,11 +131,22 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         registry=Registry(database, settings.data, key),
         telemetry=Telemetry(database),
         audit=Audit(database),
-        ingest=Ingest(database, session, devices_, downlink, jobs.send_queued),
     )
     await stack.enter_async_context(session)
-    await stack.enter_async_context(_running(services, connected))
+    await stack.enter_async_context(_running(services, ingest, connected))
     return services
+
+
+def _lock(data: Path, stack: AsyncExitStack) -> None:
+    """One hub a data directory, until the process ends."""
+    try:
+        data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = stack.enter_context((data / "hub.lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Fatal(f"another hub uses {data}", "stop it, or give another --data") from None
+    except OSError as error:
+        raise Fatal(f"{data} cannot be used: {error}", "give a directory that can be written as --data") from error
 
 
 async def _broker(settings: Settings, stack: AsyncExitStack) -> tuple[EmbeddedBroker | None, str]:
@@ -164,7 +177,7 @@ async def _client_id(database: Database, fleet: str) -> str:
 
 
 @asynccontextmanager
-async def _running(services: Services, connected: asyncio.Event) -> AsyncIterator[None]:
+async def _running(services: Services, ingest: Ingest, connected: asyncio.Event) -> AsyncIterator[None]:
     async def greet() -> None:
         """After every connection: what the broker may have forgotten."""
         while True:
@@ -186,7 +199,7 @@ async def _running(services: Services, connected: asyncio.Event) -> AsyncIterato
             await services.auth.issue_grants()
             await services.downlink.grants(services.auth.grants_text)
 
-    runners = {"ingest": services.ingest.run, "greet": greet, "jobs": tend_jobs, "grants": renew_grants}
+    runners = {"ingest": ingest.run, "greet": greet, "jobs": tend_jobs, "grants": renew_grants}
     tasks = [asyncio.create_task(_for_ever(name, run), name=name) for name, run in runners.items()]
     try:
         yield

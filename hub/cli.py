@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,7 @@ def run(
     from hub.app import Settings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     with _errors():
         host, _, port = http.rpartition(":")
         if not host or not port.isdecimal():
@@ -69,8 +71,6 @@ def run(
 
 
 async def _serve(settings: Any, host: str, port: int) -> None:
-    import contextlib
-
     import uvicorn
 
     from hub.app import create_app
@@ -80,31 +80,28 @@ async def _serve(settings: Any, host: str, port: int) -> None:
         def capture_signals(self) -> Iterator[None]:
             yield  # the lifespan must end in order after the server, so the signals are ours
 
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise HubError(f"cannot serve HTTP on {host}:{port}: {error}", "give another --http") from error
     application = create_app(settings)
     config = uvicorn.Config(
-        application,
-        host,
-        port,
-        lifespan="off",
-        log_level="warning",
-        limit_concurrency=1000,
-        timeout_graceful_shutdown=3,
+        application, lifespan="off", log_level="warning", limit_concurrency=1000, timeout_graceful_shutdown=3
     )
+    config.load()
     server = Server(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
-    async with application.router.lifespan_context(application):
-        typer.echo(f"hub at http://{host}:{port}, broker at {application.state.services.address.url}")
-        with contextlib.suppress(SystemExit):  # uvicorn's way to say that it cannot listen; the reason is logged
-            await server.serve()
-    if not server.started:
-        raise HubError(f"cannot serve HTTP on {host}:{port}", "is the port taken? give another --http")
+    with listening:
+        async with application.router.lifespan_context(application):
+            typer.echo(f"hub at http://{host}:{port}, broker at {application.state.services.address.url}")
+            await server.serve(sockets=[listening])
 
 
 @app.command()
 def login(
-    user: Annotated[str, typer.Option(prompt=True)] = "admin",
+    user: str = "admin",
     password: Annotated[str, typer.Option(prompt=True, hide_input=True, envvar="OUTRIDER_PASSWORD")] = "",
     hub: Annotated[str, typer.Option(envvar="OUTRIDER_HUB")] = "http://127.0.0.1:8080",
     as_json: Json = False,

@@ -11,7 +11,6 @@ from hub.broker import EmbeddedBroker
 from hub.db import Database
 from hub.devices import Devices
 from hub.downlink import Downlink
-from hub.ingest import Ingest
 from hub.jobs import Jobs
 from hub.registry import Registry
 from hub.telemetry import Telemetry
@@ -46,7 +45,6 @@ class Services:
     registry: Registry
     telemetry: Telemetry
     audit: Audit
-    ingest: Ingest
 
     async def assign_bundle(self, device: str, name: str, version: str, by: str) -> Desired:
         """Make the device want a published bundle. Raises Refused 404."""

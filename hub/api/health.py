@@ -20,4 +20,4 @@ async def readyz(hub: Hub) -> JSONResponse:
     if not hub.session.connected:
         reason = str(hub.session.error or "connecting")
         return problem(503, f"no connection to the broker at {hub.address.url}: {reason}", "check --broker")
-    return JSONResponse({"status": "ready", "records": hub.ingest.records})
+    return JSONResponse({"status": "ready"})
