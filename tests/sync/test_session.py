@@ -29,9 +29,8 @@ Broker = Embedded | Mosquitto
 class Device:
     """The parts a session joins."""
 
-    def __init__(
-        self, store: Store, outbox: Outbox, inbox: Inbox, twin: Twin, grants: GrantsCache, **more: Any
-    ) -> None:
+    def __init__(self, store: Store, outbox: Outbox, twin: Twin, grants: GrantsCache, **more: Any) -> None:
+        inbox = Inbox(store, outbox)
         self.store, self.outbox, self.inbox, self.twin, self.grants = store, outbox, inbox, twin, grants
         parts = {"outbox": outbox, "inbox": inbox, "twin": twin, "grants": grants}
         self.session = Session(fleet=FLEET, device=DEVICE, agent="test", **parts, **more)
