@@ -72,7 +72,7 @@ class Daemon:
         inbox, transcripts = Inbox(store, outbox), Transcripts(store)
         budget = Budget(seconds=settings.task_s)
         agent = AgentLoop(self._hosting, self._tools, transcripts, self._allowed, budget=budget)
-        self._work = Work(inbox, agent, transcripts, self._tools, Audit(store, outbox), self._allowed)
+        self.work = Work(inbox, agent, transcripts, self._tools, Audit(store, outbox), self._allowed)
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
         self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample)
         self._http = hub_client(settings.hub or identity.hub)
@@ -110,7 +110,7 @@ class Daemon:
             "updates": self._updates.run,
             "desired": self._follow_desired,
             "telemetry": self._telemetry.run,
-            "work": self._work.run,
+            "work": self.work.run,
             "api": self._api.run,
             "profile": self._tell_profile,
             "link": self._watch_link,
@@ -138,18 +138,6 @@ class Daemon:
     def healthy(self) -> bool:
         return self._up
 
-    async def submit(self, text: str, subject: Subject) -> str:
-        return await self._work.submit(text, subject)
-
-    async def task(self, id: str) -> Any | None:
-        return await self._work.task(id)
-
-    async def tasks(self) -> list[Any]:
-        return list(await self._work.tasks())
-
-    async def call(self, tool: str, args: dict[str, Any], subject: Subject) -> Any:
-        return await self._work.call(tool, args, subject)
-
     async def status(self) -> dict[str, Any]:
         enrolled, box, grants = self._identity.enrolled, self._outbox, self._cache.grants
         specs: list[Any] = []
@@ -172,7 +160,7 @@ class Daemon:
             "reported": self._twin.reported,
             "tools": specs,
             "workers": {name: {"pid": w.pid, "starts": w.starts} for name, w in self._workers.items()},
-            "running": self._work.current,
+            "running": self.work.current,
         }
 
     # how the parts meet

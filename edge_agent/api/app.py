@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -30,21 +30,28 @@ from edge_agent.wire.tokens import verify_access_token
 MAX_BODY = 64 * 1024
 
 
-class Device(Protocol):
-    """What the API shows and does; answers are anything msgspec encodes."""
+class Work(Protocol):
+    """What the API sets going; answers are anything msgspec encodes."""
 
-    def grants(self) -> Grants | None: ...
-    def healthy(self) -> bool: ...
-    async def status(self) -> dict[str, Any]: ...
     async def submit(self, text: str, subject: Subject) -> str:
         """The id of the accepted task. Raises Refused, or Retry when the queue is full."""
         ...
 
     async def task(self, id: str) -> Any | None: ...
-    async def tasks(self) -> list[Any]: ...
-    async def call(self, tool: str, args: dict[str, Any], subject: Subject) -> Any:
-        """The result. Raises Denied, Refused, Retry, ToolError."""
+    async def tasks(self) -> Sequence[Any]: ...
+    async def call(self, name: str, args: dict[str, Any], subject: Subject) -> Any:
+        """The result. Raises Denied, Refused, Retry."""
         ...
+
+
+class Device(Protocol):
+    """What the API shows, and its work."""
+
+    @property
+    def work(self) -> Work: ...
+    def grants(self) -> Grants | None: ...
+    def healthy(self) -> bool: ...
+    async def status(self) -> dict[str, Any]: ...
 
 
 class Denied(Refused):
@@ -113,15 +120,15 @@ async def _status(_: Request, device: Device, __: Subject) -> Any:
 
 
 async def _submit(request: Request, device: Device, subject: Subject) -> Any:
-    return {"id": await device.submit((await _body(request, TaskRequest)).text, subject)}
+    return {"id": await device.work.submit((await _body(request, TaskRequest)).text, subject)}
 
 
 async def _tasks(_: Request, device: Device, __: Subject) -> Any:
-    return await device.tasks()
+    return await device.work.tasks()
 
 
 async def _task(request: Request, device: Device, _: Subject) -> Any:
-    task = await device.task(request.path_params["id"])
+    task = await device.work.task(request.path_params["id"])
     if task is None:
         raise _Problem(404, f"no task {request.path_params['id']}", "see GET /v1/tasks")
     return task
@@ -129,7 +136,7 @@ async def _task(request: Request, device: Device, _: Subject) -> Any:
 
 async def _tool(request: Request, device: Device, subject: Subject) -> Any:
     args = (await _body(request, ToolRequest)).args
-    return {"result": await device.call(request.path_params["name"], args, subject)}
+    return {"result": await device.work.call(request.path_params["name"], args, subject)}
 
 
 def _grants(device: Device) -> Grants:

@@ -24,6 +24,7 @@ class Plant:
         self.known: Grants | None = Grants(1, NOW, NOW + 3600, SHIPPED_ROLES, [public_jwk(KEY.public)])
         self.asked: list[tuple[str, str]] = []
         self.full = False
+        self.work = self
 
     def grants(self) -> Grants | None:
         return self.known
@@ -48,10 +49,10 @@ class Plant:
     async def tasks(self) -> list[Any]:
         return [{"id": "t1"}]
 
-    async def call(self, tool: str, args: dict[str, Any], subject: Subject) -> Any:
+    async def call(self, name: str, args: dict[str, Any], subject: Subject) -> Any:
         if "viewer" in subject.roles:
-            raise Denied(f"{subject.name} may not use {tool}", "ask an operator")
-        if tool == "odd":
+            raise Denied(f"{subject.name} may not use {name}", "ask an operator")
+        if name == "odd":
             raise ZeroDivisionError
         return args
 

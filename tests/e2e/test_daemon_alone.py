@@ -205,6 +205,17 @@ def test_a_task_from_the_command_line_shows_its_end_and_fails_aloud(daemon: Daem
     assert "hint:" in stranger.stderr
 
 
+def test_a_wrong_broker_is_refused_when_it_cannot_be_one_and_shown_when_it_does_not_answer(
+    daemon: DaemonProcess,
+) -> None:
+    wrong = _outrider("agent", "--state", str(daemon.state), "--broker", "http://broker")
+    assert wrong.returncode == 78
+    assert "not a broker address" in wrong.stderr
+    daemon.start("--broker", f"mqtt://127.0.0.1:{free_port()}")
+    assert "is the broker running" in until("a reason", lambda: daemon.status()["link_error"])
+    assert daemon.end() == 0
+
+
 def test_the_health_page_is_open_and_nothing_else_is(shared: DaemonProcess) -> None:
     assert httpx.get(f"{shared.url}/healthz").json() == {"status": "ok"}
     assert httpx.get(f"{shared.url}/v1/status").status_code == 401
