@@ -116,31 +116,31 @@ def login(
 @app.command("enrol-token")
 def enrol_token(name: str | None = None, ttl_s: float = 3600, hub: Url = None, as_json: Json = False) -> None:
     """Make a single-use enrolment token."""
-    with _errors():
-        made = _client(hub).post("/v1/enrolments", {"name": name, "ttl_s": ttl_s})
+    with _hub(hub) as client:
+        made = client.post("/v1/enrolments", {"name": name, "ttl_s": ttl_s})
         _print(made, as_json, lambda answer: str(answer["token"]))
 
 
 @app.command()
 def devices(hub: Url = None, as_json: Json = False) -> None:
     """List devices with their true presence."""
-    with _errors():
-        _print(_client(hub).get("/v1/devices"), as_json, _device_line)
+    with _hub(hub) as client:
+        _print(client.get("/v1/devices"), as_json, _device_line)
 
 
 @app.command()
 def task(device: str, text: str, key: str = "", hub: Url = None, as_json: Json = False) -> None:
     """Give a device a task in plain words."""
-    with _errors():
-        job = _client(hub).post(f"/v1/devices/{device}/tasks", {"text": text, "idempotency_key": key})
+    with _hub(hub) as client:
+        job = client.post(f"/v1/devices/{device}/tasks", {"text": text, "idempotency_key": key})
         _print(job, as_json, _job_line)
 
 
 @app.command()
 def jobs(device: str | None = None, limit: int = 20, hub: Url = None, as_json: Json = False) -> None:
     """List jobs, newest first."""
-    with _errors():
-        _print(_client(hub).get("/v1/jobs", device=device, limit=limit), as_json, _job_line)
+    with _hub(hub) as client:
+        _print(client.get("/v1/jobs", device=device, limit=limit), as_json, _job_line)
 
 
 @app.command()
@@ -154,23 +154,25 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Upload a folder and publish it as a bundle; a bundle.json in it may give the manifest's fields."""
-    with _errors():
-        made = _client(hub).publish(folder, name, version, kind, license, {})
+    with _hub(hub) as client:
+        made = client.publish(folder, name, version, kind, license, {})
         _print(made, as_json, lambda m: f"{m['name']} {m['version']} {m['manifest_sha256']}")
 
 
 @app.command()
 def assign(device: str, name: str, version: str, hub: Url = None, as_json: Json = False) -> None:
     """Make a device install a published bundle."""
-    with _errors():
-        done = _client(hub).post(f"/v1/devices/{device}/bundles", {"name": name, "version": version})
+    with _hub(hub) as client:
+        done = client.post(f"/v1/devices/{device}/bundles", {"name": name, "version": version})
         _print(done, as_json, lambda d: f"{d['device']} shall have {name} {version}")
 
 
-def _client(url: str | None) -> Any:
+@contextmanager
+def _hub(url: str | None) -> Iterator[Any]:
     from hub.client import HubClient
 
-    return HubClient(url)
+    with _errors(), HubClient(url) as client:
+        yield client
 
 
 def _device_line(device: dict[str, Any]) -> str:

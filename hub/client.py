@@ -46,6 +46,12 @@ class HubClient:
             raise HubError(f"not logged in at {url}", "outrider hub login, or set OUTRIDER_TOKEN")
         self._http = httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {token}"})
 
+    def __enter__(self) -> "HubClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
     def get(self, path: str, **query: Any) -> Any:
         return _answer(self._http, "GET", path, params={k: v for k, v in query.items() if v is not None})
 
