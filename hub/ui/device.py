@@ -28,7 +28,8 @@ async def device_page(view: View) -> None:
     except Refused as refused:
         empty(f"{refused.message[:1].upper()}{refused.message[1:]}", "It may have another name: see the fleet.")
         return
-    top = ui.html().classes("device-head")
+    ui.link("← Fleet", "/").classes("back")
+    title, facts = ui.html().classes("title-row"), ui.html().classes("facts card")
     with ui.element("div").classes("two"):
         with ui.element("section").classes("main"):
             await ask(view, name)
@@ -39,27 +40,26 @@ async def device_page(view: View) -> None:
 
     async def show() -> None:
         device = await view.snapshots.device(name)
-        set_html(top, head_html(device))
+        state, dot = ("online", "ok") if device["online"] else ("offline", "off")
+        badge = f'<span class="badge {dot}">{state}</span>'
+        set_html(title, f'<h1><i class="dot {dot}"></i>{e(name)}</h1>{badge}')
+        set_html(facts, facts_html(device))
         set_html(models, models_html(device))
         set_html(documents, documents_html(device))
 
     await view.live(show, "read:device")
 
 
-def head_html(device: dict[str, Any]) -> str:
-    state = "online" if device["online"] else "offline"
-    facts = (
-        ("Last seen", ago(device["last_seen"])),
-        ("Clock", offset(device["clock_offset_s"])),
-        ("Epoch", number(device["epoch"])),
-        ("Committed up to", number(device["watermark"])),
-        ("Lost", number(device["lost"])),
-        ("Agent", e(device["agent"] or "not known")),
-    )
-    shown = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in facts)
-    tone = "ok" if device["online"] else ""
-    title = f'<h1><i class="dot {tone or "off"}"></i>{e(device["name"])}</h1><span class="badge {tone}">{state}</span>'
-    return f'<a class="back" href="/">← Fleet</a><div class="line">{title}</div><dl class="card">{shown}</dl>'
+def facts_html(device: dict[str, Any]) -> str:
+    facts = {
+        "Last seen": ago(device["last_seen"]),
+        "Clock": offset(device["clock_offset_s"]),
+        "Epoch": number(device["epoch"]),
+        "Committed up to": number(device["watermark"]),
+        "Lost": number(device["lost"]),
+        "Agent": device["agent"] or "not known",
+    }
+    return "".join(f"<div><dt>{label}</dt><dd>{e(value)}</dd></div>" for label, value in facts.items())
 
 
 def models_html(device: dict[str, Any]) -> str:
@@ -67,7 +67,7 @@ def models_html(device: dict[str, Any]) -> str:
     for model in models_of(device):
         why = f'<p class="bad">{e(model["why"])}</p>' if model["why"] else ""
         digest = f'<code title="{e(model["digest"])}">{e(model["digest"][:12])}</code>' if model["digest"] else ""
-        note = f'<span class="chip {model["tone"]}"><i>{e(model["note"])}</i></span>'
+        note = f'<span class="chip {model["tone"]}"><em>{e(model["note"])}</em></span>'
         rows += f'<div class="row"><b>{e(model["name"])}</b>{digest}{note}</div>{why}'
     none = '<p class="muted">Nothing installed. Assign a bundle on the <a href="/models">Models</a> page.</p>'
     return f'<div class="heading"><h2>Models</h2></div><div class="card pad">{rows or none}</div>'

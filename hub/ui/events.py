@@ -1,14 +1,13 @@
 """Events: the newest entries of the audit log, and a check of its chain."""
 
 import json
+from typing import Any
 
 from nicegui import ui
 
-from hub.ui.frame import View, clock, heading, page, set_rows, table
+from hub.ui.frame import Table, View, clock, heading, page
 
 SHOWN = 200
-ACTION = """<span class="badge" :class="props.row.tone">{{ props.row.action }}</span>"""
-DETAIL = """<span class="mono clip long" :title="props.row.detail">{{ props.row.detail }}</span>"""
 
 
 @page("/events", "Events", "read:audit")
@@ -27,27 +26,22 @@ async def events(view: View) -> None:
         ui.element("div").classes("grow")
         view.button("Check the chain", check, "read:audit", icon="verified", quiet=True)
     with ui.element("section").classes("card"):
-        entries = table(
-            {"id": "No.", "when": "When", "actor": "Who", "action": "Did", "detail": "Detail"},
-            {"action": ACTION, "detail": DETAIL},
-            minor=("id", "when"),
-        )
+        headings = {"id": "No.", "when": "When", "actor": "Who", "action": "Did", "detail": "Detail"}
+        entries = Table(headings, minor=("id", "when"))
 
     async def show() -> None:
-        newest = await view.snapshots.events(SHOWN)
-        set_rows(
-            entries,
-            [
-                {
-                    "id": entry["id"],
-                    "when": clock(entry["ts"]),
-                    "actor": entry["actor"],
-                    "action": entry["action"],
-                    "tone": "bad" if entry["action"].startswith(("refuse:", "dead:")) else "",
-                    "detail": json.dumps(entry["detail"], ensure_ascii=False),
-                }
-                for entry in newest
-            ],
-        )
+        entries.show([row(entry) for entry in await view.snapshots.events(SHOWN)])
 
     await view.live(show, "read:audit", every=2.0)
+
+
+def row(entry: dict[str, Any]) -> dict[str, Any]:
+    refused = entry["action"].startswith(("refuse:", "dead:"))
+    detail = json.dumps(entry["detail"], ensure_ascii=False)
+    return {
+        "id": entry["id"],
+        "when": clock(entry["ts"]),
+        "actor": entry["actor"],
+        "action": {"text": entry["action"], "kind": "badge bad" if refused else "badge"},
+        "detail": {"text": detail, "kind": "mono clip long", "tip": detail},
+    }

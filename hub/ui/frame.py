@@ -6,13 +6,15 @@ when it runs, whatever the button looked like; text that came from devices or pe
 
 import html
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from nicegui import ui
+from nicegui.element import Element
 
 from hub.errors import Refused
 from hub.services import Services
@@ -177,26 +179,23 @@ def set_html(element: ui.html, content: str) -> None:
         element.set_content(content)
 
 
-def set_rows(table: ui.table, rows: list[dict[str, Any]]) -> None:
-    """Send them only when they changed; the browser patches the cells that differ."""
-    if table.rows != rows:
-        table.rows = rows
+class Table(Element, component="table.js"):
+    """A table of `name: heading`; `minor` columns are left out on a phone.
 
+    A cell is text, or a dict of text, kind (CSS class), href, icon, note, tip, or act and off (a button that sends
+    `act` with its row's id, and why it is off), or a list of such.
+    """
 
-def table(columns: dict[str, str], slots: dict[str, str], minor: tuple[str, ...] = ()) -> ui.table:
-    """A table of `name: heading` with cell templates; `minor` columns are left out on a phone."""
-    wide = {name: "minor" if name in minor else "" for name in columns}
-    made = ui.table(
-        columns=[
-            {"name": n, "label": label, "field": n, "align": "left", "classes": wide[n], "headerClasses": wide[n]}
-            for n, label in columns.items()
-        ],
-        rows=[],
-        pagination=0,
-    ).props("flat hide-bottom")
-    for name, slot in slots.items():
-        made.add_slot(f"body-cell-{name}", f'<q-td :props="props">{slot}</q-td>')
-    return made.classes("table")
+    def __init__(self, columns: dict[str, str], minor: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        kinds = {name: "minor" if name in minor else "" for name in columns}
+        self._props["columns"] = [{"name": n, "label": label, "kind": kinds[n]} for n, label in columns.items()]
+        self._props["rows"] = []
+
+    def show(self, rows: list[dict[str, Any]]) -> None:
+        """Each row has an `id`. They are sent only when they changed; the browser patches the cells that differ."""
+        if self._props["rows"] != rows:
+            self._props["rows"] = rows
 
 
 def empty(title: str, text: str, command: str = "", icon: str = "hub") -> None:
@@ -207,6 +206,15 @@ def empty(title: str, text: str, command: str = "", icon: str = "hub") -> None:
         ui.label(text).classes("muted")
         if command:
             code(command)
+
+
+@contextmanager
+def dialog(title: str) -> Iterator[ui.dialog]:
+    """An open dialog, gone once it is closed."""
+    with ui.dialog(value=True) as made, ui.card().classes("dialog"):
+        made.on("hide", made.delete)
+        ui.label(title).classes("title")
+        yield made
 
 
 def code(text: str) -> None:

@@ -5,24 +5,12 @@ from typing import Any
 from nicegui import ui
 
 from hub.ui import work
-from hub.ui.frame import View, ago, code, empty, heading, number, offset, page, set_html, set_rows, table
+from hub.ui.frame import Table, View, ago, code, dialog, empty, heading, number, offset, page, set_html
 from hub.ui.snapshots import Fleet
 
 SHOWN = 100
+JOBS = 12
 SKEWED_S = 5.0
-DEVICE = """<a class="device" :href="'/devices/' + props.row.name">
-  <i class="dot" :class="props.row.online ? 'ok' : 'off'"></i><b>{{ props.row.name }}</b></a>"""
-SEEN = """<span :class="props.row.online ? '' : 'faint'">{{ props.row.seen }}</span>"""
-OFFSET = """<span :class="props.row.skewed ? 'warn' : ''">{{ props.row.offset }}</span>"""
-PLACE = """<span class="muted">{{ props.row.epoch }} ·</span> {{ props.row.watermark }}"""
-MODELS = """<span v-for="m in props.row.models" class="chip" :class="m.tone">{{ m.name }}
-  <i>{{ m.note }}</i><q-tooltip v-if="m.why">{{ m.why }}</q-tooltip></span>
-  <span v-if="!props.row.models.length" class="faint">none</span>"""
-TASK = """<span v-if="props.row.task" class="task"><i class="spin"></i>{{ props.row.task }}</span>
-  <span v-else class="faint">idle</span>"""
-JOB_STATE = """<span class="badge" :class="props.row.tone">{{ props.row.state }}</span>"""
-JOB_DEVICE = """<a :href="'/devices/' + props.row.device">{{ props.row.device }}</a>"""
-JOB_RESULT = """<span class="mono clip" :title="props.row.result">{{ props.row.result }}</span>"""
 TONES = {"committed": "ok", "failed": "bad", "quarantined": "bad", "idle": ""}
 
 
@@ -35,12 +23,9 @@ async def overview(view: View) -> None:
     counters = ui.html().classes("stats")
     with ui.element("section").classes("card") as listed:
         search = ui.input(placeholder="Filter devices").props("dense borderless clearable").classes("search")
-        devices = table(
-            {"name": "Device", "seen": "Last seen", "offset": "Clock", "watermark": "Epoch · watermark",
-             "models": "Models", "task": "Now"},
-            {"name": DEVICE, "seen": SEEN, "offset": OFFSET, "watermark": PLACE, "models": MODELS, "task": TASK},
-            minor=("offset", "watermark", "task"),
-        )  # fmt: skip
+        headings = ("Device", "Last seen", "Clock", "Epoch · watermark", "Models", "Now")
+        names = ("name", "seen", "offset", "watermark", "models", "task")
+        devices = Table(dict(zip(names, headings, strict=True)), minor=("offset", "watermark", "task"))
         left = ui.label().classes("faint")
     with ui.element("div") as nobody:
         command = f"outrider agent --state ./state --hub {origin()} --token TOKEN --name press-1"
@@ -48,30 +33,23 @@ async def overview(view: View) -> None:
     with ui.element("section").classes("wide") as tasks:
         heading("Latest tasks")
         with ui.element("div").classes("card"):
-            jobs = table(
-                {
-                    "when": "When",
-                    "device": "Device",
-                    "what": "Asked",
-                    "result": "Did",
-                    "took": "Took",
-                    "state": "State",
-                },
-                {"device": JOB_DEVICE, "result": JOB_RESULT, "state": JOB_STATE},
-                minor=("when", "took"),
+            names, headings = (
+                ("when", "device", "asked", "did", "took", "state"),
+                ("When", "Device", "Asked", "Did", "Took", "State"),
             )
+            jobs = Table(dict(zip(names, headings, strict=True)), minor=("when", "took"))
 
     async def show() -> None:
         fleet = await view.snapshots.fleet()
         set_html(counters, counters_html(fleet))
         wanted = (search.value or "").strip().lower()
         found = [device for device in fleet.devices if wanted in device["name"]]
-        set_rows(devices, [device_row(device, fleet) for device in found[:SHOWN]])
+        devices.show([device_row(device, fleet) for device in found[:SHOWN]])
         left.set_text(f"{SHOWN} of {len(found)} devices shown: filter to find others" if len(found) > SHOWN else "")
         search.set_visibility(len(fleet.devices) > 8)
         listed.set_visibility(bool(fleet.devices))
         nobody.set_visibility(not fleet.devices)
-        set_rows(jobs, [job_row(job) for job in fleet.jobs[:12]])
+        jobs.show([job_row(job) for job in fleet.jobs[:JOBS]])
         tasks.set_visibility(bool(fleet.jobs))
 
     await view.live(show, "read:device", "read:job", "read:telemetry")
@@ -114,18 +92,21 @@ def spark(values: list[float]) -> str:
 
 
 def device_row(device: dict[str, Any], fleet: Fleet) -> dict[str, Any]:
-    running = fleet.running.get(device["name"])
+    name, online, ahead = device["name"], device["online"], device["clock_offset_s"]
+    running = fleet.running.get(name)
+    chips = [
+        {"text": m["name"], "note": m["note"], "kind": f"chip {m['tone']}", "tip": m["why"]} for m in models_of(device)
+    ]
     return {
-        "id": device["name"],
-        "name": device["name"],
-        "online": device["online"],
-        "seen": ago(device["last_seen"]),
-        "offset": offset(device["clock_offset_s"]),
-        "skewed": abs(device["clock_offset_s"] or 0) > SKEWED_S,
-        "epoch": device["epoch"],
-        "watermark": number(device["watermark"]),
-        "models": models_of(device),
-        "task": work.asked(running) if running else "",
+        "id": name,
+        "name": {"text": name, "href": f"/devices/{name}", "kind": "device", "icon": "dot ok" if online else "dot off"},
+        "seen": {"text": ago(device["last_seen"]), "kind": "" if online else "faint"},
+        "offset": {"text": offset(ahead), "kind": "warn" if abs(ahead or 0) > SKEWED_S else ""},
+        "watermark": [{"text": f"{device['epoch']} · ", "kind": "muted"}, number(device["watermark"])],
+        "models": chips or [{"text": "none", "kind": "faint"}],
+        "task": {"text": work.asked(running), "icon": "spin", "kind": "task"}
+        if running
+        else {"text": "idle", "kind": "faint"},
     }
 
 
@@ -148,15 +129,15 @@ def models_of(device: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def job_row(job: dict[str, Any]) -> dict[str, Any]:
+    did, state = work.summary(job), job["state"]
     return {
         "id": job["id"],
         "when": ago(job["created"]),
-        "device": job["device"],
-        "what": work.asked(job),
-        "result": work.summary(job),
-        "took": f"{job['updated'] - job['created']:.1f} s" if job["state"] in work.ENDED else "",
-        "state": job["state"],
-        "tone": work.tone(job["state"]),
+        "device": {"text": job["device"], "href": f"/devices/{job['device']}"},
+        "asked": work.asked(job),
+        "did": {"text": did, "kind": "mono clip", "tip": did},
+        "took": f"{job['updated'] - job['created']:.1f} s" if state in work.ENDED else "",
+        "state": {"text": state, "kind": f"badge {work.tone(state)}"},
     }
 
 
@@ -168,18 +149,16 @@ async def enrol(view: View) -> None:
             view.session.subject.name, name.value.strip() or None, hours.value * 3600
         )
         made = name.value.strip() or "NAME"
-        form.delete()
-        with box:
+        form.clear()
+        with form:
             ui.label("Run this once on the device. The token is shown only now, and is good for one device.")
             code(f"outrider agent --state ./{made} --hub {origin()} --token {token} --name {made}")
-            ui.button("Done", on_click=dialog.close).props("flat no-caps").classes("self-end")
+            ui.button("Done", on_click=box.close).props("flat no-caps").classes("self-end")
 
-    with ui.dialog(value=True) as dialog, ui.card().classes("dialog") as box:
-        ui.label("Enrol a device").classes("title")
-        with ui.column().classes("form") as form:
-            name = ui.input("Name, such as press-1 (empty: the device chooses)").props("outlined dense autofocus")
-            hours = ui.select({1: "one hour", 24: "one day", 168: "one week"}, value=1, label="Good for")
-            hours.props("outlined dense")
-            with ui.row().classes("self-end"):
-                ui.button("Cancel", on_click=dialog.close).props("flat no-caps")
-                view.button("Make token", make, "create:enrolment")
+    with dialog("Enrol a device") as box, ui.column().classes("form") as form:
+        name = ui.input("Name, such as press-1 (empty: the device chooses)").props("outlined dense autofocus")
+        hours = ui.select({1: "one hour", 24: "one day", 168: "one week"}, value=1, label="Good for")
+        hours.props("outlined dense")
+        with ui.row().classes("self-end"):
+            ui.button("Cancel", on_click=box.close).props("flat no-caps")
+            view.button("Make token", make, "create:enrolment")
