@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from pathlib import Path
@@ -31,6 +32,7 @@ from edge_agent.wire.topics import Topic, TopicKind
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 15.0
 PATIENCE_S = (5.0, 60.0)  # without an ack before the window is sent again: first and longest
+GAP_S = 1.0  # an ack that moves nothing, so long after the last that did, tells of a gap
 LINGER_S, LINGER_ROWS = 0.02, 500  # while a batch is on its way, a small one waits a little for company
 AUDIT_EVERY_S = 10.0
 
@@ -169,9 +171,9 @@ class Session:
             self._furthest = max(self._furthest, part.last)
         return True
 
-    def _rewind(self) -> None:
+    def _rewind(self, hub_at: float = math.inf) -> None:
         self._turn += 1
-        self._cursor = self._outbox.acked
+        self._cursor = int(min(self._outbox.acked, hub_at))
         self._inflight.clear()
         self._progress = time.monotonic()
         self._outbox.changed.set()
@@ -261,8 +263,12 @@ class Session:
             self._progress, self._patience = now, PATIENCE_S[0]
             self._cursor = max(self._cursor, ack.seq)
             self._outbox.changed.set()
-        elif self._inflight and now - self._progress > 1.0:  # the hub stands at a gap
-            self._rewind()
+        elif self._inflight and now - self._progress > GAP_S:  # the hub stands at a gap
+            if ack.seq < self._outbox.acked:  # it was restored: what it had acked is gone there and here
+                body = {"action": "hub:went-back", "acked": self._outbox.acked, "now": ack.seq}
+                log.error("the hub went back from seq %d to %d", self._outbox.acked, ack.seq)
+                await self._outbox.append("audit", body, 1)
+            self._rewind(ack.seq)
 
     def _halt(self, error: Refused) -> None:
         if self._halted is None:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from edge_agent.store import Store
@@ -222,3 +223,30 @@ async def test_a_restored_state_directory_stops_sending_and_says_why(hub: Hub, d
     assert "enrol the device anew" in str(device.session.error)
     await device.outbox.append("telemetry", {})
     assert device.outbox.depth == 1
+
+
+async def test_a_hub_restored_from_a_backup_goes_on_and_the_hole_is_told(hub: Hub, device: Device) -> None:
+    await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n}) for n in range(10)])
+    await until(lambda: device.outbox.depth == 0)
+    hub.watermark, hub.records = 4, hub.records[:4]
+    await device.outbox.append("telemetry", {"n": 10})
+    await until(lambda: hub.gaps > 0)
+    await asyncio.sleep(session_module.GAP_S)
+    await hub.ack()
+    await until(lambda: device.outbox.depth == 0)
+    assert [r.body["n"] for r in hub.records if r.kind == "telemetry"] == [0, 1, 2, 3, 10]
+    audit = [r.body for r in hub.records if r.kind == "audit"]
+    assert audit == [{"action": "hub:went-back", "acked": 10, "now": 4}]
+
+
+async def test_a_job_that_found_the_disk_full_is_taken_when_there_is_room(hub: Hub, device: Device) -> None:
+    await until(lambda: device.session.connected)
+    (pages,) = await device.store.read(lambda db: db.execute("PRAGMA page_count").fetchone())
+    await device.store.read(lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchone())
+    big = msgspec.structs.replace(job("big"), body={"text": "x" * 100_000})
+    await hub.send(TopicKind.JOBS, big)
+    await hub.ack()  # others go on
+    await until(lambda: device.session.counters.acks == 1)
+    assert await device.inbox.state("big") is None
+    await device.store.read(lambda db: db.execute("PRAGMA max_page_count = 1000000").fetchone())
+    assert (await asyncio.wait_for(device.inbox.next(), 10)).body == big.body
