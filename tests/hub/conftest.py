@@ -56,9 +56,9 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     name = f"t{os.urandom(6).hex()}"
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        connection.exec_driver_sql(f"CREATE SCHEMA {name}")
     engine.dispose()
-    return url.replace("/postgres?", f"/{name}?")
+    return f"{url}&options=-csearch_path%3D{name}"
 
 
 @pytest.fixture

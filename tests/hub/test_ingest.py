@@ -110,7 +110,9 @@ async def test_forged_and_malformed_batches_leave_the_loop_alive(any_hub: Hub) -
         device.hub_key.verify(topic, forged.payload, forged.properties["sig"])
 
 
-async def test_a_database_that_cannot_commit_holds_the_batches_back(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_database_that_cannot_commit_holds_the_batches_back(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     device = await enrolled(hub, "press-1")
     monkeypatch.setattr("hub.ingest.RETRY_S", (0.05, 0.1))
     path = hub.services.db.engine.url.database
@@ -120,7 +122,7 @@ async def test_a_database_that_cannot_commit_holds_the_batches_back(hub: Hub, mo
         await hub.services.db.write(lambda c: c.exec_driver_sql("PRAGMA busy_timeout=50"))
         blocker.execute("BEGIN IMMEDIATE")
         await device.send(make([1, 2, 3]))
-        await asyncio.sleep(0.4)
+        await until(lambda: "the database cannot commit" in caplog.text)
         assert device.acked()[1] == 0
         blocker.execute("ROLLBACK")
         blocker.close()
