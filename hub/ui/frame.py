@@ -84,9 +84,9 @@ class View:
         async def again() -> None:
             if self.ended():
                 return
-            if reason := next(filter(None, map(self.why_not, needs)), ""):
+            if any(map(self.why_not, needs)):
                 timer.cancel()
-                ui.notify(reason, type="warning")
+                ui.navigate.reload()  # the page then says what is missing
             else:
                 await show()
 

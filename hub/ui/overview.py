@@ -28,7 +28,7 @@ async def overview(view: View) -> None:
         devices = Table(dict(zip(names, headings, strict=True)), minor=("offset", "watermark", "task"))
         left = ui.label().classes("faint")
     with ui.element("div") as nobody:
-        command = f"outrider agent --state ./state --hub {origin()} --token TOKEN --name press-1"
+        command = f"outrider agent --state ./state --hub {origin()} --token=TOKEN --name press-1"
         empty("No devices yet", "Make a single-use token above, then run this on the device:", command, "sensors")
     with ui.element("section").classes("wide") as tasks:
         heading("Latest tasks")
@@ -152,7 +152,7 @@ async def enrol(view: View) -> None:
         form.clear()
         with form:
             ui.label("Run this once on the device. The token is shown only now, and is good for one device.")
-            code(f"outrider agent --state ./{made} --hub {origin()} --token {token} --name {made}")
+            code(f"outrider agent --state ./{made} --hub {origin()} --token={token} --name {made}")
             ui.button("Done", on_click=box.close).props("flat no-caps").classes("self-end")
 
     with dialog("Enrol a device") as box, ui.column().classes("form") as form:

@@ -73,7 +73,15 @@ class Browser:
         return str(found[ELEMENT])
 
     async def click(self, selector: str) -> None:
-        await self.command("POST", f"/element/{await self._find(selector)}/click", {})
+        """Click, once nothing moves or lies over it."""
+
+        async def clicked() -> bool:
+            path = f"/session/{self._session}/element/{await self._find(selector)}/click"
+            value = (await self._http.post(path, json={})).json()["value"]
+            assert value is None or value["error"].startswith(("element", "stale")), value
+            return value is None
+
+        await until(clicked)
 
     async def type(self, selector: str, text: str) -> None:
         await self.command("POST", f"/element/{await self._find(selector)}/value", {"text": text})

@@ -1,6 +1,7 @@
 """The dashboard in a real browser, against a real hub with devices that speak the contract over real MQTT."""
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -177,17 +178,42 @@ async def test_an_enrolment_token_from_the_dashboard_is_good_once(served: Served
     await window.type(".dialog input", "oven-1")
     await window.click(".dialog .bg-primary")
     await window.see("--token", ".dialog .code")
-    token = (await window.text(".dialog .code .mono")).split("--token ")[1].split()[0]
+    token = (await window.text(".dialog .code .mono")).split("--token=")[1].split()[0]
     await Device.enrol(hub.http, "oven-1", token)
     await window.see("oven-1", ".device")
     second = await hub.http.post("/v1/enrol", json={"token": token, "name": "oven-1", "public_key": "A" * 43})
     assert second.status_code in (409, 422)
-    await window.click(".dialog > button")
+    await window.click(".dialog .form > button")
     await until(lambda: window.run("return !document.querySelector('.q-dialog__backdrop')"))
     await window.click("[aria-label='Log out']")
     await window.see("Log in to see")
     await window.open(url)
     await window.see("Log in to see")
+
+
+@needs_chromium
+async def test_a_bundle_assigned_in_the_browser_reaches_the_device(served: Served, window: Browser) -> None:
+    hub, url = served
+    content = b"weights"
+    digest = hashlib.sha256(content).hexdigest()
+    entry = {"path": "model.bin", "size": len(content), "sha256": digest}
+    admin = await hub.login()
+    await admin.put(f"/v1/blobs/{digest}", content=content)
+    await admin.post(
+        "/v1/bundles", json={"manifest": {"name": "ocr", "version": "2", "kind": "onnx", "files": [entry]}}
+    )
+    device = await enrolled(hub, "press-1")
+    async with device.online():
+        await log_in(window, url, "/models")
+        await window.see("ocr 2", "td")
+        await window.click("td button")
+        await window.click(".dialog .bg-primary")  # the only device is chosen already
+        await window.see("press-1", ".chip")
+        desired = await until(lambda: device.desired and device.desired[-1])
+        assert desired.doc["bundles"]["ocr"]["version"] == "2"
+        await window.see("waiting", ".chip.busy")
+    assert await complaints(window) == []
+    await admin.aclose()
 
 
 @needs_chromium
