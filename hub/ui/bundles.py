@@ -62,6 +62,8 @@ def row(bundle: dict[str, Any], fleet: Fleet) -> dict[str, Any]:
 
 async def assign(view: View, id: str) -> None:
     """Choose devices that should install the bundle."""
+    if view.ended():
+        return
     name, _, version = id.partition(" ")
     names = [device["name"] for device in (await view.snapshots.fleet()).devices]
 

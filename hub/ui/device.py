@@ -91,8 +91,8 @@ async def ask(view: View, name: str) -> None:
 
     async def submit() -> None:
         words = text.value.strip()
-        if not words:
-            raise Refused(422, "the request is empty", "write what the device should do")
+        if not 0 < len(words) <= MAX_REQUEST:
+            raise Refused(422, "the request is empty or too long", f"write 1 to {MAX_REQUEST} characters")
         await view.services.jobs.create(
             name, JobKind.TASK, {"text": words}, subject=view.session.subject.name, roles=view.session.subject.roles
         )

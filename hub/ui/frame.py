@@ -5,6 +5,7 @@ when it runs, whatever the button looked like; text that came from devices or pe
 """
 
 import html
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +16,14 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request
 from nicegui import ui
 from nicegui.element import Element
+from sqlalchemy.exc import SQLAlchemyError
 
-from hub.errors import Refused
+from hub.errors import HubError, Refused
 from hub.services import Services
 from hub.ui.sessions import Session, Sessions
 from hub.ui.snapshots import Snapshots
 
+log = logging.getLogger(__name__)
 ACCENT = "#5b5bd6"
 LOGO = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width="24" height="24">'
@@ -81,14 +84,24 @@ class View:
     async def live(self, show: Show, *needs: str, every: float = 1.0) -> None:
         """Show now, and again while the page is open, the login lasts and its permissions hold."""
 
+        told = False
+
         async def again() -> None:
+            nonlocal told
             if self.ended():
                 return
             if any(map(self.why_not, needs)):
                 timer.cancel()
                 ui.navigate.reload()  # the page then says what is missing
-            else:
+                return
+            try:
                 await show()
+                told = False
+            except (HubError, SQLAlchemyError) as error:
+                if not told:
+                    log.warning("%s is not up to date: %s", self.path, error)
+                    notify_refused("What you see is not up to date", str(error))
+                told = True
 
         await show()
         timer = ui.timer(every, again, immediate=False)
@@ -106,7 +119,7 @@ class View:
                 self.services.auth.require(self.session.subject, action, resource)
                 await run()
             except Refused as refused:
-                ui.notify(refused.message, caption=refused.hint, type="negative", position="top", timeout=8000)
+                notify_refused(refused.message, refused.hint)
             finally:
                 if not button.is_deleted:
                     button.enable()
@@ -166,6 +179,10 @@ def header(view: View) -> None:
         ui.html(f'<span class="who"><b>{e(subject.name)}</b><i>{e(", ".join(subject.roles))}</i></span>')
         with ui.button(icon="logout", on_click=view.log_out).props("flat round dense aria-label='Log out'"):
             ui.tooltip("Log out")
+
+
+def notify_refused(message: str, hint: str) -> None:
+    ui.notify(message, caption=hint, type="negative", position="top", timeout=8000)
 
 
 def e(value: object) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from nicegui import Client
+from sqlalchemy.exc import OperationalError
 
 from edge_agent.wire.messages import JobReport, JobState, PresenceState
 from hub.ui.sessions import COOKIE, MAX_SESSIONS, Sessions
@@ -271,3 +272,21 @@ async def test_sessions_end_with_their_token_and_are_bounded(tmp_path: Path) -> 
         for _ in range(3):
             sessions.open(auth, token)
         assert len(sessions._sessions) == 3 < MAX_SESSIONS
+
+
+@needs_chromium
+async def test_a_page_that_cannot_be_kept_up_to_date_says_so_and_recovers(served: Served, window: Browser) -> None:
+    hub, url = served
+    await log_in(window, url)
+    await window.see("No devices yet")
+    healthy, devices = hub.services.devices.list, hub.services.devices
+
+    async def broken() -> list[dict[str, Any]]:
+        raise OperationalError("SELECT", {}, OSError("disk I/O error"))
+
+    devices.list = broken  # type: ignore[method-assign]
+    await window.see("What you see is not up to date", ".q-notification")
+    await window.see("disk I/O error", ".q-notification")
+    devices.list = healthy  # type: ignore[method-assign]
+    await enrolled(hub, "press-1")
+    await window.see("press-1", ".device")
