@@ -54,7 +54,7 @@ def facts_html(device: dict[str, Any]) -> str:
     facts = {
         "Last seen": ago(device["last_seen"]),
         "Clock": offset(device["clock_offset_s"]),
-        "Epoch": number(device["epoch"]),
+        "Epoch": device["epoch"],
         "Committed up to": number(device["watermark"]),
         "Lost": number(device["lost"]),
         "Agent": device["agent"] or "not known",

@@ -93,7 +93,7 @@ def spark(values: list[float]) -> str:
 
 def device_row(device: dict[str, Any], fleet: Fleet) -> dict[str, Any]:
     name, online, ahead = device["name"], device["online"], device["clock_offset_s"]
-    running = fleet.running.get(name)
+    running, epoch = fleet.running.get(name), str(device["epoch"])
     chips = [
         {"text": m["name"], "note": m["note"], "kind": f"chip {m['tone']}", "tip": m["why"]} for m in models_of(device)
     ]
@@ -102,7 +102,10 @@ def device_row(device: dict[str, Any], fleet: Fleet) -> dict[str, Any]:
         "name": {"text": name, "href": f"/devices/{name}", "kind": "device", "icon": "dot ok" if online else "dot off"},
         "seen": {"text": ago(device["last_seen"]), "kind": "" if online else "faint"},
         "offset": {"text": offset(ahead), "kind": "warn" if abs(ahead or 0) > SKEWED_S else ""},
-        "watermark": [{"text": f"{device['epoch']} · ", "kind": "muted"}, number(device["watermark"])],
+        "watermark": [
+            {"text": f"{epoch if len(epoch) <= 6 else f'…{epoch[-5:]}'} · ", "kind": "muted", "tip": f"epoch {epoch}"},
+            number(device["watermark"]),
+        ],
         "models": chips or [{"text": "none", "kind": "faint"}],
         "task": {"text": work.asked(running), "icon": "spin", "kind": "task"}
         if running
