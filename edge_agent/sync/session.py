@@ -139,8 +139,7 @@ class Session:
                     continue
             except Retry as error:
                 log.info("sending waits: %s", error)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(wake.wait(), 1.0)
+            await wait_up_to(1.0, wake)
 
     async def _send_next(self, mqtt: MqttSession) -> bool:
         if self._inflight and time.monotonic() - self._progress > self._patience:
@@ -184,8 +183,7 @@ class Session:
             if mqtt.connected:
                 with contextlib.suppress(Retry):  # the next connection beats again
                     await self._publish(mqtt, self._presence(PresenceState.ONLINE))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._beat_now.wait(), self._heartbeat)
+            await wait_up_to(self._heartbeat, self._beat_now)
 
     def _presence(self, state: PresenceState) -> Publication:
         said = Presence(state, time.time(), self._outbox.epoch, self._outbox.last_seq, self._nonce, self._agent)
@@ -274,3 +272,10 @@ class Session:
         if self._halted is None:
             log.error("nothing more is sent: %s", error)
         self._halted = error
+
+
+async def wait_up_to(seconds: float, event: asyncio.Event) -> None:
+    """Not `asyncio.wait_for`: in Python 3.11 that loses a cancellation which comes together with the event."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

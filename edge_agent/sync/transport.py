@@ -99,7 +99,8 @@ class MqttSession:
             if isinstance(self.error, Refused):
                 raise self.error.with_traceback(None)
             try:
-                await asyncio.wait_for(self._changed.wait(), end - time.monotonic())
+                async with asyncio.timeout(end - time.monotonic()):
+                    await self._changed.wait()
             except TimeoutError:
                 raise self.error or Retry(f"no answer from {self.address} in {within:g} s") from None
 
@@ -242,7 +243,8 @@ class _Link:
 
     async def _answer(self, answer: asyncio.Future[T], what: str) -> T:
         try:
-            return await asyncio.wait_for(asyncio.shield(answer), CONNECT_TIMEOUT_S)
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):  # wait_for of Python 3.11 can lose a cancellation
+                return await asyncio.shield(answer)
         except TimeoutError:
             hint = "check user and password; it must be an MQTT 5 broker"
             raise Retry(f"{self.session.address} did not {what} in {CONNECT_TIMEOUT_S:g} s", hint) from None
