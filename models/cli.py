@@ -156,3 +156,12 @@ def _shown(as_json: bool) -> Iterator[Progress]:
             bars.update(task, description=what, completed=done, total=total or None)
 
         yield show
+
+
+def _mount() -> None:
+    from models.toolcaller.cli import app as toolcaller
+
+    app.add_typer(toolcaller, name="toolcaller")
+
+
+_mount()

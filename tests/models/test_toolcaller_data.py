@@ -1,0 +1,139 @@
+"""The tool caller's training data: repeatable, correct, as varied as declared, and none of it from BFCL."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llguidance
+import pytest
+
+from edge_agent.agent import grammar, prompt
+from edge_agent.agent.calls import Call, Nothing, parse_all, render_all, validate
+from models.fetch import default_cache
+from models.toolcaller.data.catalogue import blocked, functions, name_hash
+from models.toolcaller.data.generate import KINDS, generate
+from models.toolcaller.data.phrases import wording
+from models.toolcaller.data.scene import Example
+
+BYTES = llguidance.LLTokenizer("byte")
+BFCL = "bfcl_eval-2026.3.23-py3-none-any.whl"
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
+    return list(generate(11, 6000))
+
+
+def test_the_same_seed_gives_the_same_examples_and_another_seed_others() -> None:
+    assert [e.row() for e in generate(3, 50)] == [e.row() for e in generate(3, 50)]
+    assert list(generate(3, 50))[:20] == list(generate(3, 20))
+    assert [e.prompt for e in generate(3, 50)] != [e.prompt for e in generate(4, 50)]
+
+
+def test_every_completion_is_read_back_and_fits_the_tools_of_its_prompt(examples: list[Example]) -> None:
+    for example in examples:
+        decisions = parse_all(example.completion)
+        calls = [d for d in decisions if isinstance(d, Call)]
+        assert decisions == [Nothing()] or len(calls) == len(decisions)
+        assert [validate(call, example.tools) for call in calls] == calls
+        assert render_all(decisions) == example.completion
+        assert example.several or len(decisions) == 1
+
+
+def test_the_grammar_accepts_every_completion(examples: list[Example]) -> None:
+    for example in examples[:400]:
+        matcher = llguidance.LLMatcher(BYTES, grammar.build(example.tools, several=8), log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        text = example.completion.encode()
+        assert matcher.try_consume_tokens(list(text)) == len(text), example.completion
+        assert matcher.is_accepting()
+
+
+def test_a_prompt_is_what_the_agent_renders(examples: list[Example]) -> None:
+    for example in examples:
+        system = prompt.SYSTEM_ALL if example.several else prompt.SYSTEM
+        assert example.prompt.startswith(prompt.preamble(example.tools, system))
+        assert example.prompt.endswith("<|im_start|>assistant\n")
+        assert prompt.chatml("user", example.request) in example.prompt
+
+
+def test_kinds_come_in_their_declared_shares(examples: list[Example]) -> None:
+    counts = Counter(example.kind for example in examples)
+    for kind, share in KINDS.items():
+        assert counts[kind] / len(examples) == pytest.approx(share, abs=0.035), kind
+
+
+def test_an_argument_of_text_stands_in_the_request(examples: list[Example]) -> None:
+    """Names, messages and ids are copied, never made up (choices, dates, times and codes may be said otherwise)."""
+    missing = total = 0
+    for example in examples:
+        if example.kind in ("irrelevant", "missing"):
+            continue
+        for decision in parse_all(example.completion):
+            for value in decision.args.values() if isinstance(decision, Call) else ():
+                if isinstance(value, str) and not re.fullmatch(r"[\d:./-]+", value) and len(value) > 3:
+                    total += 1
+                    missing += value.lower() not in example.request.lower().replace("_", " ")
+    assert total > 1000
+    assert missing / total < 0.08
+
+
+def test_the_catalogue_is_large_and_its_names_are_their_own() -> None:
+    names = [name for function in functions() for name in function.names]
+    assert len(functions()) >= 500
+    assert len(set(names)) == len(names)
+    assert len({function.domain for function in functions()}) >= 25
+
+
+def test_no_tool_has_a_name_that_is_held_back(examples: list[Example]) -> None:
+    assert not {spec.name for e in examples for spec in e.tools if name_hash(spec.name) in blocked()}
+
+
+def grams(text: str, size: int = 8) -> set[tuple[str, ...]]:
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+
+
+class Held:
+    """What BFCL's single-turn cases hold, as hashes: nothing of them is shown when a test fails."""
+
+    def __init__(self, wheel: Path) -> None:
+        self.names: set[str] = set()
+        self.grams: set[int] = set()
+        for case in cases(wheel):
+            self.names |= {name_hash(function["name"]) for function in case["function"]}
+            for message in (message for turn in case["question"] for message in turn):
+                self.grams |= set(map(hash, grams(message["content"])))
+
+
+def cases(wheel: Path) -> Iterator[dict[str, Any]]:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if re.fullmatch(r"bfcl_eval/data/BFCL_v4_(live_)?(simple|multiple|parallel|irr|rel)\w*\.json", name):
+                yield from (json.loads(line) for line in archive.read(name).decode().splitlines() if line.strip())
+
+
+@pytest.fixture(scope="module")
+def held() -> Held:
+    wheel = default_cache() / "wheels" / BFCL
+    if not wheel.is_file():
+        pytest.skip(f"{BFCL} is not in the cache: `pip download --no-deps bfcl-eval==2026.3.23` into its wheels folder")
+    return Held(wheel)
+
+
+def test_no_function_is_named_as_one_of_bfcl(held: Held, examples: list[Example]) -> None:
+    assert len(held.names) > 1000
+    assert held.names <= blocked()
+    assert not [spec.name for example in examples for spec in example.tools if name_hash(spec.name) in held.names]
+
+
+def test_no_request_shares_eight_words_in_a_row_with_bfcl(held: Held, examples: list[Example]) -> None:
+    assert len(held.grams) > 10_000
+    ours = [example.request for example in examples] + wording()["smalltalk"]
+    assert not [text for text in ours if held.grams.intersection(map(hash, grams(text)))]
