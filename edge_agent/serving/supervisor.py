@@ -77,7 +77,8 @@ class WorkerProcess:
     async def ready(self, timeout_s: float) -> None:
         """Wait until the child serves. Raises Retry."""
         try:
-            await asyncio.wait_for(self._ready.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 can lose a cancellation
+                await self._ready.wait()
         except TimeoutError as error:
             raise Retry(f"the {self.name} process is not ready", "its log says why it does not start") from error
 
@@ -162,7 +163,8 @@ class WorkerProcess:
                 raise
             while not finished:
                 try:
-                    answer = await asyncio.wait_for(answers.get(), max(0.0, deadline - time.monotonic()))
+                    async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                        answer = await answers.get()
                 except TimeoutError as error:
                     raise Retry(f"the {self.name} process gave no answer within {timeout_s:g} s") from error
                 finished = not (isinstance(answer, frames.PieceMsg) and not answer.piece.done)

@@ -59,7 +59,7 @@ class MqttSession:
         keepalive: int = 20,
         inflight: int = 32,
         inbound: int = 64,
-        backoff: tuple[float, float] = (0.2, 30.0),
+        backoff: tuple[float, float] = (0.2, 10.0),
         on_connect: Callable[[bool], None] | None = None,
         on_disconnect: Callable[[OutriderError], None] | None = None,
     ) -> None:

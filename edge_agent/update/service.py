@@ -112,7 +112,8 @@ class UpdateService:
             await self._pass()
             wait = max(0.05, min(self._due.values()) - time.monotonic()) if self._due else None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), wait)
+                async with asyncio.timeout(wait):  # wait_for of Python 3.11 can lose a cancellation
+                    await self._wake.wait()
 
     async def reject(self, name: str, reason: str) -> Installed | None:
         """Quarantine the version that runs and go back to the one before, which is returned."""
