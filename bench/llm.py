@@ -10,6 +10,7 @@ own prompt and an equal GBNF grammar, so that the form and the engine are seen a
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import Refused
 
-ROUNDS = 7
+ROUNDS = 5
 CALL_ROUNDS = 3
 PREFILL_SENTENCES = 50  # of about ten tokens
 DECODE_TOKENS = 64
@@ -92,6 +93,7 @@ def run(cache: Path | None = None, threads: int = 0) -> Iterator[dict[str, Any]]
         return Llama(gguf, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     shared = {"peer": f"llama-cpp-python {_version()}", "threads": threads, "model": ours.info.digest}
+    shared["load"] = round(os.getloadavg()[0], 1)  # before the race: other work on the CPUs starves the peer most
     plain, formed = peer(), peer()
     yield {**_row("prefill", "tok/s", *_race(partial(_prefill, ours), partial(_peer_prefill, plain))), **shared}
     yield {**_row("decode", "tok/s", *_race(partial(_decode, ours), partial(_peer_decode, plain))), **shared}
