@@ -15,6 +15,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from edge_agent.errors import OutriderError
 from edge_agent.sync.transport import MqttSession
@@ -66,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.services = await _start(settings, stack)
             yield
 
-    app = FastAPI(
+    app = FastAPIOffline(  # the API's page, with nothing from elsewhere
         title="Outrider hub",
         version="1",
         description="Enrols devices, gives them work and signed bundles, and keeps what they send. "

@@ -168,3 +168,12 @@ def test_a_route_without_an_action_keeps_the_hub_from_starting() -> None:
 
     with pytest.raises(Fatal, match="/v1/secrets declares no action"):
         declare_actions(router)
+
+
+async def test_the_page_of_the_api_loads_nothing_from_elsewhere(hub: Hub) -> None:
+    page = (await hub.http.get("/docs")).text
+    addresses = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+    assert len(addresses) >= 3
+    for address in addresses:
+        assert address.startswith("/"), address
+        assert (await hub.http.get(address)).status_code == 200
