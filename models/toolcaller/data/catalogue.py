@@ -317,7 +317,7 @@ def _name(function: Function, rng: Random, camel: bool, dotted: bool, taken: set
         elif head not in _VERBS and function.templates[0].mark == "N":
             verb = rng.choice(_NOUN_VERBS[function.domain in wording()["calculating"]])
             base = f"{verb}_{base}" if verb else base
-        if dotted or attempt > 3:
+        if (dotted or attempt > 3) and not base.startswith(function.domain):
             base = f"{function.domain}_{base}"
         name = _camel(base) if camel else base
         if attempt > 8:

@@ -163,7 +163,9 @@ def _text(asked: Asked) -> str:
 
 
 def _single(made: Made, name: str) -> bool:
-    return made.slots[name].param.kind not in ("list", "dict", "bool") and not made.slots[name].field.type.exactly
+    kind = made.slots[name].field.type
+    alone = not kind.exactly and (kind.low >= 0 or bool(kind.items))  # a coordinate or coefficient goes with others
+    return alone and made.slots[name].param.kind not in ("list", "dict", "bool")
 
 
 def _elliptic(made: Made, count: int, voice: Voice) -> tuple[str, list[Call]]:

@@ -200,6 +200,7 @@ def finish(pieces: Sequence[Piece], voice: Voice, domain: str = "", context: boo
     elif style < 0.18:
         text = text.lower() if not any(fixed and part != part.lower() for part, fixed in pieces) else text
     text = re.sub(r"\s+([,.?!;:])", r"\1", " ".join(text.split())).strip()
+    text = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)
     text = re.sub(r"\ban (?=[bcdfgjklmnpqrstvwxyz])", "a ", text)
     text = re.sub(r"([,.?!])(?:\s*[,.])+", r"\1", text)
     if style > 0.3:
