@@ -29,6 +29,7 @@ _VERBS = {
     "hub": ("Run the hub: devices, jobs, models, dashboard.", "hub"),
     "models": ("Fetch, build and publish models.", "models"),
     "bench": ("Benchmarks.", "dev"),
+    "eval": ("How often the tool caller is right: BFCL and the plant set.", "dev"),
     "demo": ("A fleet on this machine, a cut cable and the proof that nothing was lost.", "dev"),
 }
 

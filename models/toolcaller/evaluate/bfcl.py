@@ -137,5 +137,5 @@ def checker(wheel: Path) -> Check:
 def _kind(found: dict[str, Any]) -> str:
     """The error type; of calls in any order, that of the call that came nearest."""
     tried: Sequence[Any] = [error for error in found["error"] if isinstance(error, dict)]
-    kinds = [next(iter(error.values()))["sub_error_type"] for error in tried]
-    return next((kind for kind in kinds if not kind.endswith("wrong_func_name")), (kinds or [found["error_type"]])[0])
+    kinds = [str(next(iter(error.values()))["sub_error_type"]) for error in tried] or [str(found["error_type"])]
+    return next((kind for kind in kinds if not kind.endswith("wrong_func_name")), kinds[0])

@@ -60,5 +60,12 @@ def share_row(name: str, right: int, n: int, peer: str = "", peer_value: float |
     low, high = wilson(right, n)
     value = round(100 * right / n, 1) if n else None
     ratio = round(value / peer_value, 3) if value is not None and peer_value else None
-    row = {"name": name, "value": value, "unit": "%", "peer": peer or None, "peer_value": peer_value, "ratio": ratio}
+    row: dict[str, object] = {
+        "name": name,
+        "value": value,
+        "unit": "%",
+        "peer": peer or None,
+        "peer_value": peer_value,
+        "ratio": ratio,
+    }
     return row | {"n": n, "low": round(100 * low, 1), "high": round(100 * high, 1)}

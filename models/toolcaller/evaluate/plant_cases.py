@@ -29,7 +29,7 @@ class PlantCase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A request and what is right.
 
     `calls` must be made: reads in any order, actions on one line in this order; the reads in `may` can be made too.
-    `setup` was done an hour before. `given` is what must hold for the calls to be right: (sensor, line, ">"|"<", value).
+    `setup` was done an hour before. `given` must hold for the calls to be right: (sensor, line, ">" or "<", value).
     `inject` overwrites fields of a tool's result.
     """
 

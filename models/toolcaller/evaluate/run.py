@@ -2,8 +2,8 @@
 
 Invariants: prompt, grammar and validation are the device's own, the same in every category, so nothing tells the model
 how many calls a case wants; a decision is kept under the digest of its model and its whole request, so a run that was
-stopped goes on; a result holds no text of its case. One rule is stricter than BFCL's: text that is no call (cut off, out
-of bounds) is wrong everywhere, also where no call was the right answer.
+stopped goes on; only development cases can be written out. One rule is stricter than BFCL's: text that is no call (cut
+off, out of bounds) is wrong everywhere, also where no call was the right answer.
 """
 
 from __future__ import annotations

@@ -1,0 +1,123 @@
+"""`outrider eval`: how often the tool caller is right, on BFCL and on the plant.
+
+Invariant: the model runs as on a device (its engine, prompt, grammar, two threads); rows are JSON lines with `--json`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edge_agent.engines.base import LanguageModel
+from edge_agent.errors import Refused
+
+app = typer.Typer(no_args_is_help=True, help="How often the tool caller is right: BFCL and the plant set.")
+Model = Annotated[Path | None, typer.Option(help="A genai folder; default: smollm2, built when it is not there.")]
+Adapter = Annotated[str, typer.Option(help="An adapter of the model, by name.")]
+Threads = Annotated[int, typer.Option(help="Threads of the engine.")]
+Limit = Annotated[int, typer.Option(help="At most so many cases of each kind; 0 is all.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a row.")]
+
+
+class Split(StrEnum):
+    """20 % of the cases may be read; the others are only counted."""
+
+    DEV = "dev"
+    TEST = "test"
+
+
+@app.command()
+def bfcl(
+    split: Annotated[Split, typer.Option(help="Which cases.")] = Split.TEST,
+    category: Annotated[list[str] | None, typer.Option(help="Only this category; may be repeated.")] = None,
+    limit: Limit = 0,
+    model: Model = None,
+    adapter: Adapter = "",
+    threads: Threads = 2,
+    wrong: Annotated[Path | None, typer.Option(help="Where wrong development cases go, as JSON lines.")] = None,
+    as_json: Json = False,
+) -> None:
+    """BFCL v4's single-turn categories, scored by BFCL's own checker; goes on where it was stopped."""
+    from bench.rows import show
+    from models.fetch import default_cache
+    from models.toolcaller.evaluate import bfcl as data
+    from models.toolcaller.evaluate import run
+
+    if wrong and split is not Split.DEV:
+        raise Refused("test cases are never shown", "use --wrong with --split dev")
+    cache = default_cache()
+    wheel = data.fetch_wheel(cache)
+    cases = [case for name in category or data.PUBLISHED for case in data.cases(wheel, name, split.value, limit)]
+    with _opened(model, threads, run.CONTEXT) as engine, _progress(len(cases), "BFCL") as step:
+        kept = run.Kept(cache / "eval" / f"{engine.info.digest[:16]}.jsonl")
+        results = list(run.evaluate(engine, cases, data.checker(wheel), kept, adapter, step))
+        digest = engine.info.digest[:12]
+    if wrong:
+        _write(wrong, run.wrong(results, cases))
+    show(({**row, "model": digest} for row in run.rows(results, split.value)), as_json)
+
+
+@app.command()
+def plant(
+    kind: Annotated[list[str] | None, typer.Option(help="Only this kind of case; may be repeated.")] = None,
+    limit: Limit = 0,
+    model: Model = None,
+    adapter: Adapter = "",
+    threads: Threads = 2,
+    wrong: Annotated[Path | None, typer.Option(help="Where wrong cases go, as JSON lines.")] = None,
+    as_json: Json = False,
+) -> None:
+    """200 requests to the simulated plant through the agent loop, judged by calls and by the plant's state."""
+    import msgspec
+
+    from bench import plant_eval
+    from bench.rows import show
+    from models.toolcaller.evaluate.plant_cases import GOALS, load
+
+    if unknown := set(kind or ()) - set(GOALS):
+        raise Refused(f"there is no kind {', '.join(unknown)}", f"known: {', '.join(GOALS)}")
+    by_kind = {name: [case for case in load() if case.kind == name] for name in kind or GOALS}
+    cases = [case for of in by_kind.values() for case in of[: limit or None]]
+    with _opened(model, threads, 2048) as engine, _progress(len(cases), "plant") as step:
+        outcomes = asyncio.run(plant_eval.run(plant_eval.InProcess(engine, adapter), cases, step))
+        digest = engine.info.digest[:12]
+    if wrong:
+        _write(wrong, (msgspec.to_builtins(outcome) for outcome in outcomes if outcome.failure))
+    show(({**row, "model": digest} for row in plant_eval.rows(outcomes)), as_json)
+
+
+@contextmanager
+def _opened(folder: Path | None, threads: int, context: int) -> Iterator[LanguageModel]:
+    from edge_agent.engines.genai import GenaiModel
+    from models.fetch import default_cache
+    from models.package import build
+
+    model = GenaiModel(folder or build("smollm2", default_cache()), threads=threads, context=context, generators=1)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
+    """A bar on stderr; nothing when it is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda: bars.advance(task)
+
+
+def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    lines: Sequence[str] = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    file.write_text("".join(lines))

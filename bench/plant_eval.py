@@ -1,0 +1,188 @@
+"""The plant set through the real agent loop: judged by the calls that had an effect and by the plant's own state.
+
+Invariants: every case has its own plant of one seed and one instant, so it is the same in every run and machine; labels
+are read by `camera.truth` in place of the OCR networks; a call counts when the tool answered, and what the model said
+before does not; the state that is right is computed by the plant itself from the calls that are right.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench.rows import FIELDS
+from edge_agent.agent.calls import Call, parse, render, validate
+from edge_agent.agent.loop import AgentLoop, Budget
+from edge_agent.agent.loop import Model as AsyncModel
+from edge_agent.agent.tool import Tool, ToolError, ToolSpec
+from edge_agent.agent.transcript import Step, Task
+from edge_agent.engines.base import Generate, LanguageModel, Piece
+from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, allowed
+from edge_agent.wire.tensor import Tensor
+from models.toolcaller.evaluate import figures
+from models.toolcaller.evaluate.plant_cases import GOALS, Kind, PlantCase
+from tools.sim import camera, plant
+from tools.sim.journal import Journal
+from tools.sim.pack import pack
+
+SEED, NOW = 1, 1_800_000_000.0
+START, EARLIER = NOW - 7200, NOW - 3600
+_GRANTS = Grants(1, 0.0, NOW + 1e9, SHIPPED_ROLES, [])
+_VERBS: dict[str, plant.Verb] = {"set_speed": "set_speed", "start_line": "start", "stop_line": "stop"}
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """A judged case; `failure` is empty when calls, state and end are right."""
+
+    kind: Kind
+    text: str
+    failure: str
+    made: list[str]
+    decisions_ms: list[float]
+    ended: str
+
+
+class InProcess:
+    """A loaded model as the loop asks it."""
+
+    def __init__(self, model: LanguageModel, adapter: str = "") -> None:
+        self._model, self._adapter = model, adapter
+
+    async def generate(self, request: Generate, timeout_s: float) -> Piece:
+        if self._adapter:
+            request = msgspec.structs.replace(request, adapter=self._adapter)
+        pieces = list(self._model.generate(request, lambda: False))
+        return msgspec.structs.replace(pieces[-1], text="".join(piece.text for piece in pieces))
+
+
+class World:
+    """The plant of one case and its tools, in this process; keeps the calls that were answered."""
+
+    def __init__(self, folder: Path, case: PlantCase) -> None:
+        tools = pack(folder, {"seed": str(SEED), "start": str(START)})
+        self._tools: dict[str, Tool] = {tool.spec.name: tool for tool in tools}
+        self._journal, self._inject = Journal(folder, SEED, START), case.inject
+        self.made: list[Call] = []
+        for call in self.calls(case.setup):
+            self._journal.act(call.args["line"], _VERBS[call.name], EARLIER, call.args.get("percent", 0.0))
+
+    def calls(self, texts: Sequence[str]) -> list[Call]:
+        """Calls as a case writes them. Raises CallError."""
+        decisions = [parse(text) for text in texts]
+        specs = [tool.spec for tool in self._tools.values()]
+        return [validate(call, specs) for call in decisions if isinstance(call, Call)]
+
+    def lines(self) -> dict[int, plant.Line]:
+        return self._journal.lines(NOW)
+
+    async def specs(self) -> Sequence[ToolSpec]:
+        return [tool.spec for tool in self._tools.values()]
+
+    async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
+        if name == "read_label":
+            product = self.lines()[args["camera"]].product
+            words = [line.split() for line in camera.truth(SEED, args["camera"], product)]
+            names = {"LOT": "lot", "SN": "serial", "EXP": "expiry"}
+            result = {"camera": args["camera"], "product": product} | {names[key]: value for key, value in words}
+        else:
+            tool = self._tools[name]
+            result = tool.function(**args, **({"ctx": self} if tool.wants_context else {}))
+        self.made.append(Call(name, args))
+        return result | self._inject.get(name, {})
+
+    def now(self) -> float:
+        return NOW
+
+    def infer(self, model: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        raise ToolError("no networks here")
+
+
+class Memory:
+    """Transcripts of one case."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, Task] = {}
+
+    async def add(self, task: Task) -> Task:
+        return self._tasks.setdefault(task.id, task)
+
+    async def get(self, id: str) -> Task | None:
+        return self._tasks.get(id)
+
+    async def unfinished(self) -> list[Task]:
+        return [task for task in self._tasks.values() if task.state == "running"]
+
+    async def append(self, task: Task, step: Step) -> None:
+        task.steps.append(step)
+
+    async def save(self, task: Task) -> None:
+        self._tasks[task.id] = task
+
+
+async def run_case(model: AsyncModel, case: PlantCase) -> Outcome:
+    """One case from its own plant to its end."""
+    with tempfile.TemporaryDirectory(prefix="plant-") as folder:
+        world = World(Path(folder), case)
+        before = world.lines()
+        permit = lambda subject, action, name: allowed(_GRANTS, subject, action, name, now=NOW)  # noqa: E731
+        loop = AgentLoop(model, world, Memory(), permit, budget=Budget(seconds=600.0))
+        await loop.accept("case", case.text, Subject("ada", [case.role], 0.0))
+        task = await loop.run("case")
+        times = [step.ms for step in task.steps if step.role == "model"]
+        failure = judge(case, world, before, task)
+    return Outcome(case.kind, case.text, failure, [render(call) for call in world.made], times, task.error)
+
+
+def judge(case: PlantCase, world: World, before: dict[int, plant.Line], task: Task) -> str:
+    """The kind of failure, empty when all is right."""
+    wanted = world.calls(case.calls)
+    made, right = Counter(map(render, world.made)), Counter(map(render, wanted))
+    extra = made - right - Counter({call: made[call] for call in case.may})
+    if right - made:
+        return "wrong call" if extra else "missing call" if world.made else "no call"
+    if extra:
+        return "extra call" if wanted else "call for none"
+    acts = [
+        plant.Action(NOW, call.args["line"], _VERBS[call.name], call.args.get("percent", 0.0))
+        for call in wanted
+        if call.name in _VERBS
+    ]
+    found = world.lines()
+    for line in plant.fold(before.values(), acts):
+        if (found[line.number].running, found[line.number].setpoint) != (line.running, line.setpoint):
+            return "wrong state"
+    ended = task.state == "succeeded" if wanted else not task.error.startswith("out of")
+    return "" if ended else "ended badly"
+
+
+def rows(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    """A row a kind of case, the whole, latency and failures."""
+    empty: dict[str, Any] = dict.fromkeys(FIELDS)
+    for kind, goal in GOALS.items():
+        of = [outcome for outcome in outcomes if outcome.kind == kind]
+        if of:
+            right = sum(not outcome.failure for outcome in of)
+            yield figures.share_row(f"plant {kind}", right, len(of), "goal" if goal else "", goal)
+    yield figures.share_row("plant all", sum(not outcome.failure for outcome in outcomes), len(outcomes))
+    times = [ms for outcome in outcomes for ms in outcome.decisions_ms]
+    yield empty | {"name": "plant decision p50", "value": figures.median(times), "unit": "ms", "n": len(times)}
+    for failure, count in Counter(outcome.failure for outcome in outcomes if outcome.failure).most_common():
+        where = Counter(outcome.kind for outcome in outcomes if outcome.failure == failure)
+        row = {"name": f"failure: {failure}", "value": count, "unit": "cases", "n": len(outcomes), "where": dict(where)}
+        yield empty | row
+
+
+async def run(
+    model: AsyncModel, cases: Sequence[PlantCase], progress: Callable[[], None] = lambda: None
+) -> list[Outcome]:
+    """All cases, one after the other."""
+    outcomes = []
+    for case in cases:
+        outcomes.append(await run_case(model, case))
+        progress()
+    return outcomes
