@@ -45,7 +45,9 @@ class Demo:
         self.devices: dict[str, Device] = {}
 
     def say(self, text: str) -> None:
-        self.console.print(f"[dim]{time.monotonic() - self.began:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[dim]{time.monotonic() - self.began:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True
+        )
 
     def title(self, text: str) -> None:
         self.console.rule(f"[bold]{text}", align="left")

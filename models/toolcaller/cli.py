@@ -41,3 +41,32 @@ def data(
         raise typer.Exit(1) from error
     facts = {"examples": n, "seed": seed, "path": str(out), "kinds": dict(kinds)}
     typer.echo(json.dumps(facts, indent=1) if as_json else f"{n} examples of seed {seed} are in {out}")
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="The run's folder; a run that was stopped goes on from there.")],
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the data and of the adapter's first weights.")] = 1,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of 1,024 tokens a step.")] = 4,
+    full: Annotated[bool, typer.Option(help="Train every weight but the embeddings, for comparison.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: CUDA where there is one.")] = "",
+    cache: Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE")] = None,
+) -> None:
+    """Train an adapter of the tool caller on generated examples (needs the extra `train`)."""
+    from models.fetch import default_cache, fetch
+    from models.package import build
+    from models.toolcaller.packing import conversations
+
+    try:
+        from models.toolcaller.train import Plan, Run
+    except ImportError as error:
+        typer.echo("error: PyTorch is not installed\nhint: pip install 'outrider[train]'", err=True)
+        raise typer.Exit(69) from error
+    where = cache or default_cache()
+    data = conversations(build("smollm2", where))
+    plan = Plan(seed=seed, steps=steps, rank=rank, rate=rate, rows_per_step=rows, full=full)
+    run = Run(fetch("smollm2", where), out, plan, data, device)
+    run.run(lambda entry: typer.echo(json.dumps(entry)))

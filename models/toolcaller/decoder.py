@@ -1,0 +1,100 @@
+"""A llama-architecture decoder in PyTorch with LoRA (Hu et al. 2021, arXiv:2106.09685) on every linear layer.
+
+Invariants: the base weights are the dequantized blocks of the GGUF file and never change unless `full` is asked for;
+with B = 0 the output is the base model's. Attention follows a tree: every row reads its prefix and itself, so one
+prefix serves many continuations and is computed once.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.gguf_weights import GgufWeights
+
+TARGETS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+class LoraLinear(nn.Module):
+    """`x W' + (alpha / rank) x A' B'` with W (out, in), A (rank, in), B (out, rank)."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float, full: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=full)
+        self.scale = alpha / rank if rank else 0.0
+        if rank:
+            self.a = nn.Parameter(torch.empty(rank, weight.shape[1]))
+            self.b = nn.Parameter(torch.zeros(weight.shape[0], rank))
+            nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight)
+        return out + F.linear(F.linear(x, self.a), self.b) * self.scale if self.scale else out
+
+
+class Layer(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, weights: GgufWeights, index: int, rank: int, alpha: float, full: bool) -> None:
+        super().__init__()
+        self.shape = weights.shape
+        for name in TARGETS:
+            weight = torch.from_numpy(weights.dense(f"blk.{index}.{name}.weight"))
+            self.add_module(name, LoraLinear(weight, rank, alpha, full))
+        for name in ("attn_norm", "ffn_norm"):
+            value = torch.from_numpy(weights.vector(f"blk.{index}.{name}.weight"))
+            self.register_parameter(name, nn.Parameter(value, requires_grad=full))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        s, count = self.shape, len(x)
+        normed = F.rms_norm(x, (s.width,), self.attn_norm, s.epsilon)
+        query = _rotate(self.attn_q(normed).view(count, s.heads, s.head_size), cos, sin)
+        key = _rotate(self.attn_k(normed).view(count, s.kv_heads, s.head_size), cos, sin)
+        value = self.attn_v(normed).view(count, s.kv_heads, s.head_size)
+        attended = F.scaled_dot_product_attention(
+            *(part.transpose(0, 1)[None] for part in (query, key, value)), attn_mask=mask, enable_gqa=True
+        )
+        x = x + self.attn_output(attended[0].transpose(0, 1).reshape(count, s.width))
+        normed = F.rms_norm(x, (s.width,), self.ffn_norm, s.epsilon)
+        return x + self.ffn_down(F.silu(self.ffn_gate(normed)) * self.ffn_up(normed))
+
+
+class Decoder(nn.Module):
+    """Tokens (n,), positions (n,), attention mask (n, n) in; hidden states (n, width) out; `head` makes logits."""
+
+    def __init__(self, weights: GgufWeights, rank: int, alpha: float, full: bool = False) -> None:
+        super().__init__()
+        s = self.shape = weights.shape
+        self.embedding = nn.Parameter(torch.from_numpy(weights.dense("token_embd.weight")), requires_grad=False)
+        self.norm = nn.Parameter(torch.from_numpy(weights.vector("output_norm.weight")), requires_grad=full)
+        self.layers = nn.ModuleList(Layer(weights, i, rank, alpha, full) for i in range(s.layers))
+        inverse = s.rope_base ** (-torch.arange(0, s.head_size, 2) / s.head_size)
+        self.register_buffer("inverse", inverse.float(), persistent=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        angle = positions[:, None, None] * self.inverse
+        x, cos, sin = self.embedding[tokens], angle.cos(), angle.sin()
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask)
+        return F.rms_norm(x, (self.shape.width,), self.norm, self.shape.epsilon)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.embedding)
+
+    def trained(self) -> dict[str, Tensor]:
+        """What training changes, by name."""
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+
+def load(gguf: Path, rank: int, alpha: float, full: bool = False) -> Decoder:
+    """A decoder over the weights of a GGUF file."""
+    return Decoder(GgufWeights(gguf), rank, alpha, full)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

@@ -1,0 +1,161 @@
+"""Training the tool caller: LoRA (or full fine-tuning) over generated examples, on CPU or CUDA by the same command.
+
+Invariants: everything follows from the seed and the step, so a run that was stopped goes on as if it had not been;
+a checkpoint is published by rename; the log (`log.jsonl`) only grows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from models.toolcaller.decoder import Decoder, load
+from models.toolcaller.packing import Conversation, Row, rows
+
+Data = Callable[[int], Iterable[Conversation]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does; saved beside its checkpoint."""
+
+    seed: int = 1
+    steps: int = 1000
+    rows_per_step: int = 4
+    row_tokens: int = 1024
+    rank: int = 16
+    alpha: float = 32.0
+    rate: float = 1e-3
+    warmup: int = 30
+    decay: float = 0.01
+    full: bool = False
+    save_every_s: float = 300.0
+    validate_every: int = 50
+
+
+class Run:
+    """One training run in a folder: `plan.json`, `checkpoint.pt`, `log.jsonl`, `adapter.npz` (float16)."""
+
+    def __init__(self, gguf: Path, folder: Path, plan: Plan, data: Data, device: str = "") -> None:
+        self.folder, self.plan, self._data = folder, plan, data
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.manual_seed(plan.seed)
+        self.model: Decoder = load(gguf, 0 if plan.full else plan.rank, plan.alpha, plan.full).to(self.device)
+        self._trained = self.model.trained()
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=plan.decay
+        )
+        self.step, self._seen = 0, 0
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(json.dumps(asdict(plan), indent=1) + "\n")
+        if (folder / "checkpoint.pt").exists():
+            self._load()
+
+    def run(self, progress: Callable[[dict[str, Any]], None]) -> None:
+        """Train to the plan's last step."""
+        plan, saved = self.plan, time.monotonic()
+        data = itertools.islice(rows(self._data(plan.seed), plan.row_tokens), self._seen, None)
+        while self.step < plan.steps:
+            began = time.monotonic()
+            batch = list(itertools.islice(data, plan.rows_per_step))
+            if not batch:
+                break
+            loss = self._learn(batch)
+            self.step += 1
+            self._seen += len(batch)
+            entry: dict[str, Any] = {"step": self.step, "loss": round(loss, 4), "rate": self._rate()}
+            entry["tokens_s"] = round(sum(len(row.tokens) for row in batch) / (time.monotonic() - began))
+            if self.step % plan.validate_every == 0 or self.step == plan.steps:
+                entry |= self.validate()
+            with (self.folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(entry) + "\n")
+            progress(entry)
+            if time.monotonic() - saved > plan.save_every_s:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+
+    def validate(self, count: int = 8) -> dict[str, float]:
+        """Loss, and the share of conversations of a seed never trained on whose every learned token is the likeliest."""
+        held_out = itertools.islice(rows(self._data(self.plan.seed + 1_000_003), self.plan.row_tokens), count)
+        total, tokens, right, examples = 0.0, 0, 0, 0
+        with torch.no_grad():
+            for row in held_out:
+                logits, target = self._logits(row)
+                total += F.cross_entropy(logits, target, reduction="sum").item()
+                tokens += len(target)
+                hits = (logits.argmax(-1) == target).cpu().tolist()
+                owners = [row.owners[at] for at in row.at]
+                for _, group in itertools.groupby(zip(owners, hits, strict=True), key=lambda pair: pair[0]):
+                    right += all(hit for _, hit in group)
+                    examples += 1
+        return {"validation_loss": round(total / tokens, 4), "validation_exact": round(right / examples, 4)}
+
+    def save(self) -> None:
+        """Publish checkpoint and adapter."""
+        state = {"step": self.step, "seen": self._seen, "optimizer": self._optimizer.state_dict()}
+        _publish(self.folder / "checkpoint.pt", state | {"trained": self._trained})
+        half = {name: value.detach().half().cpu().numpy() for name, value in self._trained.items()}
+        partial = self.folder / "adapter.part.npz"
+        np.savez(partial, **half)
+        partial.replace(self.folder / "adapter.npz")
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
+        self.step, self._seen = state["step"], state["seen"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for name, value in self._trained.items():
+                value.copy_(state["trained"][name])
+
+    def _learn(self, batch: list[Row]) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate()
+        self._optimizer.zero_grad(set_to_none=True)
+        tokens, total = sum(len(row.target) for row in batch), 0.0
+        for row in batch:
+            logits, target = self._logits(row)
+            loss = F.cross_entropy(logits, target, reduction="sum") / tokens
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self._trained.values(), 1.0)
+        self._optimizer.step()
+        return total
+
+    def _logits(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+        to = self.device
+        with torch.autocast(to.type, dtype=torch.bfloat16, enabled=to.type == "cuda"):
+            hidden = self.model(
+                torch.tensor(row.tokens, device=to),
+                torch.tensor(row.positions, device=to),
+                torch.from_numpy(row.mask())[None, None].to(to),
+            )
+            logits = self.model.head(hidden[torch.tensor(row.at, device=to)])
+        return logits.float(), torch.tensor(row.target, device=to)
+
+    def _rate(self) -> float:
+        plan = self.plan
+        if self.step < plan.warmup:
+            return plan.rate * (self.step + 1) / plan.warmup
+        done = (self.step - plan.warmup) / max(1, plan.steps - plan.warmup)
+        return plan.rate * (0.05 + 0.95 * (1 + math.cos(math.pi * min(1.0, done))) / 2)
+
+
+def _publish(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".part")
+    with partial.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
