@@ -37,11 +37,12 @@ _VERBS: dict[str, plant.Verb] = {"set_speed": "set_speed", "start_line": "start"
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """A judged case; `failure` is empty when calls, state and end are right."""
+    """A judged case; `failure` is empty when calls, state and end are right, `first` says whether the first call was."""
 
     kind: Kind
     text: str
     failure: str
+    first: bool | None
     made: list[str]
     decisions_ms: list[float]
     ended: str
@@ -135,7 +136,9 @@ async def run_case(model: AsyncModel, case: PlantCase) -> Outcome:
         task = await loop.run("case")
         times = [step.ms for step in task.steps if step.role == "model"]
         failure = judge(case, world, before, task)
-    return Outcome(case.kind, case.text, failure, [render(call) for call in world.made], times, task.error)
+        made = [render(call) for call in world.made]
+        first = made[0] in map(render, world.calls([*case.calls, *case.may])) if made and case.calls else None
+    return Outcome(case.kind, case.text, failure, first, made, times, task.error)
 
 
 def judge(case: PlantCase, world: World, before: dict[int, plant.Line], task: Task) -> str:
@@ -169,8 +172,15 @@ def rows(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
             right = sum(not outcome.failure for outcome in of)
             yield figures.share_row(f"plant {kind}", right, len(of), "goal" if goal else "", goal)
     yield figures.share_row("plant all", sum(not outcome.failure for outcome in outcomes), len(outcomes))
+    called = [outcome.first for outcome in outcomes if outcome.first is not None]
+    yield figures.share_row("plant first call", sum(called), len(called))
     times = [ms for outcome in outcomes for ms in outcome.decisions_ms]
-    yield empty | {"name": "plant decision p50", "value": figures.median(times), "unit": "ms", "n": len(times)}
+    yield empty | {
+        "name": "plant decision p50",
+        "value": round(figures.median(times) or 0.0, 1),
+        "unit": "ms",
+        "n": len(times),
+    }
     for failure, count in Counter(outcome.failure for outcome in outcomes if outcome.failure).most_common():
         where = Counter(outcome.kind for outcome in outcomes if outcome.failure == failure)
         row = {"name": f"failure: {failure}", "value": count, "unit": "cases", "n": len(outcomes), "where": dict(where)}

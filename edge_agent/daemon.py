@@ -40,6 +40,7 @@ from edge_agent.sync.twin import GrantsCache, Twin
 from edge_agent.telemetry import Telemetry
 from edge_agent.update.download import Downloads, hub_client
 from edge_agent.update.service import BundleReport, UpdateService
+from edge_agent.update.slots import Installed
 from edge_agent.update.trust import PinnedHubKey
 from edge_agent.wire.grants import Grants, Subject, allowed
 from edge_agent.wire.signing import SigningKey
@@ -64,15 +65,15 @@ class Daemon:
         state = settings.state
         self._settings, self._identity, self._key = settings, identity, SigningKey.load(state / enrol.KEY)
         self._store, self._outbox, self._twin, self._cache = store, outbox, twin, cache
-        self._began, self._up = time.time(), False
+        self._began, self._up, self._cold = time.time(), False, asyncio.Event()
         self._workers = {role: WorkerProcess.engine(role) for role in ROLES.values()}
         self._hosting = Hosting(self._workers, settings.model)
         self._workers["tools"] = WorkerProcess("tools", self._runner(), answer=self._hosting.infer, grace_s=0)
         self._tools = RunnerTools(self._workers["tools"])
         inbox, transcripts = Inbox(store, outbox), Transcripts(store)
         budget = Budget(seconds=settings.task_s)
-        agent = AgentLoop(self._hosting, self._tools, transcripts, self._allowed, budget=budget)
-        self.work = Work(inbox, agent, transcripts, self._tools, Audit(store, outbox), self._allowed)
+        self._agent = AgentLoop(self._hosting, self._tools, transcripts, self._allowed, budget=budget)
+        self.work = Work(inbox, self._agent, transcripts, self._tools, Audit(store, outbox), self._allowed)
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
         self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample)
         self._http = hub_client(settings.hub or identity.hub)
@@ -81,7 +82,7 @@ class Daemon:
             PinnedHubKey(identity.hub_key),
             Downloads(self._http, self._token),
             self._hosting,
-            self._hosting.switch,
+            self._switch,
             self._report,
         )
         self._session = self._connect(inbox)
@@ -113,6 +114,7 @@ class Daemon:
             "work": self.work.run,
             "api": self._api.run,
             "profile": self._tell_profile,
+            "warm": self._warm,
             "link": self._watch_link,
         }
         try:
@@ -199,6 +201,20 @@ class Daemon:
     def _token(self) -> str:
         enrolled = self._identity.enrolled
         return issue_device_token(self._key, enrolled.fleet, enrolled.device, now=time.time())
+
+    async def _switch(self, name: str, installed: Installed) -> None:
+        await self._hosting.switch(name, installed)
+        if name == self._hosting.language_model():
+            self._cold.set()
+
+    async def _warm(self) -> None:
+        while True:
+            await self._cold.wait()
+            self._cold.clear()
+            try:
+                await self._agent.warm()
+            except OutriderError as error:
+                _log.warning("the language model is not warm: %s", error)
 
     async def _report(self, name: str, report: BundleReport) -> None:
         try:

@@ -90,6 +90,12 @@ class AgentLoop:
         self._model, self._tools, self._transcripts = model, tools, transcripts
         self._allowed, self._budget, self._clock = allowed, budget, clock
 
+    async def warm(self) -> None:
+        """Have the model read the preamble of all tools, so that a first task finds it read. Raises Retry, Refused."""
+        specs = await self._tools.specs()
+        request = Generate(prompt.preamble(specs), prompt.suffix([]), grammar.build(specs), max_tokens=1)
+        await self._model.generate(request, self._budget.seconds)
+
     async def accept(self, id: str, text: str, subject: Subject) -> Task:
         """Save a new task; asking again with the same id gives the one there is. Raises Refused."""
         if not text.strip() or len(text) > prompt.MAX_REQUEST:

@@ -17,6 +17,8 @@ from edge_agent.agent.tool import Param, ToolSpec
 
 MAX_REQUEST = 2000
 MAX_RESULT = 600
+MAX_EXAMPLES = 40
+ASIDES = ("How tall is Mount Everest?", "tell me a joke", "book me a flight to Rome")
 
 SYSTEM = (
     "You run a device through its tools. Reply to each request with the one call that does it, "
@@ -66,23 +68,33 @@ def _bound(value: float | None) -> str:
 
 
 def preamble(specs: Sequence[ToolSpec], system: str = SYSTEM) -> str:
-    """System text, signatures and the tools' own examples; the same for every request with these tools."""
+    """System text, signatures and the tools' own examples; the same for every request with these tools.
+
+    The first example of each tool goes to its end, result and `none()`; the others show the call alone, which costs a
+    third of the tokens.
+    """
     listing = "\n".join(signature(spec) for spec in specs)
     text = chatml("system", f"{system}\n{listing}")
+    ended: set[str] = set()
     for request, call in examples(specs):
         text += chatml("user", request) + chatml("assistant", render(call))
+        if isinstance(call, Call) and call.name not in ended:
+            ended.add(call.name)
+            text += chatml("tool", result_text({**call.args, "ok": True})) + chatml("assistant", render(Nothing()))
     return text
 
 
 def examples(specs: Sequence[ToolSpec]) -> list[tuple[str, Call | Nothing]]:
-    """The examples of all tools, taking one from each in turn so that no tool stands last in a block."""
-    rounds = max((len(spec.examples) for spec in specs), default=0)
-    return [
-        (spec.examples[i][0], Call(spec.name, spec.examples[i][1]))
-        for i in range(rounds)
-        for spec in specs
-        if i < len(spec.examples)
-    ]
+    """The tools' examples, one of each in turn, at most MAX_EXAMPLES; every other round a request for no tool."""
+    shown: list[tuple[str, Call | Nothing]] = []
+    for i in range(max((len(spec.examples) for spec in specs), default=0)):
+        turn = [spec for spec in specs if i < len(spec.examples)]
+        if shown and len(shown) + len(turn) > MAX_EXAMPLES:
+            break
+        shown += [(spec.examples[i][0], Call(spec.name, spec.examples[i][1])) for spec in turn]
+        if i % 2 == 0 and i // 2 < len(ASIDES):
+            shown.append((ASIDES[i // 2], Nothing()))
+    return shown
 
 
 def suffix(turns: Sequence[Turn]) -> str:

@@ -7,7 +7,8 @@ import numpy as np
 from models.toolcaller.packing import Conversation, conversation, rows
 
 TEXT = (
-    "<|im_start|>system\nTools.<|im_end|>\n<|im_start|>user\nstop it<|im_end|>\n<|im_start|>assistant\nbad()<|im_end|>\n"
+    "<|im_start|>system\nTools.<|im_end|>\n<|im_start|>user\nstop it<|im_end|>\n"
+    "<|im_start|>assistant\nbad()<|im_end|>\n"
     "<|im_start|>tool\nerror: no such line<|im_end|>\n<|im_start|>assistant\ngood()<|im_end|>\n"
     "<|im_start|>tool\nok<|im_end|>\n<|im_start|>assistant\nnone()"
 )
