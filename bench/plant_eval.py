@@ -37,7 +37,7 @@ _VERBS: dict[str, plant.Verb] = {"set_speed": "set_speed", "start_line": "start"
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """A judged case; `failure` is empty when calls, state and end are right, `first` says whether the first call was."""
+    """A judged case; `failure` is empty when calls, state and end are right; `first`: whether the first call was."""
 
     kind: Kind
     text: str

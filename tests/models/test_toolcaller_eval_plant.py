@@ -102,4 +102,5 @@ async def test_the_report_counts_by_kind_with_goals() -> None:
     outcomes = await plant_eval.run(ScriptedModel(ONE.calls[0]), [ONE, NONE, ORDER])
     rows = {row["name"]: row for row in plant_eval.rows(outcomes)}
     assert (rows["plant single"]["value"], rows["plant single"]["peer_value"]) == (100.0, 90.0)
+    assert (rows["plant first call"]["value"], rows["plant first call"]["n"]) == (100.0, 1)
     assert (rows["plant all"]["n"], rows["failure: no call"]["where"]) == (3, {"several": 1})
