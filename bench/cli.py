@@ -54,7 +54,10 @@ def demo(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     console = Console(stderr=as_json)
-    found = asyncio.run(run(folder, default_cache(), console, keep, report))
+    try:
+        found = asyncio.run(run(folder, default_cache(), console, keep, report))
+    except asyncio.CancelledError:
+        raise typer.Exit(130) from None
     if as_json:
         json.dump(found, sys.stdout, indent=1)
     broken = [promise["promise"] for promise in found["promises"] if not promise["held"]]

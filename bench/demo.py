@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import signal
 import statistics
 import time
 from collections.abc import AsyncIterator
@@ -282,6 +283,9 @@ def _brief(value: Any) -> str:
 
 async def run(folder: Path, cache: Path, console: Console, keep: bool, report: Path) -> dict[str, Any]:
     """The whole demo; the report. Raises OutriderError when something did not happen at all."""
+    me = asyncio.current_task()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the fleet is ended on the way out
+        asyncio.get_running_loop().add_signal_handler(number, lambda: me and me.cancel())
     demo = Demo(folder, console)
     demo.title("models, from pinned packages to bundles")
     bundles = {name: await asyncio.to_thread(_package, demo, name, cache) for name in BUNDLES}

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -54,7 +55,8 @@ class Process:
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, *args: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "edge_agent.cli", *args]
+        leash = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []  # ends even after our kill -9
+        command = [*leash, sys.executable, "-m", "edge_agent.cli", *args]
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})}

@@ -54,7 +54,8 @@ class Link:
             return
         self._writers.add(far_writer)
         try:
-            await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+            with contextlib.suppress(asyncio.CancelledError):  # the loop ends, and nobody awaits this
+                await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
         finally:
             for end in (writer, far_writer):
                 self._writers.discard(end)
