@@ -87,7 +87,7 @@ class Run:
         self.save()
 
     def validate(self, count: int = 8) -> dict[str, float]:
-        """Loss, and the share of conversations of a seed never trained on whose learned tokens are all the likeliest."""
+        """Loss, and the share of conversations of an unseen seed whose learned tokens are all the likeliest."""
         held_out = itertools.islice(rows(self._data(self.plan.seed + 1_000_003), self.plan.row_tokens), count)
         total, tokens, right, examples = 0.0, 0, 0, 0
         with torch.no_grad():
