@@ -7,7 +7,6 @@ yes; `identity.json` is written last and whole, so a device either has an identi
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import httpx
 import msgspec
 
 from edge_agent.errors import Fatal, Refused, Retry
+from edge_agent.wire import durable
 from edge_agent.wire.errors import WireError
 from edge_agent.wire.grants import verify_grants
 from edge_agent.wire.signing import SigningKey, VerifyKey
@@ -82,7 +82,7 @@ def enrol(state: Path, hub: str, token: str, name: str, *, timeout_s: float = 20
         answer = _ask(hub, {"token": token, "name": name, "public_key": key.public.text}, timeout_s)
         identity = Identity(hub, answer)
         key.save(state / KEY)
-        _write(state / IDENTITY, msgspec.json.format(msgspec.json.encode(identity)))
+        durable.write(state / IDENTITY, msgspec.json.format(msgspec.json.encode(identity)), 0o600)
     except BaseException:
         if made and not any(state.iterdir()):
             state.rmdir()
@@ -136,17 +136,3 @@ def _writable(state: Path) -> bool:
                 state.rmdir()
         raise Fatal(f"the state directory {state} is not writable: {error}", "free space or choose another") from error
     return made
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".part")
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -7,7 +7,6 @@ out and tests. A message it forgets is sent again by the device, because only th
 """
 
 import logging
-import os
 import secrets
 import socket
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 import iotcore
 import msgspec
 
+from edge_agent.wire import durable
 from hub.errors import Fatal
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class EmbeddedBroker:
             known.port = port
         else:
             known = Credentials(port or _free_port(), f"outrider-{secrets.token_hex(4)}", secrets.token_urlsafe(24))
-        write_private(path, msgspec.json.encode(known))
+        durable.write(path, msgspec.json.encode(known), 0o600)
         return known
 
     def _start_child(self) -> None:
@@ -139,7 +139,7 @@ class EmbeddedBroker:
         settings = CONFIG.format(
             host=HOST, port=self.port, max_payload=MAX_PAYLOAD, username=self.username, password=self.password
         )
-        write_private(config, settings.encode())
+        durable.write(config, settings.encode(), 0o600)
         child = iotcore.Broker(config_path=str(config))
         try:
             child.start()
@@ -169,18 +169,6 @@ class EmbeddedBroker:
                 self.restarts += 1
             except Fatal as error:
                 log.error("%s", error)
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file only its owner may read, whole or not at all."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _free_port() -> int:

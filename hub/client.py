@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import msgspec
 
+from edge_agent.wire import durable
 from edge_agent.wire.bundle import BundleKind, FileEntry, Manifest, scan
-from hub.broker import write_private
 from hub.errors import HubError
 
 PIECE = 1 << 20
@@ -30,7 +30,7 @@ def login(url: str, user: str, password: str) -> dict[str, Any]:
         answer = _answer(http, "POST", "/v1/login", json={"user": user, "password": password})
     path = config_path()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_private(path, msgspec.json.encode({"url": url, "token": answer["access_token"]}))
+    durable.write(path, msgspec.json.encode({"url": url, "token": answer["access_token"]}), 0o600)
     return {"user": user, "hub": url, "expires_in": answer["expires_in"]}
 
 

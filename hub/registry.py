@@ -17,6 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from edge_agent.wire import durable
 from edge_agent.wire.bundle import Manifest, SignedManifest, content_digest, sign_manifest
 from edge_agent.wire.errors import WireError
 from edge_agent.wire.messages import decode
@@ -182,8 +183,4 @@ def _move_durably(partial: Path, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     partial.replace(path)
     for folder in (path.parent, path.parent.parent):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        durable.sync(folder)

@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING
 
 import msgspec
 
+from edge_agent.wire import durable
 from edge_agent.wire.bundle import sha256_file
 from models.errors import ModelError
 
@@ -204,18 +205,9 @@ def atomic_file(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], None]]]:
         if kept:
             temporary.chmod(0o644)
             temporary.replace(path)
-            sync_folder(path.parent)
+            durable.sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that the names in it survive a power loss."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -1,9 +1,8 @@
-"""Files that survive a power loss: written beside, fsynced, renamed, the folder fsynced."""
+"""Room on the disk for an update, and what a full one looks like."""
 
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from pathlib import Path
 
@@ -11,27 +10,6 @@ from edge_agent.errors import Retry
 
 RESERVE = 64 << 20
 """Bytes left free for the outbox and the system, however large an update is."""
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replace a small file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync(path.parent)
 
 
 def require(folder: Path, size: int, reserve: int = RESERVE) -> None:

@@ -20,7 +20,7 @@ import httpx
 import msgspec
 
 from edge_agent.errors import Refused, Retry
-from edge_agent.update import disk
+from edge_agent.wire import durable
 from edge_agent.wire.bundle import FileEntry, SignedManifest
 
 ATTEMPTS = 5
@@ -96,7 +96,7 @@ class Downloads:
                         tick(have)
             if have < entry.size:
                 raise _Cut(f"{entry.path}: the connection ended at byte {have} of {entry.size}")
-        await asyncio.to_thread(disk.sync, part)
+        await asyncio.to_thread(durable.sync, part)
         if digest.hexdigest() == entry.sha256:
             return
         if resumed:

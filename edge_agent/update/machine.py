@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from edge_agent.errors import Fatal, Refused
-from edge_agent.update import disk
+from edge_agent.wire import durable
 
 
 class State(StrEnum):
@@ -135,4 +135,5 @@ class Machine:
         self._save()
 
     def _save(self) -> None:
-        disk.write(self._path, msgspec.json.encode(self.update))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        durable.write(self._path, msgspec.json.encode(self.update))

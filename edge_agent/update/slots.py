@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from edge_agent.errors import Refused
-from edge_agent.update import disk
+from edge_agent.wire import durable
 from edge_agent.wire.bundle import FileEntry, Manifest, SignedManifest, content_digest, sha256_file
 from edge_agent.wire.errors import WireError
 from edge_agent.wire.messages import decode
@@ -77,7 +77,7 @@ class Slots:
                 if other != folder:
                     shutil.rmtree(other)
         (folder / "parts").mkdir(parents=True, exist_ok=True)
-        disk.write(folder / "manifest.json", msgspec.json.encode(signed))
+        durable.write(folder / "manifest.json", msgspec.json.encode(signed))
 
     def incoming(self, name: str, id: str) -> Path:
         """Where a version is put together."""
@@ -117,13 +117,13 @@ class Slots:
         incoming, version = self.incoming(name, id), self._version(name, id)
         shutil.rmtree(incoming / "parts", ignore_errors=True)
         for path in [*incoming.rglob("*"), incoming]:
-            disk.sync(path)
+            durable.sync(path)
         version.parent.mkdir(parents=True, exist_ok=True)
         if version.exists():
             shutil.rmtree(version)
         incoming.replace(version)
-        disk.sync(version.parent)
-        disk.sync(version.parent.parent)
+        durable.sync(version.parent)
+        durable.sync(version.parent.parent)
 
     def open(self, name: str, id: str) -> Installed:
         """A version on disk. Raises Refused when its manifest cannot be read."""
@@ -196,7 +196,7 @@ class Slots:
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(Path("versions") / id)
         fresh.replace(link)
-        disk.sync(link.parent)
+        durable.sync(link.parent)
 
     def _held(self, name: str) -> dict[str, Path]:
         slots = [slot for slot in (self.previous(name), self.current(name)) if slot is not None]

@@ -20,12 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_agent.update import disk, download
+from edge_agent.update import download
 from edge_agent.update.download import Downloads, hub_client
 from edge_agent.update.machine import Machine
 from edge_agent.update.service import BundleReport, UpdateService
 from edge_agent.update.slots import Installed, Slots
 from edge_agent.update.trust import PinnedHubKey
+from edge_agent.wire import durable
 from edge_agent.wire.signing import SigningKey, VerifyKey
 from edge_agent.wire.tokens import issue_device_token
 from tests.update.plant_hub import DEVICE, FLEET, ReadsGood
@@ -58,7 +59,7 @@ def run(setup: dict[str, Any], state: Path, wanted: dict[str, str], die_at: int)
     """One life of the service: ends when the target runs, has failed, or by its own kill."""
     points = Points(die_at)
     if die_at:
-        disk.sync = points.around(disk.sync)
+        durable.sync = points.around(durable.sync)
         download._append = points.around(download._append, times=4)
         Path.replace = points.around(Path.replace)  # type: ignore[method-assign]
         shutil.rmtree = points.around(shutil.rmtree)  # type: ignore[assignment]

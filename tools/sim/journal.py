@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_agent.wire import durable
 from tools.sim.plant import Action, Line, Verb, fold, initial, state
 
 MAX_ACTIONS = 256
@@ -99,17 +100,7 @@ class Journal:
                 raise
 
     def _replace(self, header: Header) -> None:
-        scratch = self._path.with_suffix(".new")
-        with scratch.open("wb") as file:
-            file.write(msgspec.json.encode(header) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        durable.write(self._path, msgspec.json.encode(header) + b"\n")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
