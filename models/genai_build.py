@@ -27,7 +27,11 @@ def build_genai_folder(gguf: Path, out: Path, progress: Progress = lambda text, 
     progress(text, fraction 0..1). Raises UnsupportedModel when the file is not one we convert.
     """
     progress(f"reading {gguf.name}", 0.0)
-    weights = GgufWeights(gguf)
+    return write_genai_folder(GgufWeights(gguf), out, progress)
+
+
+def write_genai_folder(weights: GgufWeights, out: Path, progress: Progress = lambda text, fraction: None) -> str:
+    """Convert weights that are open; as `build_genai_folder`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

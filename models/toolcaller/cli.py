@@ -70,3 +70,28 @@ def train(
     plan = Plan(seed=seed, steps=steps, rank=rank, rate=rate, rows_per_step=rows, full=full)
     run = Run(fetch("smollm2", where), out, plan, data, device)
     run.run(lambda entry: typer.echo(json.dumps(entry)))
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="The folder of a training run.")],
+    out: Annotated[Path, typer.Option(help="The model folder to make.")],
+    cache: Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Add a run's adapter to the base model and convert that; needs no PyTorch."""
+    from models.errors import ModelError
+    from models.fetch import default_cache, fetch
+    from models.genai_build import write_genai_folder
+    from models.toolcaller.merge import MergedWeights
+
+    try:
+        plan = json.loads((run / "plan.json").read_text())
+        weights = MergedWeights(
+            fetch("smollm2", cache or default_cache()), run / "adapter.npz", plan["alpha"] / plan["rank"]
+        )
+        digest = write_genai_folder(weights, out)
+    except (ModelError, OSError, KeyError, ValueError) as error:
+        typer.echo(f"error: {error}\nhint: RUN is a folder of `outrider models toolcaller train`", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(json.dumps({"path": str(out), "digest": digest}) if as_json else f"{digest}  {out}")

@@ -1,0 +1,76 @@
+"""A LoRA adapter added to the weights of a GGUF file, with numpy alone: what a device runs costs nothing more.
+
+Invariants: only what the adapter names changes; a changed matrix is quantized once, to the same 4-bit blocks with scale
+and minimum that the file has, so the converted graph is the base model's in form, size and speed.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from models.errors import ModelError
+from models.gguf_weights import BLOCK, Bytes, Floats, GgufWeights
+
+_SHRINKS = (1.0, 0.95, 0.9, 0.85)
+
+
+class MergedWeights(GgufWeights):
+    """The weights of `gguf` plus `scale * B A` of the adapter (npz; A (rank, in), B (out, rank), float16).
+
+    Raises ModelError when the adapter is not one for these weights.
+    """
+
+    def __init__(self, gguf: Path, adapter: Path, scale: float) -> None:
+        super().__init__(gguf)
+        self._scale = scale
+        try:
+            with np.load(adapter) as file:
+                self._adapter = {name: np.asarray(file[name], np.float32) for name in file.files}
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            hint = "outrider models toolcaller train writes one"
+            raise ModelError(f"{adapter} is not a readable adapter: {error}", hint) from error
+        known = {f"{self._key(name)}.{part}" for name in self._tensors for part in "ab" if name.startswith("blk.")}
+        if strange := sorted(set(self._adapter) - known):
+            raise ModelError(
+                f"{adapter} changes {strange[0]}, which {gguf.name} does not have", "is it for this model?"
+            )
+
+    def q4_1(self, name: str) -> tuple[Bytes, Floats, Floats]:
+        """Blocks of the merged matrix, as of the base where the adapter says nothing."""
+        quants, step, least = super().q4_1(name)
+        key = self._key(name)
+        if f"{key}.a" not in self._adapter:
+            return quants, step, least
+        base = (step[..., None] * quants + least[..., None]).reshape(quants.shape[0], -1)
+        a, b = self._adapter[f"{key}.a"], self._adapter[f"{key}.b"]
+        if (b.shape[0], a.shape[1]) != base.shape or a.shape[0] != b.shape[1]:
+            raise ModelError(
+                f"the adapter's {key} is {b.shape[0]}x{a.shape[1]}, not {base.shape}", "another base model?"
+            )
+        return quantize(base + self._scale * (b @ a))
+
+    @staticmethod
+    def _key(name: str) -> str:
+        return name.removesuffix(".weight").replace("blk.", "layers.", 1)
+
+
+def quantize(matrix: Floats) -> tuple[Bytes, Floats, Floats]:
+    """q in 0..15, d and m of each 32 values of a row, of several ranges the one with the least squared error."""
+    blocks = matrix.reshape(matrix.shape[0], -1, BLOCK)
+    low, high = blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True)
+    middle, half = (low + high) / 2, (high - low) / 2
+    best = np.zeros_like(blocks), half, low
+    error = np.full(low.shape, np.inf, np.float32)
+    for shrink in _SHRINKS:
+        least = middle - shrink * half
+        step = np.maximum(2 * shrink * half / 15, np.float32(1e-12))
+        quants = np.clip(np.rint((blocks - least) / step), 0, 15)
+        found = ((step * quants + least - blocks) ** 2).sum(-1, keepdims=True)
+        better = found < error
+        best = np.where(better, quants, best[0]), np.where(better, step, best[1]), np.where(better, least, best[2])
+        error = np.minimum(error, found)
+    quants, step, least = best
+    return quants.astype(np.uint8), step[..., 0].astype(np.float32), least[..., 0].astype(np.float32)

@@ -1,0 +1,55 @@
+"""An adapter in the weights: what it changes, what it leaves, what it refuses."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.errors import ModelError
+from models.gguf_weights import GgufWeights
+from models.toolcaller.merge import MergedWeights, quantize
+
+NAME = "blk.2.attn_q.weight"
+
+
+def adapter(path: Path, key: str = "layers.2.attn_q", rank: int = 4, width: int = 576) -> Path:
+    random = np.random.default_rng(1)
+    a, b = random.normal(size=(rank, 576)), random.normal(size=(width, rank)) * 0.01
+    np.savez(path, **{f"{key}.a": a.astype(np.float16), f"{key}.b": b.astype(np.float16)})
+    return path
+
+
+def dense(blocks: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    quants, step, least = blocks
+    return (step[..., None] * quants + least[..., None]).reshape(quants.shape[0], -1)
+
+
+def test_what_was_quantized_is_quantized_to_itself(smollm2_gguf: Path) -> None:
+    matrix = GgufWeights(smollm2_gguf).dense(NAME)
+    assert np.abs(dense(quantize(matrix)) - matrix).max() < 1e-5
+
+
+def test_a_merged_matrix_is_base_plus_product_within_half_a_step(smollm2_gguf: Path, tmp_path: Path) -> None:
+    path = adapter(tmp_path / "adapter.npz")
+    base, merged = GgufWeights(smollm2_gguf), MergedWeights(smollm2_gguf, path, 2.0)
+    with np.load(path) as file:
+        wanted = base.dense(NAME) + 2.0 * file["layers.2.attn_q.b"].astype(np.float32) @ file["layers.2.attn_q.a"]
+    blocks = merged.q4_1(NAME)
+    error = (dense(blocks) - wanted).reshape(blocks[0].shape)
+    spread = np.ptp(wanted.reshape(blocks[0].shape), axis=-1, keepdims=True)
+    assert np.sqrt((error**2).mean()) < (spread / 15).mean() / 3
+    other = "blk.3.attn_q.weight"
+    assert np.array_equal(merged.q4_1(other)[0], base.q4_1(other)[0])
+
+
+@pytest.mark.parametrize(("key", "width"), [("layers.99.attn_q", 576), ("layers.2.attn_q", 192), ("embedding", 576)])
+def test_an_adapter_of_another_model_is_refused(smollm2_gguf: Path, tmp_path: Path, key: str, width: int) -> None:
+    path = adapter(tmp_path / "adapter.npz", key, width=width)
+    with pytest.raises(ModelError):
+        MergedWeights(smollm2_gguf, path, 1.0).q4_1(NAME)
+
+
+def test_what_is_no_adapter_is_refused(smollm2_gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter.npz").write_bytes(b"not a zip")
+    with pytest.raises(ModelError, match="not a readable adapter"):
+        MergedWeights(smollm2_gguf, tmp_path / "adapter.npz", 1.0)
