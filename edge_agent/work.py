@@ -19,7 +19,7 @@ import msgspec
 
 from edge_agent.agent import policy
 from edge_agent.agent.calls import Call, CallError, render, validate
-from edge_agent.agent.loop import AgentLoop, Tools
+from edge_agent.agent.loop import AgentLoop, Tools, request
 from edge_agent.agent.tool import ToolError, ToolSpec
 from edge_agent.agent.transcript import Task
 from edge_agent.api.app import Denied
@@ -29,6 +29,7 @@ from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobState
 
 LOCAL_TTL_S = 86400.0
 MAX_RESULT = 8 * 1024
+MAX_ERROR = 2000  # characters
 _log = logging.getLogger("outrider.work")
 
 
@@ -78,7 +79,8 @@ class Work:
             await self._job(await _until_stored(self._inbox.next), again=False)
 
     async def submit(self, text: str, subject: Subject) -> str:
-        """Accept a local task; it is on disk when its id is returned. Raises Refused, Retry (too many wait)."""
+        """Accept a local task; on disk when its id is returned. Raises Refused (empty, too long), Retry (too many wait)."""
+        text = request(text)
         now, id = self._clock(), f"local-{uuid.uuid4().hex[:16]}"
         await self._audit.append("submit", subject.name, task=id, text=text[:2000])
         job = Job(id, JobKind.TASK, {"text": text}, subject.name, subject.roles, now, now + LOCAL_TTL_S)
@@ -108,7 +110,9 @@ class Work:
         except ToolError as error:
             raise Refused(f"{name}: {error}", "the tool itself refused") from error
 
-    async def _checked(self, name: str, args: dict[str, Any], subject: Subject) -> tuple[ToolSpec, Call]:
+    async def _checked(self, name: str, args: Any, subject: Subject) -> tuple[ToolSpec, Call]:
+        if not isinstance(args, dict):
+            raise Refused(f"args is a {type(args).__name__}", 'args has each argument by its name: {"line": 2}')
         specs = await self._tools.specs()
         try:
             call = validate(Call(name, args), specs)
@@ -127,8 +131,12 @@ class Work:
             state, result, error = await self._do(job, again)
         except OutriderError as problem:
             state, result, error = JobState.FAILED, {}, str(problem)
+        except Exception as problem:  # noqa: BLE001 - no job may stop the daemon, and again after each restart
+            _log.exception("job %s failed in the agent", job.id)
+            state, result, error = JobState.FAILED, {}, f"{type(problem).__name__} in the agent: {problem}"
         finally:
             self.current = ""
+        error = error[:MAX_ERROR]
         _log.info("job %s: %s %s", job.id, state, error)
         await _until_stored(lambda: self._inbox.report(job.id, state, result, error))
 
@@ -142,7 +150,8 @@ class Work:
                 task = await self._agent.run(job.id)
                 return JobState(task.state), summary(task), task.error
             case JobKind.TOOL:
-                name, args = str(job.body.get("tool", "")), job.body.get("args") or {}
+                name, args = str(job.body.get("tool", "")), job.body.get("args")
+                args = {} if args is None else args
                 if again and not (await self._checked(name, args, subject))[0].idempotent:
                     raise Refused(f"interrupted: effect unknown of {name}", "look at the device before you ask again")
                 return JobState.SUCCEEDED, {"result": bounded(await self.call(name, args, subject))}, ""

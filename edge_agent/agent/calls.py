@@ -9,7 +9,6 @@ is bounded and never raises anything but CallError, whose text is written for th
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -212,7 +211,7 @@ def _arguments(spec: ToolSpec, args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(tool: str, param: Param, value: Any) -> Any:
     where = f"{param.name} of {tool}"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # not NaN either
     match param.kind:
         case "choice" if value in param.choices:
             return value
@@ -226,9 +225,9 @@ def _value(tool: str, param: Param, value: Any) -> Any:
             return [_value(tool, param.items, item) if param.items else _plain(where, item) for item in value]
         case "dict" if isinstance(value, dict):
             return _fields(where, param, value) if param.fields else _plain(where, value)
-        case "int" if number and math.isfinite(value) and value == int(value):
+        case "int" if number and value == int(value):
             return _in_range(where, param, int(value))
-        case "float" if number and math.isfinite(value):
+        case "float" if number:
             return _in_range(where, param, round(float(value), DECIMALS) + 0.0)
     wanted = {"list": "a list like [1, 2]", "dict": 'a dict like {"key": 1}'}
     wanted |= {"str": f"a text of at most {MAX_TEXT} characters", "bool": "true or false", "int": "a whole number"}

@@ -74,6 +74,13 @@ class Ended(Exception):
         self.state, self.answer, self.error = state, answer, error
 
 
+def request(text: str) -> str:
+    """The text as it is kept. Raises Refused when it is empty or too long."""
+    if not text.strip() or len(text) > prompt.MAX_REQUEST:
+        raise Refused("a request is empty or too long", f"write 1 to {prompt.MAX_REQUEST} characters")
+    return text.strip()
+
+
 class AgentLoop:
     """Runs tasks; any number at a time, each `run` in its own asyncio task."""
 
@@ -98,9 +105,7 @@ class AgentLoop:
 
     async def accept(self, id: str, text: str, subject: Subject) -> Task:
         """Save a new task; asking again with the same id gives the one there is. Raises Refused."""
-        if not text.strip() or len(text) > prompt.MAX_REQUEST:
-            raise Refused("a request is empty or too long", f"write 1 to {prompt.MAX_REQUEST} characters")
-        return await self._transcripts.add(Task(id, text.strip(), subject, self._clock()))
+        return await self._transcripts.add(Task(id, request(text), subject, self._clock()))
 
     async def unfinished(self) -> list[Task]:
         """Tasks to `run` after a start."""

@@ -1,0 +1,122 @@
+"""No job can stop the daemon: what is wrong with one is its own report, also after a restart in its middle."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from edge_agent.agent import prompt
+from edge_agent.agent.loop import AgentLoop
+from edge_agent.agent.tool import tool
+from edge_agent.agent.transcript import Transcripts, migrations
+from edge_agent.audit import Audit
+from edge_agent.errors import Refused
+from edge_agent.store import Store
+from edge_agent.sync.inbox import Inbox
+from edge_agent.sync.outbox import Outbox
+from edge_agent.wire.grants import Subject
+from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobReport, JobState
+from edge_agent.work import Work
+from tests.fakes import LocalTools, ScriptedModel
+
+
+@tool()
+def double(number: int) -> int:
+    """Twice a number."""
+    return 2 * number
+
+
+class Rig:
+    """A device's work with its real journal."""
+
+    def __init__(self, store: Store, outbox: Outbox, tools: LocalTools) -> None:
+        self.store, self.inbox, self.transcripts = store, Inbox(store, outbox), Transcripts(store)
+        loop = AgentLoop(ScriptedModel(), tools, self.transcripts, lambda *_: True)
+        self.work = Work(self.inbox, loop, self.transcripts, tools, Audit(store, outbox), lambda *_: True)
+
+    async def end_of(self, id: str) -> JobReport:
+        """The last report of a job, once it is terminal; fails with what ended the work before."""
+        running = asyncio.create_task(self.work.run())
+        try:
+            async with asyncio.timeout(10):
+                while await self.inbox.state(id) not in TERMINAL:
+                    assert not running.done(), running.result()
+                    await asyncio.sleep(0.01)
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+        line = await self.store.read(lambda db: db.execute("SELECT report FROM jobs WHERE id = ?", [id]).fetchone())
+        return msgspec.json.decode(line[0], type=JobReport)
+
+
+@asynccontextmanager
+async def rig(path: Path, **fail: Exception) -> AsyncIterator[Rig]:
+    store = Store(path, migrations)
+    try:
+        yield Rig(store, await Outbox.open(store), LocalTools(double, fail=dict(fail)))
+    finally:
+        store.close()
+
+
+def job(id: str, body: dict[str, Any], kind: JobKind = JobKind.TOOL) -> Job:
+    return Job(id, kind, body, "ann", ["operator"], 1.0, 9e9)
+
+
+@pytest.mark.parametrize("args", [["x"], "x", 3, True, [], "", 0], ids=repr)
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_job_whose_args_are_no_dict_is_refused_and_the_next_one_runs(
+    tmp_path: Path, args: Any, restarted: bool
+) -> None:
+    path = tmp_path / "s.db"
+    async with rig(path) as before:
+        await before.inbox.accept(job("bad", {"tool": "double", "args": args}))
+        await before.inbox.accept(job("good", {"tool": "double", "args": {"number": 4}}))
+        if restarted:
+            assert (await before.inbox.next()).id == "bad"
+    async with rig(path) as after:
+        good = await after.end_of("good")
+        assert (good.state, good.result) == (JobState.SUCCEEDED, {"result": 8})
+        assert await after.inbox.state("bad") is JobState.FAILED
+        assert "each argument by its name" in (await after.end_of("bad")).error
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_an_unexpected_error_in_a_job_is_its_report_with_a_traceback_in_the_log(
+    tmp_path: Path, restarted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "s.db"
+    async with rig(path) as before:
+        await before.inbox.accept(job("bad", {"tool": "double", "args": {"number": 4}}))
+        if restarted:
+            await before.inbox.next()
+    with caplog.at_level(logging.ERROR, "outrider.work"):
+        async with rig(path, double=TypeError("y" * 100_000)) as after:
+            report = await after.end_of("bad")
+    assert report.state is JobState.FAILED
+    assert report.error.startswith("TypeError in the agent: yyy")
+    assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "number", [10**400, float("inf"), float("nan"), [], {"a": 1}, None, "4"], ids=lambda v: type(v)
+)
+async def test_a_value_of_any_kind_is_refused_with_what_is_wanted(tmp_path: Path, number: Any) -> None:
+    async with rig(tmp_path / "s.db") as made:
+        with pytest.raises(Refused, match="number of double is a whole number"):
+            await made.work.call("double", {"number": number}, Subject("ann", ["operator"], 1.0))
+
+
+@pytest.mark.parametrize("text", ["", " \n", "x" * (prompt.MAX_REQUEST + 1)], ids=["empty", "blank", "long"])
+async def test_a_bad_request_is_refused_before_anything_is_journaled(tmp_path: Path, text: str) -> None:
+    async with rig(tmp_path / "s.db") as made:
+        with pytest.raises(Refused, match="empty or too long"):
+            await made.work.submit(text, Subject("ann", ["operator"], 1.0))
+        count = await made.store.read(lambda db: db.execute("SELECT count(*) FROM jobs").fetchone()[0])
+        assert count == 0
