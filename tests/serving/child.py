@@ -34,6 +34,7 @@ class Echo:
                     os.kill(os.getpid(), signal.SIGKILL)
                 case "HANG":
                     os.kill(os.getpid(), signal.SIGSTOP)
+                    time.sleep(60)  # this thread may run on until the signal reaches the others
                 case "STUCK":
                     while True:
                         time.sleep(0.05)

@@ -1,11 +1,13 @@
 """A hub small enough to read: verifies, commits by the watermark rule into memory, answers. For the device's tests."""
 
 import asyncio
+import contextlib
 import time
 from types import TracebackType
 
 import msgspec
 
+from edge_agent.errors import Retry
 from edge_agent.sync.transport import MqttSession
 from edge_agent.wire.batch import decode_records, verify_batch
 from edge_agent.wire.messages import Ack, Presence, Record
@@ -61,7 +63,8 @@ class Hub:
                 self.forget -= 1
             elif not self.deaf:
                 self._commit(message.topic, message.payload, message.properties)
-                await self.ack()
+                with contextlib.suppress(Retry):  # a broker may redeliver before SUBACK; the device sends again
+                    await self.ack()
             message.ack()
 
     def _commit(self, at: str, payload: bytes, properties: dict[str, str]) -> None:
