@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from edge_agent.wire.messages import JOB_TRANSITIONS, TERMINAL, Job, JobKind, JobReport, JobState
+from edge_agent.wire.errors import Undecodable
+from edge_agent.wire.messages import JOB_TRANSITIONS, TERMINAL, Job, JobKind, JobReport, JobState, check_depth
 from hub import audit
 from hub.db import Database, devices, jobs, row_dict
 from hub.errors import Refused
@@ -22,6 +23,7 @@ from hub.errors import Refused
 DEFAULT_TTL_S = 3600.0
 MAX_TTL_S = 30 * 86400.0
 MAX_BODY = 64 * 1024
+MAX_TEXT = 2000  # characters of a task: a device takes no longer one
 MAX_OPEN = 1000  # jobs a device may have waiting
 UNCONFIRMED = "no device confirmed it in time"
 Send = Callable[[str, Job], Awaitable[object]]
@@ -74,8 +76,7 @@ class Jobs:
             raise Refused(422, f"ttl_s {ttl_s:g} is out of range", f"0 to {MAX_TTL_S:g} seconds")
         if len(idempotency_key) > 128 or "\0" in idempotency_key:
             raise Refused(422, "the idempotency key is too long", "at most 128 characters")
-        if len(msgspec.json.encode(body)) > MAX_BODY:
-            raise Refused(413, "the job is too big", f"at most {MAX_BODY} bytes of JSON")
+        _check_body(kind, body)
         now = time.time()
         values = {
             "id": secrets.token_hex(8),
@@ -138,6 +139,22 @@ class Jobs:
         overdue = jobs.update().where(jobs.c.state == JobState.QUEUED.value, jobs.c.expires < now)
         values = {"state": JobState.EXPIRED.value, "updated": now, "error": UNCONFIRMED}
         await self._db.write(lambda c: c.execute(overdue.values(**values)))
+
+
+def _check_body(kind: JobKind, body: dict[str, Any]) -> None:
+    try:
+        check_depth(body)
+        size = len(msgspec.json.encode(body))
+    except (Undecodable, UnicodeEncodeError) as error:
+        hint = "flatten it" if isinstance(error, Undecodable) else "send text that UTF-8 can carry"
+        raise Refused(422, f"the job's body is refused: {error}", hint) from None
+    if size > MAX_BODY:
+        raise Refused(413, "the job is too big", f"at most {MAX_BODY} bytes of JSON")
+    if kind is JobKind.TOOL:
+        if not isinstance(body.get("tool"), str) or not isinstance(body.get("args", {}), dict):
+            raise Refused(422, "the job names no tool or its args are no object", 'body: {"tool": "name", "args": {…}}')
+    elif not isinstance(text := body.get("text"), str) or not 0 < len(text) <= MAX_TEXT:
+        raise Refused(422, "the task's text is missing or too long", f"write 1 to {MAX_TEXT} characters")
 
 
 def _same_job(connection: sa.Connection, values: dict[str, Any]) -> dict[str, Any] | None:

@@ -15,12 +15,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 
 from edge_agent.wire import durable
 from edge_agent.wire.bundle import Manifest, SignedManifest, content_digest, sign_manifest
 from edge_agent.wire.errors import WireError
-from edge_agent.wire.messages import decode
+from edge_agent.wire.messages import check_depth, decode
 from edge_agent.wire.signing import SigningKey
 from hub import audit
 from hub.db import Database, bundles
@@ -110,9 +111,10 @@ class Registry:
             Refused: 422 when it is no manifest, 409 when files are missing here or the version exists and differs.
         """
         try:
+            check_depth(msgspec.json.decode(manifest))
             signed = sign_manifest(self._key, manifest)
             parsed = decode(Manifest, manifest)
-        except (WireError, UnicodeDecodeError) as error:
+        except (WireError, UnicodeDecodeError, msgspec.DecodeError) as error:
             raise Refused(
                 422, f"the manifest is refused: {error}", "see Manifest in edge_agent/wire/bundle.py"
             ) from None

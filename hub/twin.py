@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from edge_agent.wire.messages import TWIN_LIMIT, Desired
+from edge_agent.wire.errors import Undecodable
+from edge_agent.wire.messages import TWIN_LIMIT, Desired, check_depth
 from hub import audit
 from hub.db import Database, devices
 from hub.errors import Refused
@@ -50,7 +51,11 @@ class Twin:
     async def patch_desired(
         self, device: str, patch: dict[str, Any], by: str, action: str = "patch:desired"
     ) -> Desired:
-        """Merge into the device's desired document and publish it. Raises Refused 404, or 413 past 32 KiB."""
+        """Merge into the device's desired document and publish it. Raises Refused 404, 413 (size), 422 (depth)."""
+        try:
+            check_depth(patch)
+        except Undecodable as error:
+            raise Refused(422, f"the desired document is refused: {error}", "flatten it") from None
 
         def change(connection: sa.Connection) -> Desired:
             row = connection.execute(sa.select(devices).where(devices.c.name == device).with_for_update()).first()

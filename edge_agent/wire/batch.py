@@ -14,7 +14,7 @@ import msgspec
 import zstandard
 
 from edge_agent.wire.errors import BadSignature, TooBig, Undecodable, VersionRefused
-from edge_agent.wire.messages import Record
+from edge_agent.wire.messages import MAX_DEPTH, Record, check_depth
 from edge_agent.wire.signing import SigningKey, VerifyKey
 from edge_agent.wire.topics import VERSION
 
@@ -86,7 +86,7 @@ def decode_records(header: Header, payload: bytes, content_type: str = CONTENT_T
         raise Undecodable(f"content type {content_type!r}; this side reads {CONTENT_TYPE}")
     text = _unpack(payload)
     try:
-        records = [_decoder.decode(line) for line in text.split(b"\n")] if text else []
+        records = [_record(line) for line in text.split(b"\n")] if text else []
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Undecodable(f"not records: {error}") from None
     seq = header.first - 1
@@ -95,6 +95,13 @@ def decode_records(header: Header, payload: bytes, content_type: str = CONTENT_T
             raise Undecodable(f"seq {record.seq} after {seq} in a batch of {header.first} to {header.last}")
         seq = record.seq
     return records
+
+
+def _record(line: bytes) -> Record:
+    record = _decoder.decode(line)
+    if line.count(b"{") + line.count(b"[") > MAX_DEPTH:  # only then can it be too deep
+        check_depth(record.body)
+    return record
 
 
 def _unpack(payload: bytes) -> bytes:

@@ -16,6 +16,7 @@ from edge_agent.wire.topics import VERSION
 
 MAX_MESSAGE = 256 * 1024
 TWIN_LIMIT = 32 * 1024
+MAX_DEPTH = 32  # levels of lists and objects in a document anybody may write
 
 
 class _Tolerant(StrEnum):
@@ -147,6 +148,17 @@ class _Version(msgspec.Struct):
 
 
 T = TypeVar("T")
+
+
+def check_depth(value: object) -> None:
+    """Raises Undecodable for lists and objects nested past MAX_DEPTH: readers downstream recurse."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        below = [one for each in level for one in (each.values() if isinstance(each, dict) else each)]
+        level = [one for one in below if isinstance(one, dict | list)]
+        if not level:
+            return
+    raise Undecodable(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def encode(message: msgspec.Struct) -> bytes:

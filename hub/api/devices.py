@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from edge_agent.wire.grants import Subject
 from edge_agent.wire.messages import JobKind, JobState
 from hub.api.guard import Hub, May
+from hub.jobs import MAX_TEXT
 
 router = APIRouter(prefix="/v1", tags=["devices"])
 Worker = Annotated[Subject, Depends(May("run:task"))]
@@ -28,7 +29,7 @@ class Enrol(BaseModel):
 
 
 class NewTask(BaseModel):
-    text: str = Field(min_length=1, max_length=16_000, description="what to do, in plain words")
+    text: str = Field(min_length=1, max_length=MAX_TEXT, description="what to do, in plain words")
     idempotency_key: str = Field("", description="the same key again gives the same job")
     ttl_s: float = Field(3600, description="seconds in which the device must take it up")
 

@@ -53,7 +53,10 @@ def install(app: FastAPI) -> None:
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        return problem(422, f"the request is not valid: {wrong}", "see /docs")
+        return problem(422, f"the request is not valid: {wrong}".encode(errors="replace").decode(), "see /docs")
+
+    async def unwritable(_: Request, error: Exception) -> JSONResponse:
+        return problem(422, "the request has text that UTF-8 cannot carry", "send no lone surrogates")
 
     async def http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -62,4 +65,5 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(UnicodeEncodeError, unwritable)
     app.add_middleware(BoundedBody)

@@ -7,6 +7,7 @@ from nicegui import ui
 
 from edge_agent.wire.messages import JobKind
 from hub.errors import Refused
+from hub.jobs import MAX_TEXT
 from hub.ui import work
 from hub.ui.frame import View, ago, e, empty, heading, number, offset, page, set_html
 from hub.ui.overview import models_of
@@ -16,7 +17,6 @@ RECORDS = 780  # the newest telemetry records, that the charts are drawn from
 CHARTS = 6
 COLOURS = ("#7573e6", "#2fa38f", "#d9963a", "#d0648d")  # of the lines in a chart; no more lines are drawn
 Line = list[tuple[int, float]]
-MAX_REQUEST = 2000
 
 
 @page("/devices/{name}", "Device", "read:device")
@@ -91,8 +91,8 @@ async def ask(view: View, name: str) -> None:
 
     async def submit() -> None:
         words = text.value.strip()
-        if not 0 < len(words) <= MAX_REQUEST:
-            raise Refused(422, "the request is empty or too long", f"write 1 to {MAX_REQUEST} characters")
+        if not 0 < len(words) <= MAX_TEXT:
+            raise Refused(422, "the request is empty or too long", f"write 1 to {MAX_TEXT} characters")
         await view.services.jobs.create(
             name, JobKind.TASK, {"text": words}, subject=view.session.subject.name, roles=view.session.subject.roles
         )
@@ -102,7 +102,7 @@ async def ask(view: View, name: str) -> None:
     refused = view.why_not("run:task", name)
     with ui.element("div").classes("card ask"):
         text = ui.input(placeholder=refused or f"Ask {name}, such as: what is the vibration on line 2?")
-        text.props(f"borderless dense maxlength={MAX_REQUEST} aria-label='Ask this device'").classes("grow")
+        text.props(f"borderless dense maxlength={MAX_TEXT} aria-label='Ask this device'").classes("grow")
         text.set_enabled(not refused)
         send = view.button("Ask", submit, "run:task", name, icon="send")
         text.on("keydown.enter", lambda: send.run_method("click"))

@@ -1,7 +1,9 @@
 """Enrolment, true presence, twins and jobs over a real broker."""
 
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +13,18 @@ from edge_agent.wire.messages import TWIN_LIMIT, Presence, PresenceState
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import Topic, TopicKind
 from hub import liveness
+from hub.errors import Refused
 from hub.liveness import HEARTBEAT_S, OFFLINE_S, Heard, Liveness
 from hub.twin import merge
 from tests.hub.rig import Device, Hub, enrolled, running, telemetry, until
+
+
+def deep(levels: int) -> dict[str, Any]:
+    """An object of that many levels."""
+    made: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        made = {"a": made}
+    return made
 
 
 async def test_enrolment_gives_a_device_all_it_needs(hub: Hub) -> None:
@@ -214,14 +225,37 @@ async def test_bad_jobs_are_refused_with_a_hint(hub: Hub) -> None:
         ("/v1/devices/press-1/tasks", {"text": "x", "ttl_s": 0}, 422),
         ("/v1/devices/press-1/tasks", {"text": "x", "idempotency_key": "k" * 200}, 422),
         ("/v1/devices/press-1/jobs", {"kind": "conquer", "body": {}}, 422),
+        ("/v1/devices/press-1/tasks", {"text": "x" * 2001}, 422),
+        ("/v1/devices/press-1/jobs", {"kind": "task", "body": {"text": "x" * 2001}}, 422),
+        ("/v1/devices/press-1/jobs", {"kind": "task", "body": {}}, 422),
+        ("/v1/devices/press-1/jobs", {"kind": "tool", "body": {"tool": "stop_line", "args": [1]}}, 422),
+        ("/v1/devices/press-1/jobs", {"kind": "tool", "body": {"tool": "t", "args": {"a": "\ud800"}}}, 422),
+        ("/v1/devices/press-1/jobs", {"kind": "tool", "body": {"tool": "t", "args": {"\ud800": 1}}}, 422),
+        ("/v1/devices/press-1/tasks", {"text": "\ud800"}, 422),
+        ("/v1/devices/press-1/jobs", {"kind": "tool", "body": {"tool": "t", "args": deep(300)}}, 422),
         ("/v1/devices/press-1/jobs", {"kind": "tool", "body": {"x": "y" * 70_000}}, 413),
         ("/v1/devices/press-1/jobs", {"kind": "tool", "body": {"x": "y" * 2_000_000}}, 413),
     ):
-        answer = await operator.post(path, json=body)
+        answer = await operator.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
         assert answer.status_code == status, answer.text
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.json()["hint"]
     assert (await operator.get("/v1/jobs/nothing")).status_code == 404
+    assert (await operator.get("/v1/jobs")).json() == []
+
+
+async def test_records_nested_too_deep_are_dead_letters_and_every_page_still_opens(hub: Hub) -> None:
+    device, viewer = await enrolled(hub, "press-1"), await hub.user("viewer")
+    async with device.online():
+        for kind in ("reported", "telemetry", "job"):
+            await device.report(kind, deep(300))
+        await device.report("reported", {"doc": deep(31)})
+        await until(lambda: device.acked() == (1, 4))
+    for path in ("/v1/devices", "/v1/devices/press-1", "/v1/telemetry", "/v1/jobs"):
+        assert (await viewer.get(path)).status_code == 200
+    assert (await viewer.get("/v1/devices/press-1")).json()["reported"] == deep(31)
+    with pytest.raises(Refused, match="deeper"):
+        await hub.services.twin.patch_desired("press-1", deep(300), "admin")
 
 
 async def test_jobs_nobody_took_expire(hub: Hub) -> None:

@@ -12,6 +12,7 @@ from edge_agent.wire.batch import MAX_BATCH, Header, decode_records, encode_batc
 from edge_agent.wire.errors import BadSignature, TooBig, Undecodable, VersionRefused, WireError
 from edge_agent.wire.messages import (
     JOB_TRANSITIONS,
+    MAX_DEPTH,
     TERMINAL,
     Ack,
     Desired,
@@ -19,6 +20,7 @@ from edge_agent.wire.messages import (
     JobState,
     Presence,
     Record,
+    check_depth,
     decode,
     encode,
 )
@@ -199,3 +201,25 @@ def test_records_are_written_with_every_field() -> None:
     assert msgspec.json.decode(encode(Record(1, 2.0, "loss", 0, {}))) == {
         "seq": 1, "ts": 2.0, "kind": "loss", "priority": 0, "body": {},
     }  # fmt: skip
+
+
+def nested(levels: int, wide: bool) -> dict[str, object]:
+    """An object with that many levels of lists and objects in all."""
+    value: object = "end [[[{{{"
+    for level in range(levels - 1):
+        value = [1, value] if level % 2 else {"a": value, "b": []} if wide and level > 1 else {"a": value}
+    return {"x": value}
+
+
+@given(st.integers(1, 3 * MAX_DEPTH), st.booleans())
+def test_a_record_is_read_up_to_the_depth_and_dead_past_it(levels: int, wide: bool) -> None:
+    record = Record(1, 1.0, "reported", 1, nested(levels, wide))
+    batch = encode_batch([encode(record)], KEY, TOPIC, Header(1, 1, 1))
+    if levels <= MAX_DEPTH:
+        assert decode_records(Header(1, 1, 1), batch.payload) == [record]
+        check_depth(record.body)
+    else:
+        with pytest.raises(Undecodable, match="deeper"):
+            decode_records(Header(1, 1, 1), batch.payload)
+        with pytest.raises(Undecodable, match="deeper"):
+            check_depth(record.body)
