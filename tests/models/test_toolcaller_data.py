@@ -15,14 +15,15 @@ import pytest
 
 from edge_agent.agent import grammar, prompt
 from edge_agent.agent.calls import Call, Nothing, parse_all, render_all, validate
+from models.errors import ModelError
 from models.fetch import default_cache
 from models.toolcaller.data.catalogue import blocked, functions, name_hash
 from models.toolcaller.data.generate import KINDS, generate
 from models.toolcaller.data.phrases import wording
 from models.toolcaller.data.scene import Example
+from models.toolcaller.evaluate import bfcl
 
 BYTES = llguidance.LLTokenizer("byte")
-BFCL = "bfcl_eval-2026.3.23-py3-none-any.whl"
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +122,10 @@ def cases(wheel: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def held() -> Held:
-    wheel = default_cache() / "wheels" / BFCL
-    if not wheel.is_file():
-        pytest.skip(f"{BFCL} is not in the cache: `pip download --no-deps bfcl-eval==2026.3.23` into its wheels folder")
-    return Held(wheel)
+    try:
+        return Held(bfcl.fetch_wheel(default_cache()))
+    except ModelError as error:
+        pytest.skip(f"bfcl-eval is not here: {error}")
 
 
 def test_no_function_is_named_as_one_of_bfcl(held: Held, examples: list[Example]) -> None:
