@@ -90,7 +90,7 @@ class Daemon:
 
     @classmethod
     async def open(cls, settings: Settings, identity: enrol.Identity) -> Daemon:
-        """Raises Refused (state in use, port taken), Fatal (damaged), Retry (disk full)."""
+        """Raises Retry (state in use, port taken, disk full), Refused (settings), Fatal (damaged)."""
         store = Store(settings.state / "outrider.db", transcript.migrations)
         try:
             outbox = await Outbox.open(store, Limits(bytes=settings.outbox_mb << 20))
@@ -143,8 +143,9 @@ class Daemon:
     async def status(self) -> dict[str, Any]:
         enrolled, box, grants = self._identity.enrolled, self._outbox, self._cache.grants
         specs: list[Any] = []
-        with contextlib.suppress(OutriderError):
-            specs = list(await asyncio.wait_for(self._tools.specs(), 1.0)) if self._workers["tools"].specs else []
+        with contextlib.suppress(OutriderError, TimeoutError):
+            async with asyncio.timeout(1.0):  # wait_for of Python 3.11 can lose a cancellation
+                specs = list(await self._tools.specs()) if self._workers["tools"].specs else []
         return {
             "device": enrolled.device,
             "fleet": enrolled.fleet,

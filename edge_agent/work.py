@@ -79,7 +79,7 @@ class Work:
             await self._job(await _until_stored(self._inbox.next), again=False)
 
     async def submit(self, text: str, subject: Subject) -> str:
-        """Accept a local task; on disk when its id is returned. Raises Refused (empty, too long), Retry (too many wait)."""
+        """Accept a local task; on disk when its id is returned. Raises Refused (bad text), Retry (too many wait)."""
         text = request(text)
         now, id = self._clock(), f"local-{uuid.uuid4().hex[:16]}"
         await self._audit.append("submit", subject.name, task=id, text=text[:2000])

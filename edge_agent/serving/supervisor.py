@@ -228,7 +228,8 @@ class WorkerProcess:
             answers.put_nowait(Retry(f"the {self.name} process died", "it is being restarted"))
         self._pending.clear()
         try:
-            await asyncio.wait_for(process.wait(), 2.0)
+            async with asyncio.timeout(2.0):  # wait_for of Python 3.11 can lose a cancellation
+                await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()

@@ -67,7 +67,7 @@ class DaemonProcess:
         SigningKey.generate().save(state / KEY)
         (state / IDENTITY).write_bytes(msgspec.json.encode(Identity(hub, enrolled)))
 
-    def start(self, *args: str, **env: str) -> None:
+    def start(self, *args: str, group: bool = False, **env: str) -> None:
         command = [sys.executable, "-m", "edge_agent.cli", "agent", "--state", str(self.state)]
         options = ["--api", f"127.0.0.1:{self.port}", "--pack", "tests.e2e.daemon_pack", "--telemetry-s", "0.5", *args]
         with self.log.open("ab") as log:
@@ -77,6 +77,7 @@ class DaemonProcess:
                 stderr=log,
                 cwd=ROOT,
                 env={**os.environ, **env},
+                start_new_session=group,
             )
         until("the local API", self._healthy)
 

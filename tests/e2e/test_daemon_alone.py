@@ -132,9 +132,20 @@ def test_a_second_daemon_on_the_same_state_or_port_is_refused(daemon: DaemonProc
     for state in (daemon.state, twin.state):
         command = ["agent", "--state", str(state), "--api", f"127.0.0.1:{daemon.port}"]
         done = _outrider(*command)
-        assert done.returncode == 78, done.stderr
+        assert done.returncode == 75, done.stderr  # systemd tries again
         assert done.stderr.splitlines()[-1].startswith("hint:")
     assert "in use by another process" in _outrider("agent", "--state", str(daemon.state)).stderr
+
+
+def test_a_signal_to_the_whole_process_group_ends_it_in_time(daemon: DaemonProcess) -> None:
+    for _ in range(3):
+        daemon.start(group=True)
+        assert daemon.process is not None
+        until("the tools", lambda: daemon.status()["tools"])
+        children = [worker["pid"] for worker in daemon.status()["workers"].values()]
+        os.killpg(daemon.process.pid, signal.SIGTERM)
+        assert daemon.process.wait(10) == 0
+        assert all(gone(pid) for pid in children if pid)
 
 
 def _outrider(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -168,7 +179,14 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     unit.write_text(UNIT.read_text().replace("/opt/outrider/bin/outrider", "/bin/true"))
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    for line in ("Type=notify", "WatchdogSec=30", "NoNewPrivileges=yes", "ProtectSystem=strict", "MemoryMax=75%"):
+    for line in (
+        "Type=notify",
+        "WatchdogSec=30",
+        "KillMode=mixed",
+        "NoNewPrivileges=yes",
+        "ProtectSystem=strict",
+        "MemoryMax=75%",
+    ):
         assert f"\n{line}\n" in UNIT.read_text()
 
 
