@@ -66,7 +66,7 @@ class Store:
     """Opens, checks and migrates the file at once.
 
     Raises:
-        Refused: another process has it. Fatal: it is damaged. Retry: the disk is full or not writable.
+        Retry: another process has it, or the disk is full. Refused: it is not writable. Fatal: it is damaged.
     """
 
     def __init__(self, path: Path, *more: Migrations) -> None:
@@ -166,5 +166,5 @@ def _lock(path: Path) -> int:
     except OSError:
         os.close(descriptor)
         hint = "stop the other agent, or give this one its own --state"
-        raise Refused(f"{path.parent} is in use by another process", hint) from None
+        raise Retry(f"{path.parent} is in use by another process", hint) from None
     return descriptor

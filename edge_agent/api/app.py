@@ -211,9 +211,9 @@ class LocalApi:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind(found)
         except OSError as error:
-            raise Refused(
-                f"the local API cannot listen on {where}: {error}", "choose another --api HOST:PORT"
-            ) from error
+            never = isinstance(error, PermissionError | socket.gaierror)
+            text = f"the local API cannot listen on {where}: {error}"
+            raise (Refused if never else Retry)(text, "choose another --api HOST:PORT, or end what has it") from error
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
         app = create_app(device, clock)
         config = uvicorn.Config(

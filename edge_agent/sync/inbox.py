@@ -21,7 +21,7 @@ from edge_agent.sync.outbox import Outbox
 from edge_agent.wire.messages import JOB_TRANSITIONS, TERMINAL, Job, JobReport, JobState
 
 MAX_WAITING = 1000  # jobs delivered and not begun
-KEPT = 10_000  # ended jobs remembered, so that a repeated one is known
+KEPT = 10_000  # of so many newest jobs the ended ones are remembered, so that a repeated one is known
 REPORT_PRIORITY = 1
 
 
@@ -81,10 +81,6 @@ class Inbox:
             state, error = JobState.DELIVERED, ""
             db.on_commit(self._arrived.set)
         self._report(db, JobReport(job.id, state, now, {}, error))
-        if state is not JobState.DELIVERED:
-            ended = ", ".join(f"'{each}'" for each in sorted(TERMINAL))
-            oldest = f"SELECT n FROM jobs WHERE state IN ({ended}) ORDER BY n DESC LIMIT -1 OFFSET {KEPT}"
-            db.execute(f"DELETE FROM jobs WHERE n IN ({oldest})")
         return state
 
     def _begin(self, db: Connection) -> Job | None:
@@ -110,6 +106,9 @@ class Inbox:
             [report.state, report.ts, msgspec.json.encode(report), report.id],
         )
         self._outbox.put(db, "job", body, REPORT_PRIORITY)
+        if report.state in TERMINAL:
+            ended = ", ".join(f"'{each}'" for each in sorted(TERMINAL))
+            db.execute(f"DELETE FROM jobs WHERE n <= (SELECT max(n) FROM jobs) - {KEPT} AND state IN ({ended})")
 
 
 def _job(line: bytes) -> Job:

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_agent.errors import Fatal, Refused
+from edge_agent.errors import Fatal, Refused, Retry
 from edge_agent.store import Store
 from edge_agent.sync import inbox as inbox_module
 from edge_agent.sync.inbox import Inbox
@@ -54,6 +54,30 @@ async def test_too_many_waiting_jobs_are_rejected_not_kept(
     inbox = Inbox(store, outbox, lambda: 0.0)
     states = [await inbox.accept(job(str(n))) for n in range(3)]
     assert states == [JobState.DELIVERED, JobState.DELIVERED, JobState.REJECTED]
+
+
+async def test_ended_jobs_are_forgotten_but_the_newest_however_they_ended(
+    store: Store, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox_module, "KEPT", 3)
+    now = 0.0
+    inbox = Inbox(store, outbox, lambda: now)
+
+    async def known() -> list[str]:
+        return await store.read(lambda db: [id for (id,) in db.execute("SELECT id FROM jobs ORDER BY n")])
+
+    await inbox.accept(job("runs"))
+    await inbox.next()
+    for n in range(8):
+        await inbox.accept(job(f"done-{n}"))
+        await inbox.next()
+        await inbox.report(f"done-{n}", JobState.SUCCEEDED)
+    assert await known() == ["runs", "done-5", "done-6", "done-7"]
+    for n in range(8):
+        await inbox.accept(job(f"late-{n}", expires=-1.0))
+    assert await known() == ["runs", "late-5", "late-6", "late-7"]
+    await inbox.report("runs", JobState.SUCCEEDED)
+    assert await known() == ["late-5", "late-6", "late-7"]
 
 
 async def test_a_change_the_table_forbids_is_refused_and_not_reported(store: Store, outbox: Outbox) -> None:
@@ -121,7 +145,7 @@ def test_merge_patch_follows_rfc_7396() -> None:
 
 
 async def test_a_second_process_and_a_damaged_file_are_told_apart(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="in use"):
+    with pytest.raises(Retry, match="in use"):
         Store(store.path)
     damaged = tmp_path / "damaged.db"
     damaged.write_bytes(b"not a database at all" * 100)
