@@ -1,7 +1,8 @@
 """Becoming a device of a fleet: a single-use token for an identity.
 
-Invariants: the private key is made here and never leaves; nothing is left in the state directory unless the hub said
-yes; `identity.json` is written last and whole, so a device either has an identity or has none.
+Invariants: the private key is made here and never leaves; it is on disk before the hub hears of it, so that an
+enrolment that was cut is made good with a new token and the same key; a clear no leaves nothing in the state directory
+that was not there; `identity.json` is written last and whole, so a device either has an identity or has none.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from edge_agent.wire.signing import SigningKey, VerifyKey
 from edge_agent.wire.topics import check_name
 
 IDENTITY, KEY = "identity.json", "device.key"
+_AGAIN = "try again, with a new token when this one is spent: the key is kept"
 
 
 class Broker(msgspec.Struct, frozen=True):
@@ -77,27 +79,38 @@ def enrol(state: Path, hub: str, token: str, name: str, *, timeout_s: float = 20
     if base.scheme not in ("http", "https") or not base.host:
         raise Refused(f"{hub!r} is not the address of a hub", "for example https://hub.example:8443")
     made = _writable(state)
-    key = SigningKey.generate()
+    fresh = not (state / KEY).exists()
     try:
+        key = SigningKey.load_or_create(state / KEY)
         answer = _ask(hub, {"token": token, "name": name, "public_key": key.public.text}, timeout_s)
         identity = Identity(hub, answer)
-        key.save(state / KEY)
         durable.write(state / IDENTITY, msgspec.json.format(msgspec.json.encode(identity)), 0o600)
-    except BaseException:
+    except (Refused, Retry) as error:
+        if fresh and not isinstance(error, Cut):
+            (state / KEY).unlink(missing_ok=True)
         if made and not any(state.iterdir()):
             state.rmdir()
         raise
+    except (OSError, ValueError) as error:
+        hint = "make room or give the directory to this user; a damaged key is to be moved away"
+        raise Fatal(f"the key or the identity in {state} cannot be kept: {error}", hint) from error
     return identity
+
+
+class Cut(Retry):
+    """Whether the hub enrolled this device is not known."""
 
 
 def _ask(hub: str, request: dict[str, Any], timeout_s: float) -> Enrolled:
     try:
         response = httpx.post(f"{hub.rstrip('/')}/v1/enrol", json=request, timeout=timeout_s)
-    except httpx.HTTPError as error:
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
         hint = "is the address right, is the hub running, does a firewall stand between?"
         raise Retry(f"the hub at {hub} does not answer: {error}", hint) from error
+    except httpx.HTTPError as error:
+        raise Cut(f"the hub at {hub} took the request and gave no answer: {error}", _AGAIN) from error
     if response.status_code >= 500:
-        raise Retry(f"the hub at {hub} has a problem: {_problem(response)[0]}", "try again, or read the hub's log")
+        raise Cut(f"the hub at {hub} has a problem: {_problem(response)[0]}", f"read the hub's log; {_AGAIN}")
     if response.is_error or response.is_redirect:
         raise Refused(*_problem(response))
     try:
