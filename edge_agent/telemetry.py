@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from edge_agent.agent.calls import Call, CallError, parse, validate
+from edge_agent.agent.calls import Call, CallError, parse, render, validate
 from edge_agent.agent.tool import Param, ToolError, ToolSpec
 from edge_agent.errors import OutriderError, Refused
+from edge_agent.trouble import Trouble
 
 PRIORITY = 6
 MAX_CALLS = 32
@@ -45,6 +46,8 @@ class Telemetry:
         self._interval_s, self._ttl_s = interval_s, ttl_s
         self._wanted = [_call(text) for text in sample]
         self._cpu = _cpu_times()
+        self._trouble = Trouble(_log, "no sample this time")
+        self._failing: dict[str, Trouble] = {}
 
     async def run(self) -> None:
         """Sample until cancelled; a round that takes longer than the interval delays the next, none pile up."""
@@ -54,7 +57,9 @@ class Telemetry:
                 await self._enqueue({"health": await asyncio.to_thread(self._health)})
                 await self._sample()
             except OutriderError as error:
-                _log.warning("no sample this time: %s", error)
+                self._trouble.tell(error)
+            else:
+                self._trouble.over()
             await asyncio.sleep(max(0.05, self._interval_s - (time.monotonic() - began)))
 
     async def _sample(self) -> None:
@@ -64,12 +69,14 @@ class Telemetry:
         for wanted in calls[:MAX_CALLS]:
             if wanted.name not in reading:
                 raise Refused(f"{wanted.name} is not a reading tool of this pack", f"these are: {', '.join(reading)}")
+            trouble = self._failing.setdefault(text := render(wanted), Trouble(_log, f"sample {text}"))
             try:
                 call = validate(wanted, specs)
                 value = await self._tools.call(call.name, call.args, reading[call.name].timeout_s)
             except (CallError, ToolError) as error:
-                _log.warning("sample of %s: %s", wanted.name, error)
+                trouble.tell(error)
                 continue
+            trouble.over()
             await self._enqueue({"tool": call.name, "args": call.args, "result": value})
 
     async def _enqueue(self, body: dict[str, Any]) -> None:

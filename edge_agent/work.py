@@ -24,6 +24,7 @@ from edge_agent.agent.tool import ToolError, ToolSpec
 from edge_agent.agent.transcript import Task
 from edge_agent.api.app import Denied
 from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.trouble import Trouble
 from edge_agent.wire.grants import Subject
 from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobState
 
@@ -31,6 +32,7 @@ LOCAL_TTL_S = 86400.0
 MAX_RESULT = 8 * 1024
 MAX_ERROR = 2000  # characters
 _log = logging.getLogger("outrider.work")
+_storing = Trouble(_log, "jobs wait for the store, which is tried again and again")
 
 
 class Inbox(Protocol):
@@ -199,11 +201,13 @@ async def _until_stored(work: Callable[[], Any]) -> Any:
     pause = 0.5
     while True:
         try:
-            return await work()
+            done = await work()
+            _storing.over()
+            return done
         except Refused as error:
             _log.error("the end of a piece of work is not reported: %s", error)
             return None
         except Retry as error:
-            _log.error("%s; trying again in %.1f s", error, pause)
+            _storing.tell(error)
             await asyncio.sleep(pause)
             pause = min(pause * 2, 30.0)

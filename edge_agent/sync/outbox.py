@@ -20,6 +20,7 @@ import msgspec
 
 from edge_agent.errors import Refused, Retry
 from edge_agent.store import Connection, Store
+from edge_agent.trouble import Trouble
 from edge_agent.wire.batch import MAX_BATCH
 from edge_agent.wire.messages import Loss, LossReason, Record
 
@@ -73,6 +74,7 @@ class Outbox:
         self._flusher: asyncio.Task[None] | None = None
         self._handed_out = state.acked  # the newest seq that may be on its way
         self._next_expiry = 0.0  # nothing outlives its TTL before
+        self._expiring = Trouble(log, "what outlived its TTL is sent all the same")
 
     @classmethod
     async def open(cls, store: Store, limits: Limits | None = None, clock: Callable[[], float] = time.time) -> Outbox:
@@ -141,7 +143,9 @@ class Outbox:
         try:
             await self.expire()
         except Retry as error:  # a full disk must not stop what would free it
-            log.warning("what outlived its TTL is sent all the same: %s", error)
+            self._expiring.tell(error)
+        else:
+            self._expiring.over()
         return await self._store.read(lambda db: self._batch(db, after))
 
     async def ack(self, seq: int) -> None:

@@ -22,6 +22,7 @@ from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Outbox
 from edge_agent.sync.transport import Message, MqttSession, Publication
 from edge_agent.sync.twin import GrantsCache, Twin
+from edge_agent.trouble import Trouble
 from edge_agent.wire.batch import Header, encode_batch
 from edge_agent.wire.errors import TooBig, WireError
 from edge_agent.wire.messages import MAX_MESSAGE, Ack, Desired, Job, Presence, PresenceState
@@ -100,6 +101,8 @@ class Session:
         self._turn = 0  # rewinds
         self._progress, self._patience = time.monotonic(), PATIENCE_S[0]
         self._audited = float("-inf")
+        self._storing = Trouble(log, "what came is tried again")
+        self._sending = Trouble(log, "sending waits")
 
     @property
     def connected(self) -> bool:
@@ -136,9 +139,11 @@ class Session:
             wake.clear()
             try:
                 if await self._send_next(mqtt):
+                    self._sending.over()
                     continue
             except Retry as error:
-                log.info("sending waits: %s", error)
+                if mqtt.connected:
+                    self._sending.tell(error)
             await wait_up_to(1.0, wake)
 
     async def _send_next(self, mqtt: MqttSession) -> bool:
@@ -199,10 +204,11 @@ class Session:
             try:
                 await self._take(message)
             except Retry as error:
-                log.warning("%s is tried again: %s", message.topic, error)
+                self._storing.tell(f"{message.topic}: {error}")
                 tasks.create_task(self._take_later(message), name="sync-retry")
             else:
                 message.ack()
+                self._storing.over()
 
     async def _take_later(self, message: Message) -> None:
         """The disk was full. Others go on; how many wait here is bounded by what the broker may leave unacked."""
@@ -211,6 +217,7 @@ class Session:
             with contextlib.suppress(Retry):
                 await self._take(message)
                 message.ack()
+                self._storing.over()
                 return
 
     async def _take(self, message: Message) -> None:
