@@ -75,22 +75,31 @@ class HubClient:
             raise HubError(f"{folder} is not a bundle: {error}", "give --name, --version and --kind") from error
         if manifest.kind is BundleKind.UNKNOWN:
             raise HubError(f"kind {fields.get('kind')!r} is not known", f"one of {', '.join(BundleKind)}")
-        for entry in files:
-            self._upload(folder, entry)
-        answer: dict[str, Any] = self.post("/v1/bundles", {"manifest": msgspec.to_builtins(manifest)})
+        body = {"manifest": msgspec.to_builtins(manifest)}
+        self._upload(folder, files)
+        try:
+            answer: dict[str, Any] = self.post("/v1/bundles", body)
+        except HubError:
+            if not self._upload(folder, files):
+                raise
+            answer = self.post("/v1/bundles", body)  # a file was found damaged there, and is whole now
         return {"name": manifest.name, "version": manifest.version, "manifest_sha256": answer["manifest_sha256"]}
 
-    def _upload(self, folder: Path, entry: FileEntry) -> None:
-        path = f"/v1/blobs/{entry.sha256}"
-        if self._http.head(path).status_code == 200:
-            return
+    def _upload(self, folder: Path, files: list[FileEntry]) -> int:
+        """Send what the hub does not have whole; how many files that were."""
+        sent = 0
+        for entry in files:
+            path = f"/v1/blobs/{entry.sha256}"
+            if self._http.head(path).status_code != 200:
+                _answer(self._http, "PUT", path, content=_pieces(folder / entry.path))
+                sent += 1
+        return sent
 
-        def pieces() -> Iterator[bytes]:
-            with (folder / entry.path).open("rb") as file:
-                while piece := file.read(PIECE):
-                    yield piece
 
-        _answer(self._http, "PUT", path, content=pieces())
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            yield piece
 
 
 def _answer(http: httpx.Client, method: str, path: str, **more: Any) -> Any:

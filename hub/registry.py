@@ -1,7 +1,8 @@
 """Blobs by SHA-256 on disk, and the bundles made of them.
 
-Invariants: a blob appears under its name only whole, with the right hash and fsynced; a bundle is published only when
-every file it names is here with that size; what is published is signed by the hub and never changes.
+Invariants: a blob appears under its name only whole, with the right hash and fsynced; one that was damaged since is
+as good as missing: it is not handed out, and the next upload replaces it. A bundle is published only when every file
+it names is here, read anew, with that size and hash; what is published is signed by the hub and never changes.
 """
 
 import asyncio
@@ -40,16 +41,35 @@ class Registry:
         self._key = key
         self._blobs = data_dir / "blobs"
         self._partial = self._blobs / ".partial"
+        self._intact: dict[str, tuple[int, int, int]] = {}  # the file (inode, size, mtime) that had the right hash
+        self._hashing = asyncio.Lock()
         self._partial.mkdir(parents=True, exist_ok=True)
         for left_over in self._partial.iterdir():
             left_over.unlink()
 
-    def blob(self, sha256: str) -> Path:
-        """Where a blob lies. Raises Refused 422 for a malformed name, 404 when it is not here."""
+    async def blob(self, sha256: str) -> Path:
+        """Where a blob lies. Raises Refused 422 for a malformed name, 404 when it is not here or damaged."""
         path = self._blob_path(sha256)
         if not path.exists():
             raise Refused(404, f"no blob {sha256}", "upload it: PUT /v1/blobs/{sha256}")
+        if not await self._is_intact(path):
+            hint = "publish its files again; for a device that quarantined the version, under a new version"
+            raise Refused(404, f"blob {sha256} is damaged on the hub's disk", hint)
         return path
+
+    async def _is_intact(self, path: Path, anew: bool = False) -> bool:
+        """Whether a blob has its hash: read once, then remembered for as long as the file is not touched."""
+        if not anew and self._intact.get(path.name) == _identity(path):
+            return True
+        async with self._hashing:  # one at a time, so that a hundred devices asking cost one read
+            if not anew and self._intact.get(path.name) == _identity(path):
+                return True
+            identity, digest = await asyncio.to_thread(_read, path)
+            if digest != path.name:
+                self._intact.pop(path.name, None)
+                return False
+            self._intact[path.name] = identity
+            return True
 
     def _blob_path(self, sha256: str) -> Path:
         if not _SHA256.fullmatch(sha256):
@@ -63,7 +83,7 @@ class Registry:
             Refused: 422 when the content has another hash, 413 past MAX_BLOB, 507 when the disk is full.
         """
         path = self._blob_path(sha256)
-        if path.exists():
+        if path.exists() and await self._is_intact(path):
             async for _ in pieces:
                 pass
             return path.stat().st_size
@@ -118,7 +138,7 @@ class Registry:
             raise Refused(
                 422, f"the manifest is refused: {error}", "see Manifest in edge_agent/wire/bundle.py"
             ) from None
-        await asyncio.to_thread(self._check_files, parsed)
+        await self._check_files(parsed)
 
         def change(connection: sa.Connection) -> SignedManifest:
             known = _select(connection, parsed.name, parsed.version)
@@ -147,7 +167,7 @@ class Registry:
 
         return await self._db.write(change)
 
-    def _check_files(self, manifest: Manifest) -> None:
+    async def _check_files(self, manifest: Manifest) -> None:
         missing = []
         for entry in manifest.files:
             path = self._blob_path(entry.sha256)
@@ -157,10 +177,12 @@ class Registry:
                 raise Refused(
                     409, f"{entry.path} has {path.stat().st_size} bytes here, not {entry.size}", "scan it again"
                 )
+            elif not await self._is_intact(path, anew=True):
+                missing.append(f"{entry.path} (damaged: {entry.sha256})")
         if missing:
             names = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
             raise Refused(
-                409, f"{len(missing)} files are not here: {names}", "upload them first: PUT /v1/blobs/{sha256}"
+                409, f"{len(missing)} files are not here: {names}", "upload them (again): PUT /v1/blobs/{sha256}"
             )
 
     async def list(self) -> list[dict[str, Any]]:
@@ -179,6 +201,17 @@ class Registry:
 
 def _select(connection: sa.Connection, name: str, version: str) -> sa.Row[Any] | None:
     return connection.execute(sa.select(bundles).where(bundles.c.name == name, bundles.c.version == version)).first()
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _read(path: Path) -> tuple[tuple[int, int, int], str]:
+    identity = _identity(path)
+    with path.open("rb") as file:
+        return identity, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _move_durably(partial: Path, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Uploads a bundle to a hub: the blobs that are not there, then the manifest, which the hub signs.
 
 Invariants: files are checked against the manifest before the first byte leaves; a file the hub has is not sent
-again, so a publication that was cut off goes on by being run again; memory stays at one chunk.
+again, so a publication that was cut off goes on by being run again; a file the hub finds damaged when it signs is
+sent again; memory stays at one chunk.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from edge_agent.wire.bundle import Manifest
 from models.errors import ModelError
 from models.fetch import CHUNK, Progress, quiet
 from models.package import open_bundle
@@ -29,14 +31,28 @@ def publish(hub: str, token: str, bundle: Path, progress: Progress = quiet) -> d
     """Upload and publish a bundle folder; the hub's signed manifest. Raises ModelError."""
     manifest = open_bundle(bundle)
     with _client(hub, token) as client:
-        for entry in manifest.files:
-            what = f"uploading {entry.path}"
-            if not _has(client, entry.sha256):
-                body = _chunks(bundle / "files" / entry.path, what, entry.size, progress)
-                headers = {"Content-Length": str(entry.size)}
-                _ask(client, "PUT", f"/v1/blobs/{entry.sha256}", content=body, headers=headers)
-            progress(what, entry.size, entry.size)
-        return _ask(client, "POST", "/v1/bundles", json={"manifest": msgspec.to_builtins(manifest)})
+        body = {"manifest": msgspec.to_builtins(manifest)}
+        _upload(client, bundle, manifest, progress)
+        try:
+            return _ask(client, "POST", "/v1/bundles", json=body)
+        except ModelError:
+            if not _upload(client, bundle, manifest, progress):
+                raise
+            return _ask(client, "POST", "/v1/bundles", json=body)
+
+
+def _upload(client: httpx.Client, bundle: Path, manifest: Manifest, progress: Progress) -> int:
+    """Send what the hub does not have whole; how many files that were."""
+    sent = 0
+    for entry in manifest.files:
+        what = f"uploading {entry.path}"
+        if not _has(client, entry.sha256):
+            content = _chunks(bundle / "files" / entry.path, what, entry.size, progress)
+            headers = {"Content-Length": str(entry.size)}
+            _ask(client, "PUT", f"/v1/blobs/{entry.sha256}", content=content, headers=headers)
+            sent += 1
+        progress(what, entry.size, entry.size)
+    return sent
 
 
 def _client(hub: str, token: str) -> httpx.Client:

@@ -33,7 +33,7 @@ async def put_blob(sha256: str, request: Request, hub: Hub, _: Publisher) -> dic
 @router.head("/blobs/{sha256}", summary="Is a blob here?")
 @router.get("/blobs/{sha256}", summary="A blob's content, whole or a Range of it", response_class=FileResponse)
 async def get_blob(sha256: str, hub: Hub, _: BundleTaker) -> FileResponse:
-    return FileResponse(hub.registry.blob(sha256), media_type="application/octet-stream")
+    return FileResponse(await hub.registry.blob(sha256), media_type="application/octet-stream")
 
 
 @router.post("/bundles", status_code=201, summary="Publish a bundle whose files are uploaded: it gets signed")

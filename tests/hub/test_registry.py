@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -140,3 +141,28 @@ async def test_an_upload_that_breaks_off_or_finds_a_full_disk_leaves_nothing(
     assert list(registry._partial.iterdir()) == []
     assert (await developer.put(f"/v1/blobs/{named}", content=content)).status_code == 201
     assert (await developer.put(f"/v1/blobs/{named}", content=content)).json()["size"] == len(content)
+
+
+@pytest.mark.parametrize("damage", [b"eights!", b"wei"])
+async def test_a_damaged_blob_is_not_handed_out_nor_signed_and_heals_by_uploading(
+    hub: Hub, tmp_path: Path, damage: bytes
+) -> None:
+    developer = await hub.user("developer")
+    folder = folder_of(tmp_path / "m", a_onnx=b"weights")
+    files = await upload(developer, folder)
+    url = f"/v1/blobs/{files[0]['sha256']}"
+    assert (await developer.head(url)).status_code == 200
+    path = await hub.services.registry.blob(files[0]["sha256"])
+    before = path.stat()
+    path.write_bytes(damage)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    manifest = {"name": "m", "version": "1", "kind": "onnx", "files": files}
+    refused = await developer.post("/v1/bundles", json={"manifest": manifest})
+    assert refused.status_code == 409
+    assert files[0]["path"] in refused.json()["detail"]
+    for _ in range(2):
+        assert (await developer.head(url)).status_code == 404
+        assert (await developer.get(url)).status_code == 404
+    await upload(developer, folder)
+    assert (await developer.get(url)).content == b"weights"
+    assert (await developer.post("/v1/bundles", json={"manifest": manifest})).status_code == 201
