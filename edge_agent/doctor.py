@@ -7,8 +7,8 @@ good only when it was loaded and answered in a worker process.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -16,14 +16,18 @@ from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from edge_agent.errors import OutriderError
+from edge_agent.errors import OutriderError, Retry
+
+if TYPE_CHECKING:
+    from edge_agent.enrol import Enrolled
 
 FREE_MB = 1024
 SKEW_S = 60.0
+BROKER_S = 5.0
 _EDGE = ("httpx", "numpy", "onnxruntime", "onnxruntime_genai", "paho", "sqlite_utils", "starlette", "uvicorn")
 
 
@@ -51,9 +55,8 @@ def examine(state: Path | None, hub: str = "", broker: str = "") -> list[Check]:
         except OutriderError as error:
             checks.append(Check("identity", "fail", error.message, error.hint))
     hub = hub or (enrolled.hub if enrolled else "")
-    broker = broker or (enrolled.enrolled.broker.url if enrolled else "")
     checks += _hub(hub)
-    checks.append(_broker(broker))
+    checks.append(_broker(broker, enrolled.enrolled if enrolled else None))
     if state is not None:
         checks += asyncio.run(_models(state))
     checks.append(_systemd())
@@ -106,25 +109,42 @@ def _hub(hub: str) -> Iterator[Check]:
         return
     yield Check("hub", "ok", f"{hub} answers in {response.elapsed.total_seconds() * 1e3:.0f} ms")
     if date := response.headers.get("date"):
-        skew = time.time() - parsedate_to_datetime(date).timestamp()
+        asked = time.time() - response.elapsed.total_seconds() / 2
+        skew = asked - parsedate_to_datetime(date).timestamp() - 0.5  # Date has whole seconds, cut off
         good = abs(skew) < SKEW_S
+        said = "within 1 s of the hub's" if abs(skew) <= 1 else f"{skew:+.0f} s from the hub's"
         hint = "" if good else "tokens and grants are judged by the clock: set up NTP"
-        yield Check("clock", "ok" if good else "fail", f"{skew:+.0f} s from the hub's", hint)
+        yield Check("clock", "ok" if good else "fail", said, hint)
 
 
-def _broker(broker: str) -> Check:
-    if not broker:
+def _broker(given: str, enrolled: Enrolled | None) -> Check:
+    """Connects as the device does, but under another client id, so that a running agent is not disturbed."""
+    if not given and enrolled is None:
         return Check("broker", "warn", "no broker known", "enrol, or --broker URL")
-    from edge_agent.sync.broker import Address
+    from edge_agent.sync.transport import MqttSession
 
-    try:
-        where = Address.parse(broker)
-        with socket.create_connection((where.host, where.port), 5):
-            return Check("broker", "ok", f"{where} accepts connections")
-    except OutriderError as error:
-        return Check("broker", "fail", error.message, error.hint)
-    except OSError as error:
-        return Check("broker", "warn", f"{broker} does not accept: {error}", "the outbox keeps what is to be sent")
+    access: dict[str, Any] = {}
+    if enrolled is not None and "@" not in given:
+        access = {"username": enrolled.broker.username or None, "password": enrolled.broker.password or None}
+    url = given or (enrolled.broker.url if enrolled else "")
+    name = f"{enrolled.fleet}.{enrolled.device}" if enrolled else "outrider"
+
+    async def connect(ca: Path | None) -> str:
+        session = MqttSession(url, f"{name}.doctor-{os.getpid()}", ca=ca, session_expiry=0, **access)
+        async with session:
+            await session.wait_connected(BROKER_S)
+        return str(session.address)
+
+    with tempfile.TemporaryDirectory() as folder:
+        ca = Path(folder) / "ca.pem" if enrolled and enrolled.broker.ca else None
+        if ca is not None and enrolled is not None:
+            ca.write_text(enrolled.broker.ca or "")
+        try:
+            return Check("broker", "ok", f"{asyncio.run(connect(ca))} takes this device's connection")
+        except OutriderError as error:
+            passing = isinstance(error, Retry) and enrolled is None
+            hint = error.hint or "the outbox keeps what is to be sent"
+            return Check("broker", "warn" if passing else "fail", error.message, hint)
 
 
 async def _models(state: Path) -> list[Check]:
