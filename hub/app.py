@@ -93,8 +93,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
     database = await asyncio.to_thread(Database, url)
     stack.callback(database.close)
     auth = Auth(database, key)
-    if generated := await auth.start(settings.admin_password):
-        settings.on_generated_password(generated)
+    await auth.issue_grants()
     broker, ca = await _broker(settings, stack)
     connected = asyncio.Event()
     try:
@@ -135,6 +134,8 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
     )
     await stack.enter_async_context(session)
     await stack.enter_async_context(_running(services, ingest, connected))
+    if generated := await auth.first_admin(settings.admin_password):
+        settings.on_generated_password(generated)  # last: a start that fails must not spend what is shown once
     return services
 
 

@@ -70,13 +70,12 @@ class Auth:
         self.grants: Grants
         self.grants_text = ""
 
-    async def start(self, admin_password: str | None = None) -> str | None:
-        """Make the first admin where there is nobody, issue grants. Returns a generated password, once."""
+    async def first_admin(self, admin_password: str | None = None) -> str | None:
+        """Make the first admin where there is nobody. Returns a generated password, once."""
         generated = None
         if await self._db.read(lambda c: c.execute(sa.select(sa.func.count()).select_from(users)).scalar()) == 0:
             generated = None if admin_password else secrets.token_urlsafe(12)
             await self.add_user("admin", ["admin"], admin_password or generated or "", by="hub")
-        await self.issue_grants()
         return generated
 
     async def issue_grants(self) -> None:

@@ -54,8 +54,8 @@ def run(
     logging.getLogger("alembic").setLevel(logging.WARNING)
     with _errors():
         host, _, port = http.rpartition(":")
-        if not host or not port.isdecimal():
-            raise HubError(f"{http!r} is not an address", "write --http 127.0.0.1:8080")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise HubError(f"{http!r} is not an address", "write --http 127.0.0.1:8080; a port is at most 65535")
         settings = Settings(
             data=data,
             fleet=fleet,
@@ -101,8 +101,8 @@ async def _serve(settings: Any, host: str, port: int) -> None:
 
 @app.command()
 def login(
+    password: Annotated[str, typer.Option(prompt=True, hide_input=True, envvar="OUTRIDER_PASSWORD")],
     user: str = "admin",
-    password: Annotated[str, typer.Option(prompt=True, hide_input=True, envvar="OUTRIDER_PASSWORD")] = "",
     hub: Annotated[str, typer.Option(envvar="OUTRIDER_HUB")] = "http://127.0.0.1:8080",
     as_json: Json = False,
 ) -> None:
@@ -183,8 +183,16 @@ def _device_line(device: dict[str, Any]) -> str:
 
 
 def _job_line(job: dict[str, Any]) -> str:
+    """The job, and below it its calls and its answer or error."""
     what = job["body"].get("text") or job["body"].get("tool") or ""
-    return f"{job['id']} {job['device']:20} {job['state']:10} {what} {job['error']}".rstrip()
+    line = f"{job['id']} {job['device']:20} {job['state']:10} {what}".rstrip()
+    result = job["result"]
+    made = result.get("calls")
+    made = [each for each in made if isinstance(each, dict)] if isinstance(made, list) else []
+    calls = "; ".join(f"{each.get('call')} → {each.get('result')}" for each in made)
+    ended = job["error"] or result.get("answer") or result.get("result") or ""
+    ended = ended if isinstance(ended, str) else json.dumps(ended, ensure_ascii=False)
+    return line + "".join(f"\n    {' '.join(more.split())[:200]}" for more in (calls, ended) if more)
 
 
 def _print(answer: Any, as_json: bool, line: Callable[[dict[str, Any]], str]) -> None:

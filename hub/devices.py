@@ -1,7 +1,8 @@
 """Enrolment and the list of devices.
 
 Invariants: an enrolment token is single-use, kept only as a hash and expires; a name belongs to the first key that
-enrolled with it, and only that key may enrol it again; what is shown as online has proven it (see `liveness`).
+enrolled with it, and another key takes it over only with a token made for that name, which is audited; what is shown
+as online has proven it (see `liveness`).
 """
 
 import hashlib
@@ -62,18 +63,24 @@ class Devices:
 
         def change(connection: sa.Connection) -> None:
             now = time.time()
-            self._use_token(connection, token, name, now)
+            named = self._use_token(connection, token, name, now)
             known = connection.execute(sa.select(devices.c.public_key).where(devices.c.name == name)).scalar()
             if known is None:
                 row = {"name": name, "public_key": public_key, "enrolled": now, "desired": {}, "reported": {}}
                 connection.execute(devices.insert().values(**row))
             elif known != public_key:
-                raise Refused(409, f"the name {name} belongs to another key", "choose another name for this device")
+                if not named:
+                    hint = f"choose another name, or replace the device: outrider hub enrol-token --name {name}"
+                    raise Refused(409, f"the name {name} belongs to another key", hint)
+                changed = devices.update().where(devices.c.name == name).values(public_key=public_key, enrolled=now)
+                connection.execute(changed)
+                audit.append(connection, name, "rekey:device", {"old": known, "new": public_key})
             audit.append(connection, name, "enrol:device", {"public_key": public_key})
 
         await self._db.write(change)
 
-    def _use_token(self, connection: sa.Connection, token: str, name: str, now: float) -> None:
+    def _use_token(self, connection: sa.Connection, token: str, name: str, now: float) -> bool:
+        """Whether the token was made for this very name."""
         known = sa.select(enrolments).where(enrolments.c.token_hash == _hash(token)).with_for_update()
         row = connection.execute(known).first()
         if row is None:
@@ -86,6 +93,7 @@ class Devices:
             raise Refused(403, f"the enrolment token is for the name {row.name}", f"enrol as {row.name}")
         used = enrolments.update().where(enrolments.c.token_hash == _hash(token))
         connection.execute(used.values(used=now, used_by=name))
+        return row.name is not None
 
     async def list(self) -> list[dict[str, Any]]:
         """Every device, by name."""

@@ -71,12 +71,14 @@ def publish(
     """Upload a bundle to a hub, which signs it."""
     from models.package import open_bundle
     from models.package import package as packaged
-    from models.publish import login
+    from models.publish import kept_token, login
     from models.publish import publish as published
 
     with _errors(as_json), _shown(as_json) as progress:
+        token = token or ("" if password else kept_token(hub))
         if not token and not password:
-            raise ModelError("the hub needs to know who publishes", "--token, or --user and OUTRIDER_PASSWORD")
+            hint = f"outrider hub login --hub {hub}, or --token, or --user and OUTRIDER_PASSWORD"
+            raise ModelError("the hub needs to know who publishes", hint)
         folder = Path(bundle)
         if bundle in sources() and not (folder / "bundle.json").is_file():
             folder, _ = packaged(bundle, cache or default_cache(), progress=progress)

@@ -7,6 +7,7 @@ sent again; memory stays at one chunk.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,16 @@ def login(hub: str, user: str, password: str) -> str:
     with _client(hub, "") as client:
         answer = _ask(client, "POST", "/v1/login", json={"user": user, "password": password})
         return str(answer["access_token"])
+
+
+def kept_token(hub: str) -> str:
+    """The token `outrider hub login` keeps for this hub in the user's configuration folder, or nothing."""
+    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    try:
+        kept = msgspec.json.decode((Path(base) / "outrider" / "hub.json").read_bytes(), type=dict[str, str])
+    except (OSError, msgspec.DecodeError):
+        return ""
+    return kept.get("token", "") if kept.get("url") == hub else ""
 
 
 def publish(hub: str, token: str, bundle: Path, progress: Progress = quiet) -> dict[str, Any]:

@@ -183,10 +183,15 @@ def numbers(body: dict[str, Any]) -> list[tuple[str, str, float]]:
 def legend_html(quantity: str, lines: dict[str, Line]) -> str:
     """The quantity, and the latest value of each line in its colour."""
     latest = "".join(
-        f'<b title="{e(label)}"><i style="background:{colour}"></i>{number(points[-1][1])}</b>'
+        f'<b title="{e(label)}"><i style="background:{colour}"></i>{number(points[-1][1])}{short(label)}</b>'
         for colour, (label, points) in zip(COLOURS, lines.items(), strict=False)
     )
     return f"<span>{e(quantity)}</span>{latest}"
+
+
+def short(label: str) -> str:
+    """A line's name beside its value."""
+    return f' <small class="faint">{e(label[:24])}</small>' if label else ""
 
 
 def drawing(colour: str, points: Line) -> dict[str, Any]:

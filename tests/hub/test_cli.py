@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,7 +15,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
-from hub.cli import app
+from hub.cli import _job_line, app
+from models.publish import kept_token
 
 COMMAND = [sys.executable, "-m", "hub"]
 
@@ -73,6 +75,8 @@ def test_the_verbs_work_from_login_to_publishing(
     assert (wrong.exit_code, "wrong user or password" in wrong.stderr) == (1, True)
     assert call(shell, "login", "--hub", url, "--password", password).exit_code == 0
     assert (tmp_path / "config" / "outrider" / "hub.json").stat().st_mode & 0o077 == 0
+    assert kept_token(url)
+    assert kept_token("http://elsewhere") == ""
     assert json.loads(call(shell, "devices", "--json").stdout) == []
     assert len(json.loads(call(shell, "enrol-token", "--json").stdout)["token"]) == 32
     model = tmp_path / "model"
@@ -114,7 +118,27 @@ def test_two_hubs_do_not_share_a_data_directory_or_a_port(served: tuple[str, str
     assert "another hub uses" in start("--data", str(data), "--http", "127.0.0.1:0", "--no-dashboard")
     other = str(tmp_path / "other")
     assert "give another --http" in start("--data", other, "--http", url.removeprefix("http://"))
-    assert "is not an address" in start("--data", other, "--http", "nonsense")
+    for wrong in ("nonsense", "127.0.0.1:80990"):
+        assert "is not an address" in start("--data", other, "--http", wrong)
     assert "not a broker address" in start(
         "--data", other, "--http", "127.0.0.1:0", "--broker", "http://x", "--no-dashboard"
     )
+
+
+def test_a_job_is_listed_with_its_calls_and_how_it_ended() -> None:
+    job = {"id": "1", "device": "press-1", "state": "succeeded", "body": {"text": "stop line 2"}, "error": ""}
+    result = {"calls": [{"call": "stop_line(line=2)", "result": {"stopped": 2}}, "rubbish"], "answer": "line 2 stands"}
+    assert _job_line(job | {"result": result}).split("\n    ")[1:] == [
+        "stop_line(line=2) → {'stopped': 2}",
+        "line 2 stands",
+    ]
+    assert _job_line(job | {"result": {}, "error": "no such line"}).endswith("\n    no such line")
+
+
+def test_a_start_that_fails_does_not_spend_the_password_shown_once(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "OUTRIDER_ADMIN_PASSWORD"}
+    wrong = [*COMMAND, "--data", str(tmp_path), "--http", "127.0.0.1:0", "--broker", "http://x", "--no-dashboard"]
+    run = subprocess.run(wrong, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, "shown once" in run.stdout) == (1, False)
+    with sqlite3.connect(tmp_path / "hub.db") as kept:
+        assert kept.execute("SELECT count(*) FROM users").fetchone() == (0,)

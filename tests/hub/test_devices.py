@@ -59,7 +59,9 @@ async def test_a_token_is_good_once_for_its_name_and_its_time(hub: Hub) -> None:
     assert await enrol(await token(name="c"), "d") == (403, "enrol as c")
     assert (await enrol(await token(ttl_s=1e-6), "e")) == (403, "make a new one: outrider hub enrol-token")
     taken = await token()
-    assert await enrol(taken, "a") == (409, "choose another name for this device")
+    assert await enrol(taken, "a") == (
+        409, "choose another name, or replace the device: outrider hub enrol-token --name a"
+    )  # fmt: skip
     assert (await enrol(taken, "f"))[0] == 201, "a refusal does not use the token up"
     for name in ("Bad", "../x", "a/b", "", "a" * 64):
         assert (await enrol(await token(), name))[0] == 422
@@ -71,6 +73,23 @@ async def test_the_same_key_may_enrol_again_with_a_new_token(hub: Hub) -> None:
     device = await enrolled(hub, "press-1")
     token = await hub.services.devices.create_enrolment("admin")
     assert (await Device.enrol(hub.http, "press-1", token, device.key)).key is device.key
+
+
+async def test_a_device_that_lost_its_state_comes_back_with_a_token_for_its_name(hub: Hub) -> None:
+    old, admin = await enrolled(hub, "press-1"), await hub.login()
+    async with old.online():
+        await old.send(telemetry(range(1, 4)))
+        await until(lambda: old.acked() == (1, 3))
+    token = (await admin.post("/v1/enrolments", json={"name": "press-1"})).json()["token"]
+    new = await Device.enrol(hub.http, "press-1", token)
+    new.epoch = 2
+    async with new.online():
+        await new.send(telemetry(range(1, 3)))
+        await until(lambda: new.acked() == (2, 2))
+    told = (await admin.get("/v1/audit", params={"limit": 1000})).json()["entries"]
+    assert [e["detail"] for e in told if e["action"] == "rekey:device"] == [
+        {"old": old.key.public.text, "new": new.key.public.text}
+    ]
 
 
 async def test_a_device_is_online_only_once_it_answered_the_hub(hub: Hub) -> None:
