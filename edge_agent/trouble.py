@@ -1,8 +1,7 @@
 """Trouble that comes again and again, told so that it does not fill the log it is told in.
 
-Invariants: the first time is a line at once, then at most one line each `every_s` with how often it came meanwhile;
-its end is one line, and only when its beginning was one,
-so that coming and going is no flood either.
+Invariants: the first time is a line at once, then at most one line each `every_s` with how often it came meanwhile; its
+end is one line, and only when its beginning was one, so that coming and going is no flood either.
 """
 
 from __future__ import annotations

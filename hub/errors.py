@@ -1,16 +1,10 @@
 """What the hub raises on purpose, named by what happens next; each carries a hint that says what to do about it."""
 
+from edge_agent.errors import OutriderError
 
-class HubError(Exception):
+
+class HubError(OutriderError):
     """Base of the errors the hub raises on purpose."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
 class Fatal(HubError):

@@ -1,13 +1,7 @@
 """The toolchain's own error: says what went wrong and, in the hint, what to do about it."""
 
+from edge_agent.errors import OutriderError
 
-class ModelError(Exception):
+
+class ModelError(OutriderError):
     """A model could not be fetched, built, packaged or published."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
