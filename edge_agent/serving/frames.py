@@ -3,8 +3,8 @@
 Invariants: a frame is a 4-byte big-endian length and one msgpack-encoded tagged message of at most MAX_FRAME bytes;
 too big a message is Refused before a byte of it is written, so the channel stays usable; a frame that is too long or
 cannot be decoded is BadFrame, after which the channel is closed. Requests carry an id of the side that asks, answers
-(`*Result`, `Loaded`, `PieceMsg`, `Error`) repeat it. The end of the socket is the end of the child: no orphan stays.
-Tool specs and arguments travel as plain data, so nothing here knows the agent above.
+(`*Result`, `Loaded`, `Adapted`, `PieceMsg`, `Error`) repeat it. The end of the socket is the end of the child: no
+orphan stays. Tool specs and arguments travel as plain data, so nothing here knows the agent above.
 """
 
 from __future__ import annotations
@@ -60,6 +60,19 @@ class Loaded(_Message, frozen=True):
     id: int
     model: str
     info: EngineInfo
+
+
+class Adapt(_Message, frozen=True):
+    """Load an adapter folder into a loaded language model, or drop it (`path` empty). Answered by Adapted or Error."""
+
+    id: int
+    model: str
+    adapter: str
+    path: str
+
+
+class Adapted(_Message, frozen=True):
+    id: int
 
 
 class Infer(_Message, frozen=True):
@@ -150,7 +163,7 @@ class Pong(_Message, frozen=True):
 
 
 Message = (
-    Hello | Ready | Load | Loaded | Infer | InferResult | GenerateReq | PieceMsg
+    Hello | Ready | Load | Loaded | Adapt | Adapted | Infer | InferResult | GenerateReq | PieceMsg
     | Cancel | Call | CallResult | Specs | Error | Ping | Pong
 )  # fmt: skip
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

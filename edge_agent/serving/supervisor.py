@@ -1,10 +1,10 @@
 """A child process behind an async face: spawned, watched, restarted, asked.
 
 Invariants: every request ends within its timeout, with an answer, Retry or Refused; when the child dies all pending
-requests fail with Retry and a new child starts after an exponential, capped delay with the same models loaded; a model
-whose loading kills the child is dropped, so one bad model cannot keep the others down; a child that answers neither a
-ping nor a cancelled request is killed; its stderr goes to the log; closing the socket is what ends it, so it never
-outlives the daemon.
+requests fail with Retry and a new child starts after an exponential, capped delay with the same models and adapters
+loaded; one whose loading kills the child is dropped, so one bad model cannot keep the others down; a child that
+answers neither a ping nor a cancelled request is killed; its stderr goes to the log; closing the socket is what ends
+it, so it never outlives the daemon.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class WorkerProcess:
         self._loading, self._load_lock = "", asyncio.Lock()
         self._paths: dict[str, str] = {}
         self.infos: dict[str, EngineInfo] = {}
+        self.adapters: dict[str, tuple[str, str]] = {}  # the model each one is loaded into, its folder
         self.specs: bytes = b""
         self.starts = 0
 
@@ -102,7 +103,20 @@ class WorkerProcess:
         await self.ready(timeout_s)
         info = await self._load(model, str(path), timeout_s)
         self._paths[model] = str(path)
+        self.adapters = {name: where for name, where in self.adapters.items() if where[0] != model}
         return info
+
+    async def adapt(self, model: str, adapter: str, path: Path, timeout_s: float = 60.0) -> None:
+        """Load an adapter into a loaded model and keep it loaded over restarts. Raises Refused (bad adapter), Retry."""
+        await self.ready(timeout_s)
+        await self._adapt(model, adapter, str(path), timeout_s)
+        self.adapters[adapter] = model, str(path)
+
+    async def drop(self, adapter: str, timeout_s: float = 60.0) -> None:
+        """Unload an adapter, after the requests that were sent before. Raises Refused, Retry."""
+        model, _ = self.adapters.pop(adapter, ("", ""))
+        if model:
+            await self._adapt(model, adapter, "", timeout_s)
 
     async def infer(self, model: str, inputs: dict[str, Tensor], timeout_s: float = 60.0) -> dict[str, Tensor]:
         """Run a network. Raises Refused, Retry."""
@@ -131,16 +145,22 @@ class WorkerProcess:
         return answer
 
     async def _load(self, model: str, path: str, timeout_s: float) -> EngineInfo:
-        async with self._load_lock:
-            self._loading = model
-            try:
-                answer = await self._one(lambda id: frames.Load(id, model, path), timeout_s)
-            finally:
-                self._loading = ""
+        answer = await self._loads(model, lambda id: frames.Load(id, model, path), timeout_s)
         if not isinstance(answer, frames.Loaded):
             raise Retry(f"the {self.name} process answered {type(answer).__name__} to a load")
         self.infos[model] = answer.info
         return answer.info
+
+    async def _adapt(self, model: str, adapter: str, path: str, timeout_s: float) -> None:
+        await self._loads(adapter, lambda id: frames.Adapt(id, model, adapter, path), timeout_s)
+
+    async def _loads(self, what: str, make: Callable[[int], Message], timeout_s: float) -> Message:
+        async with self._load_lock:
+            self._loading = what
+            try:
+                return await self._one(make, timeout_s)
+            finally:
+                self._loading = ""
 
     async def _one(self, make: Callable[[int], Message], timeout_s: float) -> Message:
         async with contextlib.aclosing(self._ask(make, timeout_s)) as answers:
@@ -222,8 +242,8 @@ class WorkerProcess:
         self._ready.clear()
         self._channel = None
         channel.close()
-        if self._paths.pop(self._loading, ""):
-            self._log.error("model %s killed the %s process while loading; it stays out", self._loading, self.name)
+        if self._paths.pop(self._loading, "") or self.adapters.pop(self._loading, ()):
+            self._log.error("%s killed the %s process while loading; it stays out", self._loading, self.name)
         for answers in self._pending.values():
             answers.put_nowait(Retry(f"the {self.name} process died", "it is being restarted"))
         self._pending.clear()
@@ -254,7 +274,11 @@ class WorkerProcess:
                     if id in self._pending:
                         self._pending[id].put_nowait(message.exception())
                 case (
-                    frames.Loaded(id=id) | frames.InferResult(id=id) | frames.PieceMsg(id=id) | frames.CallResult(id=id)
+                    frames.Loaded(id=id)
+                    | frames.Adapted(id=id)
+                    | frames.InferResult(id=id)
+                    | frames.PieceMsg(id=id)
+                    | frames.CallResult(id=id)
                 ):
                     if id in self._pending:
                         self._pending[id].put_nowait(message)
@@ -267,6 +291,13 @@ class WorkerProcess:
                 await self._load(model, path, 300.0)
             except OutriderError as error:
                 self._log.error("model %s is not loaded again: %s", model, error)
+        for adapter, (model, path) in list(self.adapters.items()):
+            try:
+                await self._adapt(model, adapter, path, 60.0)
+            except OutriderError as error:
+                self._log.error("adapter %s is not loaded again: %s", adapter, error)
+                if isinstance(error, Refused):
+                    self.adapters.pop(adapter, None)
         if self._channel is not None:
             self._ready.set()
 

@@ -19,11 +19,23 @@ from pathlib import Path
 from edge_agent.engines.base import LanguageModel, Network, Piece
 from edge_agent.errors import Fatal, OutriderError, Refused, Retry
 from edge_agent.serving import frames
-from edge_agent.serving.frames import Cancel, Channel, GenerateReq, Hello, Infer, Load, Ping, Pong, Ready
+from edge_agent.serving.frames import (
+    Adapt,
+    Adapted,
+    Cancel,
+    Channel,
+    GenerateReq,
+    Hello,
+    Infer,
+    Load,
+    Ping,
+    Pong,
+    Ready,
+)
 
 QUEUE = 64
 Loader = Callable[[Path], LanguageModel | Network]
-_Work = Load | Infer | GenerateReq
+_Work = Load | Adapt | Infer | GenerateReq
 
 
 class Worker:
@@ -48,7 +60,7 @@ class Worker:
                 case Cancel(id):
                     if id in self._live:
                         self._cancelled.add(id)
-                case Load() | Infer() | GenerateReq():
+                case Load() | Adapt() | Infer() | GenerateReq():
                     self._enqueue(message)
                 case _:
                     raise frames.BadFrame(f"a {self._role} worker takes no {type(message).__name__}")
@@ -88,6 +100,15 @@ class Worker:
                 if previous is not None:
                     previous.close()
                 self._channel.send(frames.Loaded(id, name, model.info))
+            case Adapt(id, name, adapter, path):
+                language = self._model(name)
+                if not hasattr(language, "load_adapter"):
+                    raise Refused(f"{name} takes no adapters")
+                if path:
+                    language.load_adapter(adapter, Path(path))
+                else:
+                    language.unload_adapter(adapter)
+                self._channel.send(Adapted(id))
             case Infer(id, name, inputs):
                 network = self._model(name)
                 if not hasattr(network, "infer"):

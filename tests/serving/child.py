@@ -19,13 +19,27 @@ class Echo:
     """Says the prompt word by word; words in capitals are orders."""
 
     def __init__(self, path: Path) -> None:
-        if path.name == "absent":
+        self._take(path)
+        self.adapters: dict[str, str] = {}
+        self.info = EngineInfo("echo", "cpu", path.name, "0" * 64, 0.0)
+
+    @staticmethod
+    def _take(path: Path) -> None:
+        if path.name == "absent" or (path / "absent").exists():
             raise Refused("no such model", "install it")
         if path.name == "poison" or (path.name == "turncoat" and (path / "armed").exists()):
             os._exit(9)
-        self.info = EngineInfo("echo", "cpu", path.name, "0" * 64, 0.0)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        self._take(folder)
+        self.adapters[name] = folder.name
+
+    def unload_adapter(self, name: str) -> None:
+        del self.adapters[name]
 
     def generate(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Piece]:
+        if request.adapter and request.adapter not in self.adapters:
+            raise Refused(f"no adapter {request.adapter}")
         for word in request.prompt.split():
             if cancelled():
                 break
@@ -45,6 +59,8 @@ class Echo:
                 case "GARBAGE":
                     channel = socket.socket(fileno=int(os.environ[frames.FD_VARIABLE]))
                     channel.sendall(struct.pack(">I", frames.MAX_FRAME + 1))
+                case "ADAPTERS":
+                    yield Piece(f"{self.adapters.get(request.adapter, '-')} of {len(self.adapters)} ")
                 case "ENVIRONMENT":
                     yield Piece(" ".join(sorted(os.environ)))
                 case _:

@@ -38,8 +38,8 @@ async def until(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
             await asyncio.sleep(0.01)
 
 
-async def say(worker: WorkerProcess, prompt: str, **options: Any) -> str:
-    return "".join([p.text async for p in worker.generate("m", Generate("", prompt), **options)])
+async def say(worker: WorkerProcess, prompt: str, adapter: str = "", **options: Any) -> str:
+    return "".join([p.text async for p in worker.generate("m", Generate("", prompt, adapter=adapter), **options)])
 
 
 def gone(pid: int) -> bool:
@@ -146,6 +146,53 @@ async def test_a_model_that_kills_its_worker_on_reload_does_not_keep_the_others_
         assert await say(worker, "well") == "well "
         with pytest.raises(Refused, match="not loaded"):
             await worker.infer("bad", X)
+
+
+def adapters(folder: Path, *names: str) -> list[Path]:
+    for name in names:
+        (folder / name).mkdir()
+    return [folder / name for name in names]
+
+
+async def test_adapters_are_switched_in_mid_stream_with_no_reload_and_come_back_after_a_crash(tmp_path: Path) -> None:
+    one, two = adapters(tmp_path, "one", "two")
+    async with child() as worker:
+        with pytest.raises(Refused, match="not loaded"):
+            await worker.adapt("m", "a@1", one)
+        info = await worker.load("m", tmp_path)
+        await worker.adapt("m", "a@1", one)
+        stream = worker.generate("m", Generate("", "x " * 2000 + "ADAPTERS", adapter="a@1"))
+        assert (await anext(stream)).text == "x "
+        switching = asyncio.gather(worker.adapt("m", "a@2", two), say(worker, "ADAPTERS", "a@2"), worker.drop("a@1"))
+        said = [piece.text async for piece in stream]
+        assert said[-2] == "one of 1 "
+        assert (await switching)[1] in ("two of 2 ", "two of 1 ")
+        assert worker.adapters == {"a@2": ("m", str(two))}
+        assert (worker.infos["m"], worker.starts) == (info, 1)
+        with pytest.raises(Retry):
+            await say(worker, "CRASH", "a@2")
+        assert await say(worker, "ADAPTERS", "a@2") == "two of 1 "
+        with pytest.raises(Refused, match="no adapter"):
+            await say(worker, "fine", "a@1")
+        await worker.load("m", tmp_path)
+        assert worker.adapters == {}
+
+
+async def test_an_adapter_that_is_refused_or_kills_on_reload_stays_out_and_the_model_answers(tmp_path: Path) -> None:
+    good, turncoat, fades, poison = adapters(tmp_path, "good", "turncoat", "fades", "poison")
+    async with child() as worker:
+        await worker.load("m", tmp_path)
+        for path in (good, turncoat, fades):
+            await worker.adapt("m", path.name, path)
+        with pytest.raises(Retry, match="died"):
+            await worker.adapt("m", "poison", poison)
+        assert await say(worker, "ADAPTERS", "turncoat") == "turncoat of 3 "
+        (turncoat / "armed").touch()
+        (fades / "absent").touch()
+        with pytest.raises(Retry):
+            await say(worker, "CRASH")
+        await until(lambda: worker.starts >= 4 and set(worker.adapters) == {"good"})
+        assert await say(worker, "ADAPTERS", "good") == "good of 1 "
 
 
 async def test_secrets_of_the_daemon_do_not_reach_the_child(tmp_path: Path, monkeypatch: Any) -> None:
