@@ -3,7 +3,8 @@
 Invariants: `current` moves only to a version whose signature and every byte were checked on this device and that
 answered its golden probe in a worker. A failure is reported with its reason and never blocks the other bundles; a
 Retry (no hub, full disk) comes back with a capped delay, a Refused quarantines the version. What runs is announced
-through `switch`; when the new version is refused there, the one before comes back.
+through `switch`; when the new version is refused there, the one before comes back. An adapter runs only with the very
+base model it is for: until that runs it waits with a reason, and it is switched in again whenever its base is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,13 +43,14 @@ class Prober(Protocol):
 
 
 class BundleReport(msgspec.Struct, frozen=True):
-    """`reported.bundles[name]`: what runs (version, digest; empty when nothing does), and how the target fares."""
+    """`reported.bundles[name]`: what is current (version, digest, kind; empty: nothing), how the target fares."""
 
     version: str
     digest: str
     state: str
     error: str
     target: str
+    kind: str = ""
 
 
 Switch = Callable[[str, Installed], Awaitable[None]]
@@ -82,6 +84,7 @@ class UpdateService:
         self._active: dict[str, str] = {}
         self._due: dict[str, float] = {}  # when to try again (monotonic)
         self._delay: dict[str, float] = {}  # how long to wait after the next failure
+        self._waits: dict[str, str] = {}  # adapters and the model they wait for
         self._wake = asyncio.Event()
 
     def desire(self, bundles: Mapping[str, Any]) -> None:
@@ -152,30 +155,49 @@ class UpdateService:
     async def _pass(self) -> None:
         names = {*await asyncio.to_thread(self.slots.names), *self._desired}
         self._due = {name: due for name, due in self._due.items() if name in names}
-        for name in sorted(names):
+        for name in await asyncio.to_thread(self._ordered, names):
             if self._due.get(name, 0.0) > time.monotonic():
                 continue
             self._due.pop(name, None)
             try:
-                await self._activate(name)
-                if name in self._desired:
-                    await self._install(name, self._desired[name])
-                    await self._activate(name)
+                await self._bring(name)
                 self._delay.pop(name, None)
             except _Superseded as error:
                 await self._end(name, State.FAILED, str(error))
             except Retry as error:
+                if isinstance(error, _NoBase):
+                    self._waits[name] = error.base
                 await self._fail(name, error)
             except Refused as error:
                 await self._end(name, State.QUARANTINED, str(error))
             except OSError as error:
                 await self._fail(name, _disk_error(error))
 
+    def _ordered(self, names: Iterable[str]) -> list[str]:
+        """Adapters after what they are for."""
+        return sorted(names, key=lambda name: (bool((i := self.slots.current(name)) and i.manifest.base), name))
+
+    async def _bring(self, name: str) -> None:
+        target = self._desired.get(name)
+        try:
+            await self._activate(name)
+        except _NoBase:
+            current = await asyncio.to_thread(self.slots.current, name)
+            if target is None or current is None or current.id == target.manifest_sha256:
+                raise
+        if target is not None:
+            await self._install(name, target)
+            if self._machine(name).update.state is not State.QUARANTINED:
+                await self._activate(name)
+
     async def _activate(self, name: str) -> None:
         """Bring the pointer's version to run; when it is refused, the one before."""
         while (current := await asyncio.to_thread(self.slots.current, name)) is not None:
             if self._active.get(name) == current.id:
                 return
+            await asyncio.to_thread(self._needs_base, current.manifest)
+            for follower in await asyncio.to_thread(self._followers, name):
+                self._active.pop(follower, None)
             try:
                 await self._switch(name, current)
             except Refused as error:
@@ -185,6 +207,27 @@ class UpdateService:
             self._active[name] = current.id
             await asyncio.to_thread(self.slots.collect, name)
             await self._tell(name)
+            for adapter in [adapter for adapter, base in self._waits.items() if base == name]:
+                del self._waits[adapter]
+                self._due.pop(adapter, None)
+                self._wake.set()
+
+    def _needs_base(self, manifest: Manifest) -> None:
+        """Raises _NoBase when a manifest is an adapter's and its base model does not run here."""
+        if (base := manifest.base) is None:
+            return
+        there = self.slots.current(base.name)
+        need = f"{manifest.name} {manifest.version} is for {base.name} of digest {base.digest[:12]}"
+        if there is not None and there.digest != base.digest:
+            hint = "assign an adapter for that, or the base model again: this one follows"
+            raise _NoBase(f"{need}, installed is {there.manifest.version} of {there.digest[:12]}", hint, base.name)
+        if there is None or self._active.get(base.name) != there.id:
+            raise _NoBase(f"{need}, which does not run here", "assign it too: the adapter follows", base.name)
+
+    def _followers(self, name: str) -> list[str]:
+        """Installed adapters for a model."""
+        currents = {other: self.slots.current(other) for other in self.slots.names()}
+        return [other for other, i in currents.items() if i and (base := i.manifest.base) and base.name == name]
 
     async def _install(self, name: str, target: Target) -> None:
         machine, id = self._machine(name), target.manifest_sha256
@@ -259,6 +302,7 @@ class UpdateService:
         if _numbers(manifest.min_agent_version) > _numbers(self._agent_version):
             need = f"{name} {target.version} needs agent {manifest.min_agent_version}, this is {self._agent_version}"
             raise Retry(need, "update the agent")
+        self._needs_base(manifest)
         return manifest
 
     async def _download(self, name: str, target: Target) -> State:
@@ -307,12 +351,21 @@ class UpdateService:
         current = await asyncio.to_thread(self.slots.current, name)
         update = self._machine(name).update
         version, digest = (current.manifest.version, current.digest) if current else ("", "")
-        await self._report(name, BundleReport(version, digest, str(update.state), update.error, update.version))
+        kind = str(current.manifest.kind) if current else ""
+        await self._report(name, BundleReport(version, digest, str(update.state), update.error, update.version, kind))
 
     def _machine(self, name: str) -> Machine:
         if name not in self._machines:
             self._machines[name] = Machine(self.slots.root / name / "update.json")
         return self._machines[name]
+
+
+class _NoBase(Retry):
+    """An adapter waits for its base model."""
+
+    def __init__(self, message: str, hint: str, base: str) -> None:
+        super().__init__(message, hint)
+        self.base = base
 
 
 class _Superseded(Retry):

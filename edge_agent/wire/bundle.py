@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -55,8 +55,18 @@ class FileEntry(msgspec.Struct, frozen=True):
             raise ValueError(f"{self.path}: size or SHA-256 makes no sense")
 
 
+class Base(NamedTuple):
+    """The model that an adapter is for: its bundle's name, the content digest of its files."""
+
+    name: str
+    digest: str
+
+
 class Manifest(msgspec.Struct, frozen=True):
-    """What a bundle is. `inputs`, `outputs`, `precisions` and `probe` are read by the engine of its kind."""
+    """What a bundle is. `inputs`, `outputs`, `precisions` and `probe` are read by the engine of its kind.
+
+    An adapter's `meta` has `base` and `base_digest`, `task` (`tools` for the agent's work), `prompt` (its form).
+    """
 
     name: str
     version: str
@@ -78,6 +88,15 @@ class Manifest(msgspec.Struct, frozen=True):
         paths = [entry.path for entry in self.files]
         if not paths or len(paths) > MAX_FILES or len(set(paths)) != len(paths):
             raise ValueError(f"bundle {self.name}: {len(paths)} files; 1 to {MAX_FILES}, no path twice")
+        if (base := self.base) and (not base.name or not _SHA256.fullmatch(base.digest)):
+            raise ValueError(f"adapter {self.name}: meta names no base and base_digest")
+
+    @property
+    def base(self) -> Base | None:
+        """The model an adapter is for; None for every other kind."""
+        if self.kind is not BundleKind.ADAPTER:
+            return None
+        return Base(str(self.meta.get("base", "")), str(self.meta.get("base_digest", "")))
 
     @property
     def size(self) -> int:
