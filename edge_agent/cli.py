@@ -124,6 +124,7 @@ def agent(
     pack: Annotated[str | None, _option("Tool pack MODULE[:attr] (tools.sim.pack).", "PACK")] = None,
     option: Annotated[list[str] | None, _option("KEY=VALUE for the tool pack.", "OPTION")] = None,
     model: Annotated[str | None, _option("The agent's language model, a bundle (the first llm).", "MODEL")] = None,
+    adapter: Annotated[str | None, _option("The adapter tasks use, or none (the first for tools).", "ADAPTER")] = None,
     sample: Annotated[list[str] | None, _option("A call to sample (all of read_sensor).", "SAMPLE")] = None,
     telemetry_s: Annotated[float | None, _option("Seconds between samples (10).", "TELEMETRY_S")] = None,
     telemetry_ttl_s: Annotated[float | None, _option("Seconds a sample is kept (7 days).", "TELEMETRY_TTL_S")] = None,

@@ -28,6 +28,7 @@ class Settings(msgspec.Struct, frozen=True):
     pack: str = "tools.sim.pack"
     option: list[str] = []
     model: str = ""
+    adapter: str = ""
     sample: list[str] = []
     telemetry_s: float = 10.0
     telemetry_ttl_s: float = 7 * 86400.0

@@ -28,7 +28,7 @@ from edge_agent.agent.transcript import Transcripts
 from edge_agent.api.app import LocalApi
 from edge_agent.audit import Audit
 from edge_agent.config import Settings
-from edge_agent.errors import Fatal, OutriderError
+from edge_agent.errors import Fatal, OutriderError, Retry
 from edge_agent.hosting import ROLES, Hosting
 from edge_agent.notify import notify, watchdog
 from edge_agent.serving.supervisor import WorkerProcess
@@ -42,11 +42,14 @@ from edge_agent.update.download import Downloads, hub_client
 from edge_agent.update.service import BundleReport, UpdateService
 from edge_agent.update.slots import Installed
 from edge_agent.update.trust import PinnedHubKey
+from edge_agent.wire.bundle import BundleKind
 from edge_agent.wire.grants import Grants, Subject, allowed
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.tokens import issue_device_token
 from edge_agent.work import Work
 
+SETTLE_S = 1.0
+"""A switch is followed by the switch of what depends on it: the preamble is read when both are done."""
 _log = logging.getLogger("outrider")
 
 
@@ -67,12 +70,13 @@ class Daemon:
         self._store, self._outbox, self._twin, self._cache = store, outbox, twin, cache
         self._began, self._up, self._cold = time.time(), False, asyncio.Event()
         self._workers = {role: WorkerProcess.engine(role) for role in ROLES.values()}
-        self._hosting = Hosting(self._workers, settings.model)
+        self._hosting = Hosting(self._workers, settings.model, settings.adapter)
         self._workers["tools"] = WorkerProcess("tools", self._runner(), answer=self._hosting.infer, grace_s=0)
         self._tools = RunnerTools(self._workers["tools"])
         inbox, transcripts = Inbox(store, outbox), Transcripts(store)
         budget = Budget(seconds=settings.task_s)
-        self._agent = AgentLoop(self._hosting, self._tools, transcripts, self._allowed, budget=budget)
+        parts = (self._hosting, self._tools, transcripts, self._allowed)
+        self._agent = AgentLoop(*parts, budget=budget, speaker=self._hosting.speaker)
         self.work = Work(inbox, self._agent, transcripts, self._tools, Audit(store, outbox), self._allowed)
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
         self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample)
@@ -161,6 +165,7 @@ class Daemon:
             "grants_epoch": grants.epoch if grants else None,
             "models": self._hosting.show(self._twin.reported.get("bundles", {})),
             "reported": self._twin.reported,
+            "speaks": self._speaks(),
             "tools": specs,
             "workers": {name: {"pid": w.pid, "starts": w.starts} for name, w in self._workers.items()},
             "running": self.work.current,
@@ -205,12 +210,13 @@ class Daemon:
 
     async def _switch(self, name: str, installed: Installed) -> None:
         await self._hosting.switch(name, installed)
-        if name == self._hosting.language_model():
+        if installed.manifest.kind is not BundleKind.ONNX and self._hosting.language_model():
             self._cold.set()
 
     async def _warm(self) -> None:
         while True:
             await self._cold.wait()
+            await asyncio.sleep(SETTLE_S)
             self._cold.clear()
             try:
                 await self._agent.warm()
@@ -244,8 +250,16 @@ class Daemon:
             with contextlib.suppress(OutriderError):
                 tools = [spec.name for spec in await self._tools.specs()]
                 profile = {"version": version("outrider"), "python": platform.python_version(), "tools": tools}
+                profile |= self._speaks()
                 await self._twin.report({"agent": profile | {"machine": platform.machine()}})
             await asyncio.sleep(60)
+
+    def _speaks(self) -> dict[str, str]:
+        """The digest of the agent's language model, and its adapter."""
+        with contextlib.suppress(Retry):
+            speaker = self._hosting.speaker()
+            return {"model": speaker.digest, "adapter": speaker.title}
+        return {"model": "", "adapter": ""}
 
     def _line(self) -> str:
         link = "connected" if self._session.connected else "offline"

@@ -151,14 +151,15 @@ async def _models(state: Path) -> list[Check]:
     from edge_agent.hosting import Hosting
     from edge_agent.update.slots import Slots
 
-    slots, checks = Slots(state / "bundles"), []
+    slots, checks, hosting = Slots(state / "bundles"), [], Hosting({})
+    hosting.running = {name: installed for name in slots.names() if (installed := slots.current(name))}
     for name in slots.names():
         installed, began = slots.current(name), time.monotonic()
         if installed is None:
             checks.append(Check("model", "fail", f"{name} cannot be read", "assign it again"))
             continue
         try:
-            await Hosting({}).probe(name, installed)
+            await hosting.probe(name, installed)
             took = time.monotonic() - began
             checks.append(Check("model", "ok", f"{name} {installed.manifest.version} ran an inference ({took:.1f} s)"))
         except OutriderError as error:

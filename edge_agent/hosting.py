@@ -2,52 +2,78 @@
 
 Invariants: a candidate is tried in a worker of its own, so one that crashes or fills the memory disturbs nothing that
 runs; a model that kills its worker while it loads is Refused, not tried for ever; a request for a model that is not
-installed is a clear Retry (it may still come).
+installed is a clear Retry (it may still come). An adapter is loaded into its running base model beside the version
+before, which is dropped after; a base model that is switched leaves its adapters behind: they are switched in again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 
+from edge_agent.agent.loop import Speaker
 from edge_agent.agent.ports import WorkerModel
 from edge_agent.engines.base import Generate, Piece
-from edge_agent.errors import Refused, Retry
+from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.update import probe
 from edge_agent.update.slots import Installed
 from edge_agent.wire.bundle import BundleKind
 from edge_agent.wire.tensor import Tensor
 
-ROLES = {BundleKind.ONNX: "network", BundleKind.LLM: "language"}
+ROLES = {BundleKind.ONNX: "network", BundleKind.LLM: "language", BundleKind.ADAPTER: "language"}
 LOAD_S = 300.0
+NO_ADAPTER = "none"
 
 
 class Hosting:
-    """The workers by role (see ROLES) and what is loaded on them. `preferred` names the agent's language model."""
+    """The workers by role (see ROLES) and what is loaded on them.
 
-    def __init__(self, workers: dict[str, WorkerProcess], preferred: str = "") -> None:
-        self._workers, self._preferred = workers, preferred
+    `preferred` names the agent's language model, `adapter` what its tasks use: empty for the first that is for tools.
+    """
+
+    def __init__(self, workers: dict[str, WorkerProcess], preferred: str = "", adapter: str = "") -> None:
+        self._workers, self._preferred, self._chosen = workers, preferred, adapter
         self.running: dict[str, Installed] = {}
 
     async def switch(self, name: str, installed: Installed) -> None:
         """Load a version in place of the one that runs. Raises Refused, Retry."""
-        await _load(self._workers[_role(installed)], name, installed)
+        worker, before = self._workers[_role(installed)], self.running.get(name)
+        if installed.manifest.base is None:
+            followers = [n for n, i in self.running.items() if (base := i.manifest.base) and base.name == name]
+            for follower in followers:
+                del self.running[follower]
+            await _load(worker, name, installed)
+            self.running[name] = installed
+            return
+        await self._adapt(worker, installed)
         self.running[name] = installed
+        if before is not None and before.id != installed.id:
+            with contextlib.suppress(OutriderError):
+                await worker.drop(_alias(before))
 
     async def probe(self, name: str, candidate: Installed) -> None:
         """Try a candidate with its golden probe in a worker of its own. Raises Refused, Retry."""
         worker = WorkerProcess.engine(_role(candidate))
         running = asyncio.create_task(worker.run(), name=f"probe-{name}")
         try:
-            await _load(worker, name, candidate)
+            model, adapter = name, ""
+            if (base := candidate.manifest.base) is None:
+                await _load(worker, name, candidate)
+            else:
+                model, adapter = base.name, _alias(candidate)
+                await _load(worker, base.name, self._base(candidate))
+                await self._adapt(worker, candidate)
             if (golden := await asyncio.to_thread(probe.golden, candidate)) is not None:
                 found = await worker.infer(name, golden.inputs, LOAD_S)
                 probe.compare(candidate.manifest.probe, golden.outputs, found)
             if (request := probe.prompt(candidate)) is not None:
-                piece = await WorkerModel(worker, name).generate(request, LOAD_S)
+                request = msgspec.structs.replace(request, adapter=adapter)
+                piece = await WorkerModel(worker, model).generate(request, LOAD_S)
                 probe.compare_text(candidate.manifest.probe, piece.text)
         finally:
             running.cancel()
@@ -59,7 +85,25 @@ class Hosting:
         if name is None:
             missing = self._preferred or "a language model"
             raise Retry(f"{missing} is not installed", "publish and assign a bundle of kind llm to this device")
-        return await WorkerModel(self._workers["language"], name).generate(request, timeout_s)
+        worker = self._workers["language"]
+        if request.adapter and request.adapter not in worker.adapters:
+            raise Retry("the adapter was switched meanwhile", "ask again")
+        return await WorkerModel(worker, name).generate(request, timeout_s)
+
+    def speaker(self) -> Speaker:
+        """The agent's language model and adapter. Raises Retry when the configured adapter is not there."""
+        name = self.language_model()
+        if name is None:
+            return Speaker()
+        digest, fit = self.running[name].digest, self._adapters(name)
+        if self._chosen not in ("", NO_ADAPTER, *fit):
+            raise Retry(f"the adapter {self._chosen} is not installed for {name}", "assign it, or configure none")
+        tools = sorted(adapter for adapter, i in fit.items() if i.manifest.meta.get("task") == "tools")
+        chosen = fit.get(self._chosen or next(iter(tools), ""))
+        if chosen is None:
+            return Speaker(digest)
+        shots = chosen.manifest.meta.get("prompt") != "signatures"
+        return Speaker(digest, _alias(chosen), f"{chosen.manifest.name} {chosen.manifest.version}", shots)
 
     async def infer(self, model: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run an installed network, for a tool. Raises Refused, Retry."""
@@ -81,14 +125,34 @@ class Hosting:
         for name, report in reported.items():
             shown[name] = dict(report)
             installed = self.running.get(name)
-            if installed is None or installed.digest != report["digest"]:
+            if installed is None or installed.digest != report["digest"] or not self._loaded(installed):
                 shown[name]["state"] = "loading" if report["state"] == "committed" else report["state"]
                 continue
-            info = self._workers[_role(installed)].infos.get(name)
+            base = installed.manifest.base
+            info = self._workers[_role(installed)].infos.get(base.name if base else name)
             engine = msgspec.to_builtins(info) if info else {}
             shown[name] |= {key: engine.get(key) for key in ("engine", "provider", "load_s")}
-            shown[name]["kind"] = installed.manifest.kind
+            shown[name] |= {"kind": installed.manifest.kind} | ({"base": base.name} if base else {})
         return shown
+
+    def _adapters(self, model: str) -> dict[str, Installed]:
+        of = {name: (i.manifest.base, i) for name, i in self.running.items()}
+        return {name: i for name, (base, i) in of.items() if base and base.name == model and self._loaded(i)}
+
+    def _loaded(self, installed: Installed) -> bool:
+        """False for an adapter that its worker dropped when it was loaded again."""
+        return installed.manifest.base is None or _alias(installed) in self._workers[_role(installed)].adapters
+
+    def _base(self, adapter: Installed) -> Installed:
+        base = adapter.manifest.base
+        running = self.running.get(base.name) if base else None
+        if base is None or running is None or running.digest != base.digest:
+            raise Retry(f"the base model of {adapter.manifest.name} does not run here", "assign it to this device")
+        return running
+
+    async def _adapt(self, worker: WorkerProcess, adapter: Installed) -> None:
+        model = self._base(adapter).manifest.name
+        await _loading(worker, adapter, lambda: worker.adapt(model, _alias(adapter), adapter.folder, LOAD_S))
 
 
 def _role(installed: Installed) -> str:
@@ -98,15 +162,24 @@ def _role(installed: Installed) -> str:
     return ROLES[kind]
 
 
+def _alias(adapter: Installed) -> str:
+    """An adapter's version as the engine knows it, so that two versions are loaded side by side."""
+    return f"{adapter.manifest.name}@{adapter.id[:16]}"
+
+
 async def _load(worker: WorkerProcess, name: str, installed: Installed) -> None:
+    await _loading(worker, installed, lambda: worker.load(name, installed.folder, LOAD_S))
+
+
+async def _loading(worker: WorkerProcess, installed: Installed, load: Callable[[], Awaitable[object]]) -> None:
     await worker.ready(LOAD_S)
     starts = worker.starts
     try:
-        await worker.load(name, installed.folder, LOAD_S)
+        await load()
     except Retry as error:
         await asyncio.sleep(0)
         if worker.pid is None or worker.starts != starts:
-            what = f"{name} {installed.manifest.version}"
+            what = f"{installed.manifest.name} {installed.manifest.version}"
             raise Refused(
                 f"{what} kills its worker while it loads", "its log in the daemon's journal says why"
             ) from error

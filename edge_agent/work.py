@@ -176,6 +176,8 @@ def summary(task: Task) -> dict[str, Any]:
             "prompt_tokens": step.prompt_tokens,
             "cached_tokens": step.cached_tokens,
             "tokens": step.tokens,
+            "model": step.digest,
+            "adapter": step.adapter,
         }
         for step in task.steps
         if step.role == "model"

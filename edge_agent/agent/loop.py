@@ -36,6 +36,18 @@ class Model(Protocol):
         ...
 
 
+class Speaker(msgspec.Struct, frozen=True):
+    """What speaks for the agent: the model's digest, the adapter as `Generate` names it and as people do, its prompt.
+
+    An adapter that was trained on `signatures` needs no examples in the preamble.
+    """
+
+    digest: str = ""
+    adapter: str = ""
+    title: str = ""
+    shots: bool = True
+
+
 class Tools(Protocol):
     """The tool runner's client."""
 
@@ -93,15 +105,16 @@ class AgentLoop:
         *,
         budget: Budget = Budget(),  # noqa: B008
         clock: Callable[[], float] = time.time,
+        speaker: Callable[[], Speaker] = Speaker,
     ) -> None:
+        self._speaker = speaker
         self._model, self._tools, self._transcripts = model, tools, transcripts
         self._allowed, self._budget, self._clock = allowed, budget, clock
 
     async def warm(self) -> None:
         """Have the model read the preamble of all tools, so that a first task finds it read. Raises Retry, Refused."""
         specs = await self._tools.specs()
-        request = Generate(prompt.preamble(specs), prompt.suffix([]), grammar.build(specs), max_tokens=1)
-        await self._model.generate(request, self._budget.seconds)
+        await self._model.generate(next_call(self._speaker(), specs, [], max_tokens=1), self._budget.seconds)
 
     async def accept(self, id: str, text: str, subject: Subject) -> Task:
         """Save a new task; asking again with the same id gives the one there is. Raises Refused."""
@@ -175,12 +188,11 @@ class AgentLoop:
         if task.steps and task.steps[-1].role == "model":
             return task.steps[-1].text  # said before a crash, not yet acted upon
         check_budget(task, self._budget, time.monotonic() >= deadline)
-        request = Generate(
-            prompt.preamble(specs), prompt.suffix(turns(task)), grammar.build(specs), max_tokens=CALL_TOKENS
-        )
         pause = 0.1
         while True:
             try:
+                speaker = self._speaker()  # asked anew each time: what answers later may be another
+                request = next_call(speaker, specs, turns(task))
                 piece = await self._model.generate(request, max(0.1, deadline - time.monotonic()))
                 break
             except Retry as error:
@@ -199,6 +211,8 @@ class AgentLoop:
             prompt_tokens=piece.prompt_tokens,
             cached_tokens=piece.cached_tokens,
             tokens=piece.output_tokens,
+            digest=speaker.digest,
+            adapter=speaker.title,
         )
         await self._transcripts.append(task, step)
         return piece.text
@@ -225,6 +239,14 @@ class AgentLoop:
         reason = f"interrupted: effect unknown of {render(call)}"
         await self._transcripts.append(task, Step("tool", reason, call, ok=False, ts=self._clock()))
         raise Ended("failed", error=f"{reason} (look at the device before you ask again)")
+
+
+def next_call(
+    speaker: Speaker, specs: Sequence[ToolSpec], turns: Sequence[prompt.Turn], max_tokens: int = CALL_TOKENS
+) -> Generate:
+    """The request for the next call."""
+    prefix = prompt.preamble(specs, shots=speaker.shots)
+    return Generate(prefix, prompt.suffix(turns), grammar.build(specs), max_tokens, adapter=speaker.adapter)
 
 
 def turns(task: Task) -> list[prompt.Turn]:

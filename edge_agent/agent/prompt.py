@@ -1,8 +1,8 @@
 """The words the model sees: tool signatures, examples, the request, results.
 
 Invariants: pure functions of tool specs and turns, so training and serving share one form (ChatML, as SmolLM2 was
-tuned); the preamble depends on the tools alone, so its KV state is kept between tasks; text that did not come from
-here (requests, results) cannot open or close a turn and is bounded.
+tuned); the preamble depends on the tools and its form alone, so its KV state is kept between tasks; text that did not
+come from here (requests, results) cannot open or close a turn and is bounded.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def _bound(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def preamble(specs: Sequence[ToolSpec], system: str = SYSTEM) -> str:
-    """System text, signatures and the tools' own examples; the same for every request with these tools.
+def preamble(specs: Sequence[ToolSpec], system: str = SYSTEM, *, shots: bool = True) -> str:
+    """System text, signatures and, with `shots`, the tools' own examples; the same for every request with these tools.
 
     The first example of each tool goes to its end, result and `none()`; the others show the call alone, which costs a
     third of the tokens.
@@ -76,7 +76,7 @@ def preamble(specs: Sequence[ToolSpec], system: str = SYSTEM) -> str:
     listing = "\n".join(signature(spec) for spec in specs)
     text = chatml("system", f"{system}\n{listing}")
     ended: set[str] = set()
-    for request, call in examples(specs):
+    for request, call in examples(specs) if shots else ():
         text += chatml("user", request) + chatml("assistant", render(call))
         if isinstance(call, Call) and call.name not in ended:
             ended.add(call.name)

@@ -21,7 +21,10 @@ migrations = Migrations("agent")
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`model`: what it said; `intent`: the call about to be made; `tool`: what came back; times in ms."""
+    """`model`: what it said; `intent`: the call about to be made; `tool`: what came back; times in ms.
+
+    `digest` and `adapter` (name and version) say which model it was.
+    """
 
     role: Literal["model", "intent", "tool"]
     text: str = ""
@@ -34,6 +37,8 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
+    digest: str = ""
+    adapter: str = ""
 
 
 class Task(msgspec.Struct):
