@@ -44,13 +44,18 @@ class Hosting:
         """Load a version in place of the one that runs. Raises Refused, Retry."""
         worker, before = self._workers[_role(installed)], self.running.get(name)
         if installed.manifest.base is None:
-            followers = [n for n, i in self.running.items() if (base := i.manifest.base) and base.name == name]
+            followers = {n: i for n, i in self.running.items() if (base := i.manifest.base) and base.name == name}
             for follower in followers:
-                del self.running[follower]
-            await _load(worker, name, installed)
+                del self.running[follower]  # from here on no request names one
+            try:
+                await _load(worker, name, installed)
+            except BaseException:
+                self.running |= followers
+                raise
             self.running[name] = installed
             return
-        await self._adapt(worker, installed)
+        if not self._loaded(installed):
+            await self._adapt(worker, installed)
         self.running[name] = installed
         if before is not None and before.id != installed.id:
             with contextlib.suppress(OutriderError):

@@ -50,7 +50,8 @@ class PlantHub:
         for path, data in files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(data)
-        manifest = Manifest(name, version, BundleKind.ONNX, scan(folder), **more)  # type: ignore[arg-type]
+        kind = more.pop("kind", BundleKind.ONNX)
+        manifest = Manifest(name, version, kind, scan(folder), **more)  # type: ignore[arg-type]
         return self.publish_raw(name, version, encode(manifest), files.values())
 
     def publish_raw(self, name: str, version: str, manifest: bytes, blobs: object = ()) -> Target:
