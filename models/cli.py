@@ -17,6 +17,9 @@ from models.fetch import Progress, default_cache, sources
 app = typer.Typer(no_args_is_help=True, help="Fetch, build, package and publish model bundles.")
 Name = Annotated[str, typer.Argument(help="A model: see `outrider models list`.")]
 Cache = Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE", help="Where models are kept between runs.")]
+Adapter = Annotated[
+    Path | None, typer.Option("--adapter", help="A folder with an adapter of your own: it is bundled under the name.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -45,14 +48,13 @@ def package(
     name: Name,
     out: Annotated[Path | None, typer.Option(help="The bundle folder; default: in the cache.")] = None,
     version: Annotated[str, typer.Option(help="Default: the source's version and the digest's first digits.")] = "",
+    adapter: Adapter = None,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """Make a bundle: the model folder with its manifest."""
-    from models.package import package as packaged
-
+    """Make a bundle: the model's or adapter's folder with its manifest."""
     with _errors(as_json), _shown(as_json) as progress:
-        path, manifest = packaged(name, cache or default_cache(), out, version, progress)
+        path, manifest = _packaged(name, adapter, cache, progress, out, version)
     digest = manifest.meta["content_digest"]
     facts = {"name": name, "version": manifest.version, "path": str(path), "digest": digest, "size": manifest.size}
     _say(as_json, facts, f"{name} {manifest.version}  {manifest.size / 2**20:.1f} MiB  {digest}\n{path}")
@@ -60,17 +62,18 @@ def package(
 
 @app.command()
 def publish(
-    bundle: Annotated[str, typer.Argument(help="A bundle folder, or the name of a model to package first.")],
+    bundle: Annotated[str, typer.Argument(help="A bundle folder, or the name of what is to be packaged first.")],
     hub: Annotated[str, typer.Option(envvar="OUTRIDER_HUB")] = "http://127.0.0.1:8080",
     token: Annotated[str, typer.Option(envvar="OUTRIDER_TOKEN", help="An access token of the hub.")] = "",
     user: Annotated[str, typer.Option(envvar="OUTRIDER_USER")] = "admin",
     password: Annotated[str, typer.Option(envvar="OUTRIDER_PASSWORD", help="Better in the variable.")] = "",
+    adapter: Adapter = None,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Upload a bundle to a hub, which signs it."""
+    from models.adapter import shipped
     from models.package import open_bundle
-    from models.package import package as packaged
     from models.publish import kept_token, login
     from models.publish import publish as published
 
@@ -80,8 +83,8 @@ def publish(
             hint = f"outrider hub login --hub {hub}, or --token, or --user and OUTRIDER_PASSWORD"
             raise ModelError("the hub needs to know who publishes", hint)
         folder = Path(bundle)
-        if bundle in sources() and not (folder / "bundle.json").is_file():
-            folder, _ = packaged(bundle, cache or default_cache(), progress=progress)
+        if adapter or (bundle in sources() | shipped() and not (folder / "bundle.json").is_file()):
+            folder, _ = _packaged(bundle, adapter, cache, progress)
         signed = published(hub, token or login(hub, user, password), folder, progress)
         manifest = open_bundle(folder)
     facts = {"name": manifest.name, "version": manifest.version, "manifest_sha256": signed["manifest_sha256"]}
@@ -91,7 +94,9 @@ def publish(
 
 @app.command(name="list")
 def list_(cache: Cache = None, as_json: Json = False) -> None:
-    """The models that can be fetched, and what the cache has of them."""
+    """The models that can be fetched and the adapters that ship, and what the cache has of them."""
+    from models.adapter import describe, shipped
+
     where = cache or default_cache()
     rows: list[dict[str, Any]] = []
     for name, source in sources().items():
@@ -100,8 +105,11 @@ def list_(cache: Cache = None, as_json: Json = False) -> None:
         pinned = f"{source.package}=={source.version}"
         row = {"name": name, "kind": source.kind, "source": pinned, "license": source.license}
         rows.append(row | {"fetched": fetched, "built": built})
+    for name, folder in shipped().items():
+        row = {"name": name, "kind": "adapter", "source": "here", "license": describe(folder).license}
+        rows.append(row | {"fetched": True, "built": [str(folder)]})
     lines = [
-        f"{r['name']:<10} {r['kind']:<5} {r['source']:<22} {r['license']:<11} "
+        f"{r['name']:<10} {r['kind']:<7} {r['source']:<22} {r['license']:<11} "
         f"{'built' if r['built'] else 'fetched' if r['fetched'] else '-'}"
         for r in rows
     ]
@@ -115,6 +123,18 @@ def digest(folder: Annotated[Path, typer.Argument(help="A model folder.")], as_j
         if not folder.is_dir():
             raise ModelError(f"{folder} is no folder", "outrider models build NAME prints one")
         _say_folder(as_json, folder.name, folder)
+
+
+def _packaged(
+    name: str, adapter: Path | None, cache: Path | None, progress: Progress, out: Path | None = None, version: str = ""
+) -> tuple[Path, Any]:
+    from models.adapter import package_adapter
+    from models.package import package as packaged
+
+    where = cache or default_cache()
+    if adapter is not None:
+        return package_adapter(name, adapter, where, out, version, progress)
+    return packaged(name, where, out, version, progress)
 
 
 def _say_folder(as_json: bool, name: str, folder: Path) -> None:

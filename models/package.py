@@ -107,20 +107,27 @@ def build(name: str, cache: Path, progress: Progress = quiet) -> Path:
 def package(
     name: str, cache: Path, out: Path | None = None, version: str = "", progress: Progress = quiet
 ) -> tuple[Path, Manifest]:
-    """Make the bundle of a source at `out` (default: in the cache). Raises ModelError.
+    """Make the bundle of a source, or of an adapter that ships, at `out` (default: in the cache). Raises ModelError.
 
     The default version is the source's with the content digest's first digits, so other content is another version.
     """
+    from models.adapter import package_adapter, shipped
+
+    if name in shipped():
+        return package_adapter(name, shipped()[name], cache, out, version, progress)
     folder = build(name, cache, progress)
     recipe, source = RECIPES[name], sources()[name]
-    files = scan(folder)
-    digest = content_digest(files)
+    digest = content_digest(scan(folder))
     manifest = _manifest(name, version or f"{source.version}+{digest[:8]}", folder, recipe, source, progress)
-    bundle = out or cache / "bundles" / f"{name}-{manifest.version}"
+    return write_bundle(out or cache / "bundles" / f"{name}-{manifest.version}", folder, manifest), manifest
+
+
+def write_bundle(bundle: Path, folder: Path, manifest: Manifest) -> Path:
+    """The bundle folder of a manifest whose files lie in `folder`. Raises ModelError when it would overwrite others."""
     if bundle.exists() and not (bundle / "bundle.json").is_file():
         raise ModelError(f"{bundle} exists and is no bundle", "choose another --out")
     shutil.rmtree(bundle, ignore_errors=True)
-    for entry in files:
+    for entry in manifest.files:
         target = bundle / "files" / entry.path
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -130,7 +137,7 @@ def package(
     with atomic_file(bundle / "bundle.json") as (stream, keep):
         stream.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
         keep()
-    return bundle, manifest
+    return bundle
 
 
 def open_bundle(bundle: Path) -> Manifest:

@@ -242,7 +242,7 @@ class WorkerProcess:
         self._ready.clear()
         self._channel = None
         channel.close()
-        if self._paths.pop(self._loading, "") or self.adapters.pop(self._loading, ()):
+        if any((self._paths.pop(self._loading, None), self.adapters.pop(self._loading, None))):
             self._log.error("%s killed the %s process while loading; it stays out", self._loading, self.name)
         for answers in self._pending.values():
             answers.put_nowait(Retry(f"the {self.name} process died", "it is being restarted"))
