@@ -26,12 +26,15 @@ from bench.demo_tasks import CUT_TASKS, LONG_TASK, TASKS, DemoTask
 from bench.fleet import Device, Hub, running, until
 from bench.link import Link
 from edge_agent.agent.calls import Call, render
+from edge_agent.wire.bundle import Manifest
 from edge_agent.wire.messages import TERMINAL
+from models.adapter import shipped
 from models.package import package
 from models.publish import publish
 
 DEVICES = ("press-1", "press-2", "press-3")
-BUNDLES = ("smollm2", "ppocr-det", "ppocr-rec")
+MODEL, ADAPTER = "smollm2", "toolcaller"
+BUNDLES = (MODEL, "ppocr-det", "ppocr-rec")
 CUT_S = 30.0
 
 
@@ -82,28 +85,40 @@ class Demo:
         seen = {known["name"]: known["presence"]["online"] for known in await hub.get("/v1/devices")}
         return True if seen.get(device.name) is wanted else None
 
-    async def install(self, hub: Hub, digests: dict[str, str]) -> None:
-        """Publish the bundles, assign them to every device and wait until each has them."""
-        for name in BUNDLES:
-            found = [b for b in await hub.get("/v1/bundles") if b["name"] == name]
-            for where in DEVICES:
-                await hub.post(f"/v1/devices/{where}/bundles", {"name": name, "version": found[-1]["version"]})
-        for device in self.devices.values():
+    async def install(self, hub: Hub, bundles: dict[str, Manifest]) -> None:
+        """Assign the published bundles to every device and wait until each has them, the adapter after the others."""
+        await self._assign(hub, {name: manifest for name, manifest in bundles.items() if name != ADAPTER})
+        if ADAPTER in bundles:
+            size, base = (bundles[name].size / 2**20 for name in (ADAPTER, MODEL))
             began = time.monotonic()
-            models = await until(f"{device.name} installing", 150, self._installed, device)
-            self.say(f"{device.name} has {', '.join(sorted(models))} (waited {time.monotonic() - began:.1f} s)")
-            for name in BUNDLES:
-                if models[name]["digest"] != digests[name]:
+            await self._assign(hub, {ADAPTER: bundles[ADAPTER]})
+            took = time.monotonic() - began
+            self.report["adapter"] = {"bytes": bundles[ADAPTER].size, "seconds": took}
+            self.say(f"the adapter is {size:.1f} MiB and runs on {len(DEVICES)} devices after {took:.1f} s; "
+                     f"the {base:.0f} MiB of its base model were not loaded again")  # fmt: skip
+        for device in self.devices.values():
+            models = (await device.status())["models"]
+            for name, manifest in bundles.items():
+                if models[name]["digest"] != manifest.meta["content_digest"]:
                     self.promise("a device runs what was published", False, f"{device.name}: {name} differs")
                     return
         self.promise(
-            "a device runs what was published", True, f"{len(BUNDLES)} digests equal on {len(DEVICES)} devices"
+            "a device runs what was published", True, f"{len(bundles)} digests equal on {len(DEVICES)} devices"
         )
 
-    async def _installed(self, device: Device) -> dict[str, Any] | None:
+    async def _assign(self, hub: Hub, bundles: dict[str, Manifest]) -> None:
+        for name, manifest in bundles.items():
+            for where in DEVICES:
+                await hub.post(f"/v1/devices/{where}/bundles", {"name": name, "version": manifest.version})
+        for device in self.devices.values():
+            began = time.monotonic()
+            await until(f"{device.name} installing", 150, self._installed, device, list(bundles))
+            self.say(f"{device.name} has {', '.join(sorted(bundles))} (waited {time.monotonic() - began:.1f} s)")
+
+    async def _installed(self, device: Device, names: list[str]) -> bool | None:
         device.process.check()
         models: dict[str, Any] = (await device.status())["models"]
-        return models if all(models.get(name, {}).get("state") == "committed" for name in BUNDLES) else None
+        return True if all(models.get(name, {}).get("state") == "committed" for name in names) else None
 
     # -- the work -----------------------------------------------------------------------------------------------
 
@@ -265,7 +280,10 @@ class Demo:
         for key, value in records.items():
             table.add_row(f"records {key.replace('_', ' ')}", f"{value:,}")
         table.add_row("time to catch up", f"{self.report['catch_up_s']:.1f} s")
-        table.add_row("language model", self.report["digests"]["smollm2"])
+        table.add_row("language model", self.report["digests"][MODEL])
+        table.add_row(
+            "adapter", ", ".join({decision["adapter"] for decision in decisions if decision["adapter"]}) or "-"
+        )
         held = sum(p["held"] for p in self.report["promises"])
         table.add_row("promises held", f"{held} of {len(self.report['promises'])}")
         table.add_row("took", f"{summary['seconds']:.0f} s")
@@ -288,15 +306,16 @@ async def run(folder: Path, cache: Path, console: Console, keep: bool, report: P
         asyncio.get_running_loop().add_signal_handler(number, lambda: me and me.cancel())
     demo = Demo(folder, console)
     demo.title("models, from pinned packages to bundles")
-    bundles = {name: await asyncio.to_thread(_package, demo, name, cache) for name in BUNDLES}
-    digests = {name: digest for name, (_, digest) in bundles.items()}
-    demo.report["digests"] = digests
+    names = (*BUNDLES, *({ADAPTER} & shipped().keys()))
+    bundles = {name: await asyncio.to_thread(_package, demo, name, cache) for name in names}
+    manifests = {name: manifest for name, (_, manifest) in bundles.items()}
+    demo.report["digests"] = {name: manifest.meta["content_digest"] for name, manifest in manifests.items()}
     demo.began = time.monotonic()
     async with _fleet(demo) as hub:
         demo.title("publish, assign, install over the wire")
         for bundle, _ in bundles.values():
             await asyncio.to_thread(publish, hub.url, hub.token, bundle)
-        await demo.install(hub, digests)
+        await demo.install(hub, manifests)
         demo.title("ten requests in plain words")
         await demo.work(hub)
         demo.title("cut the cable")
@@ -315,14 +334,14 @@ async def run(folder: Path, cache: Path, console: Console, keep: bool, report: P
     return demo.report
 
 
-def _package(demo: Demo, name: str, cache: Path) -> tuple[Path, str]:
+def _package(demo: Demo, name: str, cache: Path) -> tuple[Path, Manifest]:
     began = time.monotonic()
     with demo.console.status(name) as status:
         folder, manifest = package(name, cache, progress=lambda what, *_: status.update(f"{name}: {what}"))
     digest = str(manifest.meta["content_digest"])
     took = f"[dim]{time.monotonic() - began:.1f} s[/dim]"
     demo.say(f"{name} {manifest.version}, {manifest.size / 2**20:.0f} MiB, {digest} {took}")
-    return folder, digest
+    return folder, manifest
 
 
 @asynccontextmanager

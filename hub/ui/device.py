@@ -68,7 +68,8 @@ def models_html(device: dict[str, Any]) -> str:
         why = f'<p class="bad">{e(model["why"])}</p>' if model["why"] else ""
         digest = f'<code title="{e(model["digest"])}">{e(model["digest"][:12])}</code>' if model["digest"] else ""
         note = f'<span class="chip {model["tone"]}"><em>{e(model["note"])}</em></span>'
-        rows += f'<div class="row"><b>{e(model["name"])}</b>{digest}{note}</div>{why}'
+        kind = '<span class="muted">adapter</span>' if model["kind"] == "adapter" else ""
+        rows += f'<div class="row"><b>{e(model["name"])}</b>{kind}{digest}{note}</div>{why}'
     none = '<p class="muted">Nothing installed. Assign a bundle on the <a href="/models">Models</a> page.</p>'
     return f'<div class="heading"><h2>Models</h2></div><div class="card pad">{rows or none}</div>'
 

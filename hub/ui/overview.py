@@ -120,7 +120,7 @@ def models_of(device: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
     for name in sorted({*reported, *wanted}):
         has, target = (each if isinstance(each, dict) else {} for each in (reported.get(name), wanted.get(name)))
-        row = {key: str(has.get(key) or "") for key in ("version", "digest", "target")}
+        row = {key: str(has.get(key) or "") for key in ("version", "digest", "target", "kind")}
         row["target"] = str(target.get("version") or row["target"] or row["version"])
         state = str(has.get("state") or "waiting")
         if state == "committed" and row["target"] != row["version"]:
