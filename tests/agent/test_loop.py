@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.agent.calls import Call
-from edge_agent.agent.loop import AgentLoop, Budget
+from edge_agent.agent.loop import AgentLoop, Budget, Speaker
 from edge_agent.agent.transcript import Step, Task, Transcripts, migrations
 from edge_agent.errors import Refused, Retry
 from edge_agent.store import Store
@@ -55,6 +55,19 @@ async def test_a_call_then_none_succeeds_with_the_result(build: Build, transcrip
     assert await transcripts.get("t1") == task
     assert "41.5" in model.asked[1].prompt
     assert model.asked[0].prefix == model.asked[1].prefix
+
+
+async def test_an_adapter_for_signatures_gets_no_examples_and_is_named_in_the_transcript(
+    transcripts: Transcripts,
+) -> None:
+    model, speakers = ScriptedModel(READ, Retry("switched"), "none()"), [Speaker("d", "a@1", "a 1", shots=False)] * 2
+    speakers += [Speaker("d")]
+    loop = AgentLoop(model, LocalTools(*plant.ALL), transcripts, lambda *_: True, speaker=lambda: speakers.pop(0))
+    task = await ask(loop)
+    assert [(step.digest, step.adapter) for step in task.steps if step.role == "model"] == [("d", "a 1"), ("d", "")]
+    assert [asked.adapter for asked in model.asked] == ["a@1", "a@1", ""]
+    assert "how hot is line 2" not in model.asked[0].prefix
+    assert "how hot is line 2" in model.asked[2].prefix
 
 
 async def test_the_models_own_words_are_the_answer(build: Build) -> None:

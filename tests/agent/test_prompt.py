@@ -17,6 +17,9 @@ def test_the_preamble_shows_the_tools_own_examples_as_turns() -> None:
     text = prompt.preamble([tool.spec for tool in plant.ALL])
     assert "<|im_start|>user\nhow hot is line 2<|im_end|>\n" in text
     assert '<|im_start|>assistant\nread_sensor(sensor="temperature", line=2)<|im_end|>\n' in text
+    bare = prompt.preamble([tool.spec for tool in plant.ALL], shots=False)
+    assert text.startswith(bare)
+    assert bare.count("<|im_start|>") == 1
 
 
 def test_results_are_short_plain_text() -> None:
