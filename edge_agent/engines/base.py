@@ -72,7 +72,18 @@ class LanguageModel(Protocol):
     info: EngineInfo
 
     def generate(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Piece]:
-        """Stream the completion. Raises Refused when the grammar or the lengths cannot be served."""
+        """Stream the completion. Raises Refused when the grammar, the adapter or the lengths cannot be served."""
+        ...
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Make an adapter folder selectable as `Generate.adapter`, between requests; the same name replaces it.
+
+        Raises Refused, with nothing changed, when it is damaged, of another base model, or one too many.
+        """
+        ...
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and its caches. Raises Refused when there is none of that name."""
         ...
 
     def close(self) -> None: ...

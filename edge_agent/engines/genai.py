@@ -88,6 +88,14 @@ class GenaiModel:
         matcher = self._matcher(request.grammar) if request.grammar else None
         return self._stream(_Run(request, prompt, cancelled), matcher)
 
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Add an adapter folder. Raises Refused."""
+        raise Refused(f"{self.info.model} takes no adapters yet", "leave the adapter empty")
+
+    def unload_adapter(self, name: str) -> None:
+        """Remove an adapter. Raises Refused when it is not loaded."""
+        raise Refused(f"{self.info.model} has no adapter {name!r}")
+
     def count(self, text: str) -> int:
         """Tokens of a text, special ones read as such."""
         return len(self._tokenizer.tokenize_str(text, parse_special=True))
