@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from edge_agent.engines.base import LanguageModel, Network, Piece
 from edge_agent.errors import Fatal, OutriderError, Refused, Retry
@@ -101,7 +102,7 @@ class Worker:
                     previous.close()
                 self._channel.send(frames.Loaded(id, name, model.info))
             case Adapt(id, name, adapter, path):
-                language = self._model(name)
+                language = cast(LanguageModel, self._model(name))
                 if not hasattr(language, "load_adapter"):
                     raise Refused(f"{name} takes no adapters")
                 if path:
