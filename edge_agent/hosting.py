@@ -183,7 +183,7 @@ async def _loading(worker: WorkerProcess, installed: Installed, load: Callable[[
         await load()
     except Retry as error:
         await asyncio.sleep(0)
-        if worker.pid is None or worker.starts != starts:
+        if not worker.connected or worker.starts != starts:
             what = f"{installed.manifest.name} {installed.manifest.version}"
             raise Refused(
                 f"{what} kills its worker while it loads", "its log in the daemon's journal says why"

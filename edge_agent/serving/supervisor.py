@@ -75,6 +75,11 @@ class WorkerProcess:
         """The child's process id while one runs."""
         return self._process.pid if self._process else None
 
+    @property
+    def connected(self) -> bool:
+        """False as soon as the child's end is gone, before the process is."""
+        return self._channel is not None
+
     async def ready(self, timeout_s: float) -> None:
         """Wait until the child serves. Raises Retry."""
         try:
