@@ -68,8 +68,8 @@ class Reference:
         ]
         self._inverse = s.rope_base ** (-np.arange(0, s.head_size, 2) / s.head_size)
 
-    def extend(self, sequences: list[Sequence]) -> None:
-        """Read the tokens that each sequence has no `top` for yet."""
+    def extend(self, sequences: list[Sequence]) -> Floats:
+        """Read the tokens that each sequence has no `top` for yet; returns the logits after each."""
         s = self.shape
         new = [sequence.tokens[len(sequence.top) :] for sequence in sequences]
         edges = np.cumsum([len(tokens) for tokens in new])[:-1]
@@ -89,9 +89,10 @@ class Reference:
             normed = self._norm(x, layer["ffn_norm"])
             gate = normed @ layer["ffn_gate"]
             x = x + (gate / (1 + np.exp(-gate)) * (normed @ layer["ffn_up"])) @ layer["ffn_down"]
-        top = (self._norm(x, self._final) @ self._embedding.T).argmax(axis=-1)
-        for sequence, tokens in zip(sequences, np.split(top, edges), strict=True):
+        logits: Floats = self._norm(x, self._final) @ self._embedding.T
+        for sequence, tokens in zip(sequences, np.split(logits.argmax(axis=-1), edges), strict=True):
             sequence.top += tokens.tolist()
+        return logits
 
     def _norm(self, x: Floats, weight: Floats) -> Floats:
         scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(self.shape.epsilon))

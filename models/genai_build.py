@@ -30,15 +30,17 @@ def build_genai_folder(gguf: Path, out: Path, progress: Progress = lambda text, 
     return write_genai_folder(GgufWeights(gguf), out, progress)
 
 
-def write_genai_folder(weights: GgufWeights, out: Path, progress: Progress = lambda text, fraction: None) -> str:
-    """Convert weights that are open; as `build_genai_folder`."""
+def write_genai_folder(
+    weights: GgufWeights, out: Path, progress: Progress = lambda text, fraction: None, bits: int = 4
+) -> str:
+    """Convert weights that are open, to linear layers of 4 (the file's own blocks), 8 or 32 bits."""
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         documents = {"genai_config.json": _genai_config(weights), **tokenizer_files(weights)}
         for name, document in documents.items():
             (work / name).write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        write_graph(weights, work, progress)
+        write_graph(weights, work, progress, bits)
         digest = content_digest(scan(work))
         work.chmod(0o755)
         if out.exists():

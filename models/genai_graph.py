@@ -1,10 +1,13 @@
 """Writes a decoder as an ONNX graph for onnxruntime-genai, from the exact blocks of a GGUF file.
 
-Invariants: same blocks, same bytes; no weight is rounded. A Q4_1 block `d*q + m` is computed as
+Invariants: same blocks, same bytes; no weight is rounded, unless 8 bits are asked for (dense weights, such as merged
+ones, in symmetric blocks); 32 bits are the weights in float32, for comparison. A Q4_1 block `d*q + m` is computed as
 `d*(q-8)` (a symmetric int4 MatMulNBits, which has fast kernels) plus `m + 8d` times the sum of the inputs over the
 block (a product 1/32 the size). Layers that share an input share those sums: q, k and v are one product, gate and up
 another. The matrix of embeddings is stored once and read as table and as output layer. Logits are those of the last
-position only. The form follows onnxruntime-genai's own model builder (GroupQueryAttention with packed QKV and rotary).
+position only. Every linear product has the side path `x A B` of a LoRA adapter (Hu et al. 2021, arXiv:2106.09685):
+A and B (`blk.0.qkv.a`, …) are inputs with a default of rank 0, which adds nothing, bit for bit, at no cost that can be
+measured. The form follows onnxruntime-genai's own model builder (GroupQueryAttention with packed QKV and rotary).
 """
 
 from __future__ import annotations
@@ -60,9 +63,10 @@ class Graph:
 class DecoderGraph(Graph):
     """The llama decoder: call `start`, `layer` for each layer in order, then `finish`."""
 
-    def __init__(self, weights: GgufWeights, data: BinaryIO, location: str) -> None:
+    def __init__(self, weights: GgufWeights, data: BinaryIO, location: str, bits: int = 4) -> None:
         super().__init__(data, location)
-        self.weights, self.shape = weights, weights.shape
+        self.weights, self.shape, self.bits = weights, weights.shape, bits
+        self._sides: list[onnx.ValueInfoProto] = []
         self._residual, self._update = "", ""
 
     def start(self) -> None:
@@ -137,7 +141,7 @@ class DecoderGraph(Graph):
         keys = [f"{i}.{kind}" for i in range(s.layers) for kind in ("key", "value")]
         info = helper.make_tensor_value_info
         inputs = [info("input_ids", _INT64, ["batch", "new"]), info("attention_mask", _INT64, ["batch", "length"])]
-        inputs += [info(f"past_key_values.{key}", _FLOAT, cache) for key in keys]
+        inputs += [info(f"past_key_values.{key}", _FLOAT, cache) for key in keys] + self._sides
         outputs = [info("logits", _FLOAT, ["batch", 1, s.vocabulary])]
         outputs += [info(f"present.{key}", _FLOAT, cache) for key in keys]
         graph = helper.make_graph(self.nodes, "decoder", inputs, outputs, self.initializers)
@@ -158,6 +162,17 @@ class DecoderGraph(Graph):
         return normed
 
     def _linear(self, x: str, name: str, tensors: list[str]) -> str:
+        """One product for matrices that share an input, and the side path of an adapter."""
+        base = {4: self._blocks, 8: self._eights, 32: self._floats}[self.bits]
+        columns, rows = base(x, name, tensors)
+        for part, shape in (("a", [columns, 0]), ("b", [0, rows])):
+            self.constant(f"{name}.{part}", np.zeros(shape, np.float32))
+            dims = [size or f"{name}.rank" for size in shape]
+            self._sides.append(helper.make_tensor_value_info(f"{name}.{part}", _FLOAT, dims))
+        low = self.node("MatMul", [x, f"{name}.a"], name + "/low")
+        return self.node("Gemm", [low, f"{name}.b", name + "/base"], name)
+
+    def _blocks(self, x: str, name: str, tensors: list[str]) -> tuple[int, int]:
         parts = [self.weights.q4_1(tensor) for tensor in tensors]
         quants, scale, least = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         rows, blocks = scale.shape
@@ -167,17 +182,36 @@ class DecoderGraph(Graph):
         self._matmul_nbits(x, name, name + "/symmetric", rows, blocks * BLOCK, bits=4)
         blocked = self.node("Reshape", [x, f"blocks_{blocks * BLOCK}"], name + "/blocked")
         sums = self.node("ReduceSum", [blocked, "last_axis"], name + "/sums", keepdims=0)
-        return self.node("Gemm", [sums, f"{name}.c", name + "/symmetric"], name)
+        self.node("Gemm", [sums, f"{name}.c", name + "/symmetric"], name + "/base")
+        return blocks * BLOCK, rows
+
+    def _eights(self, x: str, name: str, tensors: list[str]) -> tuple[int, int]:
+        dense = np.concatenate([self.weights.dense(tensor) for tensor in tensors])
+        rows, columns = dense.shape
+        blocks = dense.reshape(rows, -1, BLOCK)
+        scale = np.maximum(np.abs(blocks).max(-1) / 127, np.float32(1e-12))
+        quants = (np.rint(blocks / scale[..., None]) + 128).astype(np.uint8)
+        self.stored(quants, **{f"{name}.q": quants.shape})
+        self.stored(scale, **{f"{name}.d": (scale.size,)})
+        self._matmul_nbits(x, name, name + "/base", rows, columns, bits=8)
+        return columns, rows
+
+    def _floats(self, x: str, name: str, tensors: list[str]) -> tuple[int, int]:
+        dense = np.concatenate([self.weights.dense(tensor) for tensor in tensors])
+        self.stored(dense.T, **{f"{name}.w": dense.T.shape})
+        self.node("MatMul", [x, f"{name}.w"], name + "/base")
+        return dense.shape[1], dense.shape[0]
 
     def _matmul_nbits(self, x: str, weight: str, output: str, rows: int, columns: int, *, bits: int) -> str:
-        form = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+        level = 1 if self.bits == 32 else 4  # what the activations are rounded to: float32, int8
+        form = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": level}
         return self.node("MatMulNBits", [x, f"{weight}.q", f"{weight}.d"], output, domain=_MICROSOFT, **form)
 
 
-def write_graph(weights: GgufWeights, folder: Path, progress: Callable[[str, float], None]) -> None:
+def write_graph(weights: GgufWeights, folder: Path, progress: Callable[[str, float], None], bits: int = 4) -> None:
     """Write model.onnx and model.onnx.data into `folder`; progress(text, fraction) after each layer."""
     with (folder / "model.onnx.data").open("wb") as data:
-        graph = DecoderGraph(weights, data, "model.onnx.data")
+        graph = DecoderGraph(weights, data, "model.onnx.data", bits)
         graph.start()
         for index in range(weights.shape.layers):
             graph.layer(index)

@@ -3,8 +3,9 @@
 Invariants: keys and values of a request's tokens stay in its generator, and the next request with the same prefix
 rewinds to what both share, so a preamble is read once; grammars need no generator of their own. Tokens that the
 grammar forces are not asked of the model: they are appended together with the last chosen one in a single run.
-Memory is bounded: `generators` caches of `context` tokens, least recently used first out. A request is cancelled
-between tokens, and between pieces of a long prompt (genai holds the GIL while it runs).
+Memory is bounded: `generators` caches of `context` tokens, least recently used first out, and `adapters` adapters. An
+adapter has run a token before it can be asked for; one that is replaced or unloaded takes its caches with it. A request
+is cancelled between tokens, and between pieces of a long prompt (genai holds the GIL while it runs).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -26,9 +28,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime_genai as og
 from llguidance import LLMatcher, LLTokenizer
 
+from edge_agent.engines.adapters import read_adapter, write_parameters
 from edge_agent.engines.base import EngineInfo, Generate, Piece
 from edge_agent.engines.onnxruntime import cpu_count
-from edge_agent.errors import Refused
+from edge_agent.errors import Refused, Retry
 from edge_agent.wire.bundle import content_digest, scan
 
 _CHUNK = 128  # tokens of a prompt read at once
@@ -49,7 +52,9 @@ class GenaiModel:
 
     info: EngineInfo
 
-    def __init__(self, path: Path, *, threads: int = 0, context: int = 2048, generators: int = 2) -> None:
+    def __init__(
+        self, path: Path, *, threads: int = 0, context: int = 2048, generators: int = 2, adapters: int = 8
+    ) -> None:
         """Load `path`. Raises Refused when it is not a folder that onnxruntime-genai and its tokenizer can load."""
         started = time.perf_counter()
         threads = threads or cpu_count()
@@ -69,7 +74,10 @@ class GenaiModel:
                 f"{path.name} cannot be loaded as a language model: {error}",
                 "it is a folder made by `outrider models build`, or by onnxruntime-genai's model builder",
             ) from error
-        self._generators = generators
+        self._generators, self._most_adapters = generators, adapters
+        self._parameters = og.Adapters(self._model)
+        self._adapters: dict[str, str] = {}  # by name, what genai calls each: no name is used twice there
+        self._loads = 0
         self._caches: OrderedDict[tuple[str, str], _Cache] = OrderedDict()
         self._grammars: OrderedDict[str, LLMatcher] = OrderedDict()
         self._bits = np.zeros((self._vocabulary + 31) // 32, dtype=np.uint32)
@@ -89,12 +97,38 @@ class GenaiModel:
         return self._stream(_Run(request, prompt, cancelled), matcher)
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Add an adapter folder. Raises Refused."""
-        raise Refused(f"{self.info.model} takes no adapters yet", "leave the adapter empty")
+        """Add or replace an adapter. Raises Refused with nothing changed, Retry when there is no room to expand it."""
+        if not name or (name not in self._adapters and len(self._adapters) >= self._most_adapters):
+            raise Refused(f"{name!r} cannot be loaded beside {len(self._adapters)} adapters", "unload one")
+        parameters = read_adapter(folder, self.info.digest)
+        self._loads += 1
+        known = f"{name}/{self._loads}"
+        try:
+            with tempfile.TemporaryDirectory(prefix="outrider-adapter-") as scratch:
+                path = Path(scratch) / "parameters"
+                write_parameters(parameters, path)
+                self._parameters.load(str(path), known)  # maps the file, which needs no name from then on
+        except (OSError, RuntimeError) as error:
+            hint = f"is there space in {tempfile.gettempdir()}?"
+            raise Retry(f"the adapter {name} cannot be expanded: {error}", hint) from error
+        if fault := self._fault(known):
+            self._parameters.unload(known)
+            raise Refused(f"the adapter {name} does not fit {self.info.model}: {fault}", "another base model?")
+        if name in self._adapters:
+            self.unload_adapter(name)
+        self._adapters[name] = known
 
     def unload_adapter(self, name: str) -> None:
-        """Remove an adapter. Raises Refused when it is not loaded."""
-        raise Refused(f"{self.info.model} has no adapter {name!r}")
+        """Remove an adapter and its caches. Raises Refused when it is not loaded, Retry when a text is half written."""
+        if name not in self._adapters:
+            raise Refused(f"{self.info.model} has no adapter {name!r}", "it was not loaded")
+        for key in [key for key in self._caches if key[1] == name]:
+            del self._caches[key]
+        try:
+            self._parameters.unload(self._adapters[name])
+        except RuntimeError as error:
+            raise Retry(f"the adapter {name} is in use", "when its text is written") from error
+        del self._adapters[name]
 
     def count(self, text: str) -> int:
         """Tokens of a text, special ones read as such."""
@@ -104,11 +138,12 @@ class GenaiModel:
         """Free the caches and the model."""
         self._caches.clear()
         self._grammars.clear()
-        self._model = None
+        self._parameters = self._model = None
 
     def _encode(self, request: Generate) -> list[int]:
-        if request.adapter:
-            raise Refused(f"{self.info.model} has no adapter {request.adapter!r}", "leave the adapter empty")
+        if request.adapter and request.adapter not in self._adapters:
+            there = ", ".join(self._adapters) or "none"
+            raise Refused(f"{self.info.model} has no adapter {request.adapter!r}", f"leave it empty; loaded: {there}")
         if request.max_tokens < 1 or not 0 <= request.temperature < 100:
             raise Refused("max_tokens is at least 1 and temperature from 0 to 100")
         prompt: list[int] = self._tokenizer.tokenize_str(request.prefix + request.prompt, parse_special=True)
@@ -131,7 +166,7 @@ class GenaiModel:
 
     def _stream(self, run: _Run, matcher: LLMatcher | None) -> Iterator[Piece]:
         key = (run.request.prefix, run.request.adapter)
-        cache = self._caches.pop(key, None) or self._new_cache()
+        cache = self._caches.pop(key, None) or self._new_cache(run.request.adapter)
         run.cached = _shared(cache.tokens, run.prompt)
         if run.cached < len(cache.tokens):
             cache.generator.rewind_to(run.cached)
@@ -201,12 +236,27 @@ class GenaiModel:
         logprob = float(np.log(weights[index] / weights.sum())) if weights[index] > 0 else -100.0
         return (index if allowed is None else int(allowed[index])), logprob
 
-    def _new_cache(self) -> _Cache:
+    def _new_cache(self, adapter: str) -> _Cache:
         while len(self._caches) >= self._generators:
             self._caches.popitem(last=False)
+        return _Cache(self._generator(self._context, self._adapters[adapter] if adapter else ""))
+
+    def _generator(self, length: int, known: str) -> Any:
         params = og.GeneratorParams(self._model)
-        params.set_search_options(max_length=self._context)
-        return _Cache(og.Generator(self._model, params))
+        params.set_search_options(max_length=length)
+        generator = og.Generator(self._model, params)
+        if known:
+            generator.set_active_adapter(self._parameters, known)
+        return generator
+
+    def _fault(self, known: str) -> str:
+        """Why a loaded adapter does not run: one token with it tells."""
+        generator = self._generator(8, known)
+        try:
+            generator.append_tokens(np.zeros(1, dtype=np.int32))
+            return "" if np.isfinite(generator.get_logits()).all() else "its numbers are too large"
+        except RuntimeError as error:
+            return str(error)
 
 
 class _Run:

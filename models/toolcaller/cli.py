@@ -73,9 +73,32 @@ def train(
 
 
 @app.command()
+def adapter(
+    run: Annotated[Path, typer.Argument(help="The folder of a training run.")],
+    out: Annotated[Path, typer.Option(help="The adapter folder to make.")],
+    cache: Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Make what ships of a run: its adapter in 8 bits, for the base model as it is built here; needs no PyTorch."""
+    from edge_agent.wire.bundle import content_digest, scan
+    from models.errors import ModelError
+    from models.fetch import default_cache
+    from models.package import build
+    from models.toolcaller.adapter import write_adapter
+
+    try:
+        digest = write_adapter(run, out, content_digest(scan(build("smollm2", cache or default_cache()))))
+    except (ModelError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(json.dumps({"path": str(out), "digest": digest}) if as_json else f"{digest}  {out}")
+
+
+@app.command()
 def merge(
     run: Annotated[Path, typer.Argument(help="The folder of a training run.")],
     out: Annotated[Path, typer.Option(help="The model folder to make.")],
+    bits: Annotated[int, typer.Option(help="4 (the base's form, the most is lost), 8, or 32 to compare with.")] = 4,
     cache: Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
@@ -90,7 +113,9 @@ def merge(
         weights = MergedWeights(
             fetch("smollm2", cache or default_cache()), run / "adapter.npz", plan["alpha"] / plan["rank"]
         )
-        digest = write_genai_folder(weights, out)
+        if bits not in (4, 8, 32):
+            raise ValueError(f"{bits} bits: 4, 8 or 32")
+        digest = write_genai_folder(weights, out, bits=bits)
     except (ModelError, OSError, KeyError, ValueError) as error:
         typer.echo(f"error: {error}\nhint: RUN is a folder of `outrider models toolcaller train`", err=True)
         raise typer.Exit(1) from error

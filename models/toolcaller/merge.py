@@ -1,7 +1,7 @@
-"""A LoRA adapter added to the weights of a GGUF file, with numpy alone: what a device runs costs nothing more.
+"""A LoRA adapter added to the weights of a GGUF file, with numpy alone.
 
-Invariants: only what the adapter names changes; a changed matrix is quantized once, to the same 4-bit blocks with scale
-and minimum that the file has, so the converted graph is the base model's in form, size and speed.
+Invariants: only what the adapter names changes. `dense` is the exact sum; as blocks, a changed matrix is quantized
+once, to the same 4 bits with scale and minimum that the file has: the base model's form, size and speed, at a loss.
 """
 
 from __future__ import annotations
@@ -40,17 +40,24 @@ class MergedWeights(GgufWeights):
 
     def q4_1(self, name: str) -> tuple[Bytes, Floats, Floats]:
         """Blocks of the merged matrix, as of the base where the adapter says nothing."""
-        quants, step, least = super().q4_1(name)
+        blocks = super().q4_1(name)
+        return quantize(self._sum(name, blocks)) if f"{self._key(name)}.a" in self._adapter else blocks
+
+    def dense(self, name: str) -> Floats:
+        """The merged matrix, unrounded."""
+        merged = f"{self._key(name)}.a" in self._adapter
+        return self._sum(name, super().q4_1(name)) if merged else super().dense(name)
+
+    def _sum(self, name: str, blocks: tuple[Bytes, Floats, Floats]) -> Floats:
+        quants, step, least = blocks
         key = self._key(name)
-        if f"{key}.a" not in self._adapter:
-            return quants, step, least
-        base = (step[..., None] * quants + least[..., None]).reshape(quants.shape[0], -1)
+        base: Floats = (step[..., None] * quants + least[..., None]).reshape(quants.shape[0], -1)
         a, b = self._adapter[f"{key}.a"], self._adapter[f"{key}.b"]
         if (b.shape[0], a.shape[1]) != base.shape or a.shape[0] != b.shape[1]:
             raise ModelError(
                 f"the adapter's {key} is {b.shape[0]}x{a.shape[1]}, not {base.shape}", "another base model?"
             )
-        return quantize(base + self._scale * (b @ a))
+        return base + np.float32(self._scale) * (b @ a)
 
     @staticmethod
     def _key(name: str) -> str:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from models.errors import ModelError
 from models.gguf_weights import GgufWeights
+from models.toolcaller.cli import app
 from models.toolcaller.merge import MergedWeights, quantize
 
 NAME = "blk.2.attn_q.weight"
@@ -34,12 +36,14 @@ def test_a_merged_matrix_is_base_plus_product_within_half_a_step(smollm2_gguf: P
     base, merged = GgufWeights(smollm2_gguf), MergedWeights(smollm2_gguf, path, 2.0)
     with np.load(path) as file:
         wanted = base.dense(NAME) + 2.0 * file["layers.2.attn_q.b"].astype(np.float32) @ file["layers.2.attn_q.a"]
+    np.testing.assert_allclose(merged.dense(NAME), wanted, atol=1e-6)
     blocks = merged.q4_1(NAME)
     error = (dense(blocks) - wanted).reshape(blocks[0].shape)
     spread = np.ptp(wanted.reshape(blocks[0].shape), axis=-1, keepdims=True)
     assert np.sqrt((error**2).mean()) < (spread / 15).mean() / 3
     other = "blk.3.attn_q.weight"
     assert np.array_equal(merged.q4_1(other)[0], base.q4_1(other)[0])
+    assert np.array_equal(merged.dense(other), base.dense(other))
 
 
 @pytest.mark.parametrize(("key", "width"), [("layers.99.attn_q", 576), ("layers.2.attn_q", 192), ("embedding", 576)])
@@ -53,3 +57,15 @@ def test_what_is_no_adapter_is_refused(smollm2_gguf: Path, tmp_path: Path) -> No
     (tmp_path / "adapter.npz").write_bytes(b"not a zip")
     with pytest.raises(ModelError, match="not a readable adapter"):
         MergedWeights(smollm2_gguf, tmp_path / "adapter.npz", 1.0)
+
+
+@pytest.mark.parametrize("command", [["adapter"], ["merge"], ["merge", "--bits", "5"]])
+def test_a_folder_that_is_no_run_is_told(command: list[str], model_cache: Path, tmp_path: Path) -> None:
+    adapter(tmp_path / "adapter.npz")
+    plan = '{"alpha": 2, "rank": 1}' if "--bits" in command else "{}"
+    (tmp_path / "plan.json").write_text(plan)
+    arguments = [*command, str(tmp_path), "--out", str(tmp_path / "out"), "--cache", str(model_cache)]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 1
+    assert said.stderr.startswith("error: ")
+    assert not (tmp_path / "out").exists()
