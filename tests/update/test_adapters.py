@@ -66,7 +66,8 @@ async def test_an_adapter_waits_for_its_base_is_never_quarantined_for_it_and_fol
         await until(lambda: it.running[-2:] == ["1", "a"])
     hub.url = "http://127.0.0.1:9"
     async with device(tmp_path / "state", hub) as it:  # after a restart with no hub: the base before its adapter
-        await until(lambda: it.running == ["1", "a"])
+        await until(lambda: len(it.reports) == 2)
+        assert it.running == ["1", "a"]
         assert [report.state for report in it.reports] == ["committed", "committed"]
 
 
