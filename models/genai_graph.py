@@ -6,8 +6,9 @@ ones, in symmetric blocks); 32 bits are the weights in float32, for comparison. 
 block (a product 1/32 the size). Layers that share an input share those sums: q, k and v are one product, gate and up
 another. The matrix of embeddings is stored once and read as table and as output layer. Logits are those of the last
 position only. Every linear product has the side path `x A B` of a LoRA adapter (Hu et al. 2021, arXiv:2106.09685):
-A and B (`blk.0.qkv.a`, …) are inputs with a default of rank 0, which adds nothing, bit for bit, at no cost that can be
-measured. The form follows onnxruntime-genai's own model builder (GroupQueryAttention with packed QKV and rotary).
+A and B (`blk.0.qkv.a`, …) are inputs with a default of rank 0, which changes no bit of the result and costs little
+(docs/performance.md). The form follows onnxruntime-genai's own model builder (GroupQueryAttention with packed QKV and
+rotary).
 """
 
 from __future__ import annotations
@@ -135,8 +136,11 @@ class DecoderGraph(Graph):
         self._residual = self.node("Gather", [self._residual, "last_axis"], "last_residual", axis=0)
         self._update = self.node("Gather", [self._update, "last_axis"], "last_update", axis=0)
         normed = self._norm("output_norm")
-        self._matmul_nbits(normed, "head", "last_logits", s.vocabulary, s.width, bits=8)
-        self.node("Reshape", ["last_logits", "logits_shape"], "logits")
+        if self.bits == 32:
+            self._floats(normed, "head", ["token_embd.weight"])
+        else:
+            self._matmul_nbits(normed, "head", "head/base", s.vocabulary, s.width, bits=8)
+        self.node("Reshape", ["head/base", "logits_shape"], "logits")
         cache = ["batch", s.kv_heads, "length", s.head_size]
         keys = [f"{i}.{kind}" for i in range(s.layers) for kind in ("key", "value")]
         info = helper.make_tensor_value_info
@@ -203,8 +207,7 @@ class DecoderGraph(Graph):
         return dense.shape[1], dense.shape[0]
 
     def _matmul_nbits(self, x: str, weight: str, output: str, rows: int, columns: int, *, bits: int) -> str:
-        level = 1 if self.bits == 32 else 4  # what the activations are rounded to: float32, int8
-        form = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": level}
+        form = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
         return self.node("MatMulNBits", [x, f"{weight}.q", f"{weight}.d"], output, domain=_MICROSOFT, **form)
 
 
