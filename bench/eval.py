@@ -18,9 +18,10 @@ import typer
 from edge_agent.engines.base import LanguageModel
 from edge_agent.errors import Refused
 
+DEFAULT = "toolcaller"
 app = typer.Typer(no_args_is_help=True, help="How often the tool caller is right: BFCL and the plant set.")
 Model = Annotated[Path | None, typer.Option(help="A genai folder; default: smollm2, built when it is not there.")]
-Adapter = Annotated[str, typer.Option(help="An adapter of the model, by name.")]
+Adapter = Annotated[str, typer.Option(help="An adapter: one that ships by name, a folder, or none.")]
 Threads = Annotated[int, typer.Option(help="Threads of the engine.")]
 Limit = Annotated[int, typer.Option(help="At most so many cases of each kind; 0 is all.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a row.")]
@@ -39,7 +40,7 @@ def bfcl(
     category: Annotated[list[str] | None, typer.Option(help="Only this category; may be repeated.")] = None,
     limit: Limit = 0,
     model: Model = None,
-    adapter: Adapter = "",
+    adapter: Adapter = DEFAULT,
     threads: Threads = 2,
     wrong: Annotated[Path | None, typer.Option(help="Where wrong development cases go, as JSON lines.")] = None,
     as_json: Json = False,
@@ -55,13 +56,17 @@ def bfcl(
     cache = default_cache()
     wheel = data.fetch_wheel(cache)
     cases = [case for name in category or data.PUBLISHED for case in data.cases(wheel, name, split.value, limit)]
-    with _opened(model, threads, run.CONTEXT) as engine, _progress(len(cases), "BFCL") as step:
+    with (
+        _opened(model, threads, run.CONTEXT) as engine,
+        _adapted(engine, model, adapter) as loaded,
+        _progress(len(cases), "BFCL") as step,
+    ):
         kept = run.Kept(cache / "eval" / f"{engine.info.digest[:16]}.jsonl")
-        results = list(run.evaluate(engine, cases, data.checker(wheel), kept, adapter, step))
+        results = list(run.evaluate(engine, cases, data.checker(wheel), kept, loaded, step))
         digest = engine.info.digest[:12]
     if wrong:
         _write(wrong, run.wrong(results, cases))
-    show(({**row, "model": digest} for row in run.rows(results, split.value)), as_json)
+    show(({**row, "model": digest, "adapter": loaded} for row in run.rows(results, split.value)), as_json)
 
 
 @app.command()
@@ -69,7 +74,7 @@ def plant(
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of case; may be repeated.")] = None,
     limit: Limit = 0,
     model: Model = None,
-    adapter: Adapter = "",
+    adapter: Adapter = DEFAULT,
     threads: Threads = 2,
     wrong: Annotated[Path | None, typer.Option(help="Where wrong cases go, as JSON lines.")] = None,
     as_json: Json = False,
@@ -79,18 +84,24 @@ def plant(
 
     from bench import plant_eval
     from bench.rows import show
+    from edge_agent.agent.loop import Speaker
     from models.toolcaller.evaluate.plant_cases import GOALS, load
 
     if unknown := set(kind or ()) - set(GOALS):
         raise Refused(f"there is no kind {', '.join(unknown)}", f"known: {', '.join(GOALS)}")
     by_kind = {name: [case for case in load() if case.kind == name] for name in kind or GOALS}
     cases = [case for of in by_kind.values() for case in of[: limit or None]]
-    with _opened(model, threads, 2048) as engine, _progress(len(cases), "plant") as step:
-        outcomes = asyncio.run(plant_eval.run(plant_eval.InProcess(engine, adapter), cases, step))
+    with (
+        _opened(model, threads, 2048) as engine,
+        _adapted(engine, model, adapter) as loaded,
+        _progress(len(cases), "plant") as step,
+    ):
+        speaker = Speaker(digest=engine.info.digest, adapter=loaded, shots=not loaded)
+        outcomes = asyncio.run(plant_eval.run(plant_eval.InProcess(engine), cases, step, speaker))
         digest = engine.info.digest[:12]
     if wrong:
         _write(wrong, (msgspec.to_builtins(outcome) for outcome in outcomes if outcome.failure))
-    show(({**row, "model": digest} for row in plant_eval.rows(outcomes)), as_json)
+    show(({**row, "model": digest, "adapter": loaded} for row in plant_eval.rows(outcomes)), as_json)
 
 
 @contextmanager
@@ -104,6 +115,26 @@ def _opened(folder: Path | None, threads: int, context: int) -> Iterator[Languag
         yield model
     finally:
         model.close()
+
+
+@contextmanager
+def _adapted(engine: LanguageModel, model: Path | None, adapter: str) -> Iterator[str]:
+    """The name by which requests choose the adapter: its own and its content's digest; empty for none.
+
+    Another model than the default takes the default adapter for none.
+    """
+    from edge_agent.wire.bundle import content_digest, scan
+    from models.adapter import shipped
+
+    if adapter == "none" or (adapter == DEFAULT and (model or DEFAULT not in shipped())):
+        yield ""
+        return
+    folder = shipped().get(adapter, Path(adapter))
+    if not folder.is_dir():
+        raise Refused(f"there is no adapter {adapter}", f"a folder, none, or one that ships: {', '.join(shipped())}")
+    name = f"{folder.name}@{content_digest(scan(folder))[:12]}"
+    engine.load_adapter(name, folder)
+    yield name
 
 
 @contextmanager

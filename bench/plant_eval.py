@@ -17,7 +17,7 @@ import msgspec
 
 from bench.rows import FIELDS
 from edge_agent.agent.calls import Call, parse, render, validate
-from edge_agent.agent.loop import AgentLoop, Budget
+from edge_agent.agent.loop import AgentLoop, Budget, Speaker
 from edge_agent.agent.loop import Model as AsyncModel
 from edge_agent.agent.tool import Tool, ToolError, ToolSpec
 from edge_agent.agent.transcript import Step, Task
@@ -51,12 +51,10 @@ class Outcome(msgspec.Struct, frozen=True):
 class InProcess:
     """A loaded model as the loop asks it."""
 
-    def __init__(self, model: LanguageModel, adapter: str = "") -> None:
-        self._model, self._adapter = model, adapter
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
 
     async def generate(self, request: Generate, timeout_s: float) -> Piece:
-        if self._adapter:
-            request = msgspec.structs.replace(request, adapter=self._adapter)
         pieces = list(self._model.generate(request, lambda: False))
         return msgspec.structs.replace(pieces[-1], text="".join(piece.text for piece in pieces))
 
@@ -125,13 +123,13 @@ class Memory:
         self._tasks[task.id] = task
 
 
-async def run_case(model: AsyncModel, case: PlantCase) -> Outcome:
+async def run_case(model: AsyncModel, case: PlantCase, speaker: Speaker = Speaker()) -> Outcome:  # noqa: B008
     """One case from its own plant to its end."""
     with tempfile.TemporaryDirectory(prefix="plant-") as folder:
         world = World(Path(folder), case)
         before = world.lines()
         permit = lambda subject, action, name: allowed(_GRANTS, subject, action, name, now=NOW)  # noqa: E731
-        loop = AgentLoop(model, world, Memory(), permit, budget=Budget(seconds=600.0))
+        loop = AgentLoop(model, world, Memory(), permit, budget=Budget(seconds=600.0), speaker=lambda: speaker)
         await loop.accept("case", case.text, Subject("ada", [case.role], 0.0))
         task = await loop.run("case")
         times = [step.ms for step in task.steps if step.role == "model"]
@@ -188,11 +186,14 @@ def rows(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
 
 
 async def run(
-    model: AsyncModel, cases: Sequence[PlantCase], progress: Callable[[], None] = lambda: None
+    model: AsyncModel,
+    cases: Sequence[PlantCase],
+    progress: Callable[[], None] = lambda: None,
+    speaker: Speaker = Speaker(),  # noqa: B008
 ) -> list[Outcome]:
     """All cases, one after the other."""
     outcomes = []
     for case in cases:
-        outcomes.append(await run_case(model, case))
+        outcomes.append(await run_case(model, case, speaker))
         progress()
     return outcomes

@@ -50,7 +50,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the data and of the adapter's first weights.")] = 1,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of 1,024 tokens a step.")] = 4,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of 768 tokens a step.")] = 3,
     full: Annotated[bool, typer.Option(help="Train every weight but the embeddings, for comparison.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: CUDA where there is one.")] = "",
     cache: Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE")] = None,
@@ -58,7 +58,7 @@ def train(
     """Train an adapter of the tool caller on generated examples (needs the extra `train`)."""
     from models.fetch import default_cache, fetch
     from models.package import build
-    from models.toolcaller.packing import conversations
+    from models.toolcaller.packing import bunches
 
     try:
         from models.toolcaller.train import Plan, Run
@@ -66,7 +66,7 @@ def train(
         typer.echo("error: PyTorch is not installed\nhint: pip install 'outrider[train]'", err=True)
         raise typer.Exit(69) from error
     where = cache or default_cache()
-    data = conversations(build("smollm2", where))
+    data = bunches(build("smollm2", where))
     plan = Plan(seed=seed, steps=steps, rank=rank, rate=rate, rows_per_step=rows, full=full)
     run = Run(fetch("smollm2", where), out, plan, data, device)
     run.run(lambda entry: typer.echo(json.dumps(entry)))

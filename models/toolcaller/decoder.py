@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.gguf_weights import GgufWeights
 
 TARGETS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+CHUNK = 192  # rows of attention at once: what a row cannot read, being behind it, is not computed
 
 
 class LoraLinear(nn.Module):
@@ -55,16 +56,14 @@ class Layer(nn.Module):
         query = _rotate(self.attn_q(normed).view(count, s.heads, s.head_size), cos, sin)
         key = _rotate(self.attn_k(normed).view(count, s.kv_heads, s.head_size), cos, sin)
         value = self.attn_v(normed).view(count, s.kv_heads, s.head_size)
-        attended = F.scaled_dot_product_attention(
-            *(part.transpose(0, 1)[None] for part in (query, key, value)), attn_mask=mask, enable_gqa=True
-        )
-        x = x + self.attn_output(attended[0].transpose(0, 1).reshape(count, s.width))
+        attended = _attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), mask)
+        x = x + self.attn_output(attended.transpose(0, 1).reshape(count, s.width))
         normed = F.rms_norm(x, (s.width,), self.ffn_norm, s.epsilon)
         return x + self.ffn_down(F.silu(self.ffn_gate(normed)) * self.ffn_up(normed))
 
 
 class Decoder(nn.Module):
-    """Tokens (n,), positions (n,), attention mask (n, n) in; hidden states (n, width) out; `head` makes logits."""
+    """Tokens (n,), positions (n,), attention bias (n, n) in; hidden states (n, width) out; `head` makes logits."""
 
     def __init__(self, weights: GgufWeights, rank: int, alpha: float, full: bool = False) -> None:
         super().__init__()
@@ -77,13 +76,19 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         angle = positions[:, None, None] * self.inverse
-        x, cos, sin = self.embedding[tokens], angle.cos(), angle.sin()
+        x, cos, sin = self.embedding[tokens].float(), angle.cos(), angle.sin()
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         return F.rms_norm(x, (self.shape.width,), self.norm, self.shape.epsilon)
 
     def head(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embedding)
+
+    def halve(self) -> None:
+        """Keep what is not trained as bfloat16."""
+        for value in self.parameters():
+            if not value.requires_grad and value.dim() > 1:
+                value.data = value.data.bfloat16()
 
     def trained(self) -> dict[str, Tensor]:
         """What training changes, by name."""
@@ -93,6 +98,20 @@ class Decoder(nn.Module):
 def load(gguf: Path, rank: int, alpha: float, full: bool = False) -> Decoder:
     """A decoder over the weights of a GGUF file."""
     return Decoder(GgufWeights(gguf), rank, alpha, full)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """(heads, n, size) of query against (kv heads, n, size); `bias` (n, n) is 0, or -inf as above the diagonal."""
+    heads, count, size = query.shape
+    groups = len(key)
+    parts = []
+    for at in range(0, count, CHUNK):
+        end = min(count, at + CHUNK)
+        rows = query[:, at:end].reshape(groups, -1, size)
+        scores = torch.bmm(rows, key[:, :end].transpose(1, 2)).view(heads, end - at, end) * size**-0.5
+        weights = torch.softmax(scores + bias[at:end, :end], -1).to(value.dtype).view(groups, -1, end)
+        parts.append(torch.bmm(weights, value[:, :end]).view(heads, end - at, size))
+    return torch.cat(parts, 1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

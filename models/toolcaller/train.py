@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from models.toolcaller.decoder import Decoder, load
-from models.toolcaller.packing import Conversation, Row, rows
+from models.toolcaller.packing import Bunch, Row, rows
 
-Data = Callable[[int], Iterable[Conversation]]
+Data = Callable[[int], Iterable[Bunch]]
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Plan:
 
     seed: int = 1
     steps: int = 1000
-    rows_per_step: int = 4
-    row_tokens: int = 1024
+    rows_per_step: int = 3
+    row_tokens: int = 768
     rank: int = 16
     alpha: float = 32.0
     rate: float = 1e-3
-    warmup: int = 30
+    warmup: int = 20
     decay: float = 0.01
     full: bool = False
     save_every_s: float = 300.0
@@ -51,7 +51,10 @@ class Run:
         self.folder, self.plan, self._data = folder, plan, data
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.manual_seed(plan.seed)
+        self._half = self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         self.model: Decoder = load(gguf, 0 if plan.full else plan.rank, plan.alpha, plan.full).to(self.device)
+        if self._half:
+            self.model.halve()
         self._trained = self.model.trained()
         self._optimizer = torch.optim.AdamW(
             self._trained.values(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=plan.decay
@@ -96,7 +99,7 @@ class Run:
                 total += F.cross_entropy(logits, target, reduction="sum").item()
                 tokens += len(target)
                 hits = (logits.argmax(-1) == target).cpu().tolist()
-                owners = [row.owners[at] for at in row.at]
+                owners = [row.nodes[at] for at in row.at]
                 for _, group in itertools.groupby(zip(owners, hits, strict=True), key=lambda pair: pair[0]):
                     right += all(hit for _, hit in group)
                     examples += 1
@@ -134,14 +137,19 @@ class Run:
         return total
 
     def _logits(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        to = self.device
-        with torch.autocast(to.type, dtype=torch.bfloat16, enabled=to.type == "cuda"):
+        """Of what is learned. Rows are padded to one length: kernels are made for one shape, which takes its time."""
+        to, count = self.device, len(row.tokens)
+        more = self.plan.row_tokens - count
+        mask = np.eye(count + more, dtype=bool)
+        mask[:count, :count] = row.mask()
+        at = row.at + [0] * (-len(row.at) % 64)
+        with torch.autocast(to.type, dtype=torch.bfloat16, enabled=self._half):
             hidden = self.model(
-                torch.tensor(row.tokens, device=to),
-                torch.tensor(row.positions, device=to),
-                torch.from_numpy(row.mask())[None, None].to(to),
+                torch.tensor(row.tokens + [0] * more, device=to),
+                torch.tensor(row.positions + [0] * more, device=to),
+                torch.where(torch.from_numpy(mask), 0.0, -1e30).to(to, torch.bfloat16 if self._half else torch.float32),
             )
-            logits = self.model.head(hidden[torch.tensor(row.at, device=to)])
+            logits = self.model.head(hidden[torch.tensor(at, device=to)])[: len(row.at)]
         return logits.float(), torch.tensor(row.target, device=to)
 
     def _rate(self) -> float:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
-import zipfile
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import llguidance
 import pytest
@@ -17,11 +13,14 @@ from edge_agent.agent import grammar, prompt
 from edge_agent.agent.calls import Call, Nothing, parse_all, render_all, validate
 from models.errors import ModelError
 from models.fetch import default_cache
+from models.toolcaller.data.bunches import bunches
 from models.toolcaller.data.catalogue import blocked, functions, name_hash
 from models.toolcaller.data.generate import KINDS, generate
 from models.toolcaller.data.phrases import wording
 from models.toolcaller.data.scene import Example
-from models.toolcaller.evaluate import bfcl
+from models.toolcaller.data.written import groups
+from models.toolcaller.evaluate.overlap import Held
+from models.toolcaller.evaluate.plant_cases import load
 
 BYTES = llguidance.LLTokenizer("byte")
 
@@ -96,45 +95,40 @@ def test_no_tool_has_a_name_that_is_held_back(examples: list[Example]) -> None:
     assert not {spec.name for e in examples for spec in e.tools if name_hash(spec.name) in blocked()}
 
 
-def grams(text: str, size: int = 8) -> set[tuple[str, ...]]:
-    words = re.findall(r"[a-z0-9]+", text.lower())
-    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
-
-
-class Held:
-    """What BFCL's single-turn cases hold, as hashes: nothing of them is shown when a test fails."""
-
-    def __init__(self, wheel: Path) -> None:
-        self.names: set[str] = set()
-        self.grams: set[int] = set()
-        for case in cases(wheel):
-            self.names |= {name_hash(function["name"]) for function in case["function"]}
-            for message in (message for turn in case["question"] for message in turn):
-                self.grams |= set(map(hash, grams(message["content"])))
-
-
-def cases(wheel: Path) -> Iterator[dict[str, Any]]:
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            if re.fullmatch(r"bfcl_eval/data/BFCL_v4_(live_)?(simple|multiple|parallel|irr|rel)\w*\.json", name):
-                yield from (json.loads(line) for line in archive.read(name).decode().splitlines() if line.strip())
-
-
 @pytest.fixture(scope="module")
 def held() -> Held:
     try:
-        return Held(bfcl.fetch_wheel(default_cache()))
+        return Held.load(default_cache())
     except ModelError as error:
         pytest.skip(f"bfcl-eval is not here: {error}")
+
+
+@pytest.fixture(scope="module")
+def texts(examples: list[Example]) -> list[str]:
+    """Every request that training may see: what was written, what is composed, small talk."""
+    written = [request.text for group in groups() for request in group.requests]
+    return written + [example.request for example in examples] + wording()["smalltalk"]
 
 
 def test_no_function_is_named_as_one_of_bfcl(held: Held, examples: list[Example]) -> None:
     assert len(held.names) > 1000
     assert held.names <= blocked()
-    assert not [spec.name for example in examples for spec in example.tools if name_hash(spec.name) in held.names]
+    made = [spec.name for bunch in itertools.islice(bunches(5), 200) for example in bunch for spec in example.tools]
+    written = [spec.name for group in groups() for spec in group.tools]
+    assert not [name for name in made + written + [s.name for e in examples for s in e.tools] if held.named(name)]
 
 
-def test_no_request_shares_eight_words_in_a_row_with_bfcl(held: Held, examples: list[Example]) -> None:
+def test_no_request_shares_eight_words_in_a_row_with_bfcl(held: Held, texts: list[str]) -> None:
     assert len(held.grams) > 10_000
-    ours = [example.request for example in examples] + wording()["smalltalk"]
-    assert not [text for text in ours if held.grams.intersection(map(hash, grams(text)))]
+    assert not [text for text in texts if held.shares(text)]
+
+
+def test_no_request_shares_six_words_in_a_row_with_the_plant_set_and_no_tool_is_one_of_the_plant(
+    texts: list[str],
+) -> None:
+    theirs = Held((case.text for case in load()), size=6)
+    assert len(theirs.grams) > 500
+    assert not [text for text in texts if theirs.shares(text)]
+    plant = {name for case in load() for name in re.findall(r"(\w+)\(", " ".join(case.calls + case.may))}
+    assert {"read_sensor", "stop_line"} <= plant
+    assert not [spec.name for group in groups() for spec in group.tools if spec.name in plant]

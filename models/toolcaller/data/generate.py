@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -40,11 +40,21 @@ KINDS = {
 def generate(seed: int, n: int) -> Iterator[Example]:
     """`n` examples, their kinds drawn by `KINDS`."""
     rng = Random(seed)
-    kinds, weights = list(KINDS), list(KINDS.values())
     for _ in range(n):
-        own = Random(rng.getrandbits(64))
-        kind = own.choices(kinds, weights)[0]
-        yield _MAKERS[kind](Scene(own))
+        yield draft(Random(rng.getrandbits(64))).example
+
+
+class Draft(NamedTuple):
+    """An example with the scene it was drawn from."""
+
+    example: Example
+    scene: Scene
+
+
+def draft(rng: Random) -> Draft:
+    """One example, its kind drawn by `KINDS`."""
+    scene = Scene(rng)
+    return Draft(_MAKERS[rng.choices(list(KINDS), list(KINDS.values()))[0]](scene), scene)
 
 
 def _simple(scene: Scene) -> Example:
@@ -125,7 +135,7 @@ def _parallel(scene: Scene) -> Example:
     text, calls = (_spread if rng.random() < 0.6 else _elliptic)(made, count, voice)
     if not calls:
         asked = _distinct([ask(made, voice, framed=i == 0) for i in range(count)])
-        text, calls = _join(asked, voice, wording()["joints"]), [a.call for a in asked]
+        text, calls = joined(asked, voice, wording()["joints"]), [a.call for a in asked]
     return scene.example("parallel", [Turn("user", text)], calls, True)
 
 
@@ -193,7 +203,7 @@ def _distinct(asked: list[Asked]) -> list[Asked]:
     return list({render(one.call): one for one in asked}.values())
 
 
-def _join(asked: Sequence[Asked], voice: Voice, joints: Sequence[str]) -> str:
+def joined(asked: Sequence[Asked], voice: Voice, joints: Sequence[str]) -> str:
     """Several requests as one text."""
     text = finish(asked[0].pieces, voice, asked[0].domain, context=False)
     for index, one in enumerate(asked[1:]):
@@ -210,7 +220,7 @@ def _join(asked: Sequence[Asked], voice: Voice, joints: Sequence[str]) -> str:
 def _parallel_multiple(scene: Scene) -> Example:
     """Several tools in one request."""
     asked = _several(scene, scene.rng.choice([2, 2, 3, 4]))
-    text = _join(asked, scene.voice, wording()["joints"])
+    text = joined(asked, scene.voice, wording()["joints"])
     if scene.rng.random() < 0.5:
         scene.crowd(scene.rng.randint(1, 3), asked[0].made.function)
     return scene.example("parallel_multiple", [Turn("user", text)], [a.call for a in asked], True)
@@ -231,7 +241,7 @@ def _follow(scene: Scene) -> Example:
     rng = scene.rng
     asked = _several(scene, rng.choice([1, 2, 2, 2, 3]), is_device if rng.random() < 0.75 else None)
     scene.crowd(rng.randint(1, 9), asked[0].made.function)
-    text = scene.say(asked[0]) if len(asked) == 1 else _join(asked, scene.voice, wording()["then"])
+    text = scene.say(asked[0]) if len(asked) == 1 else joined(asked, scene.voice, wording()["then"])
     done = rng.randint(0 if len(asked) > 1 else 1, len(asked))
     turns = [Turn("user", text)]
     for one in asked[:done]:
