@@ -32,7 +32,7 @@ GROUPS = {
     "ffn_down": ("ffn_down",),
 }
 _MAX_BYTES = 1 << 28
-_DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 class About(msgspec.Struct, frozen=True):
@@ -50,8 +50,8 @@ def read_adapter(folder: Path, base: str) -> dict[str, Floats]:
         if about.format != 1:
             raise ValueError(f"its format is {about.format}, this version reads 1")
         fits = about.base == base
-        parameters = _grouped(_arrays(folder / "adapter.npz"), about.scale) if fits else {}
-    except _DAMAGED as error:
+        parameters = _grouped(read_arrays(folder / "adapter.npz"), about.scale) if fits else {}
+    except DAMAGED as error:
         hint = "made by `outrider models toolcaller adapter`? then fetch it again"
         raise Refused(f"{folder.name} is no whole adapter: {error}", hint) from error
     if not fits:
@@ -69,7 +69,8 @@ def write_parameters(parameters: dict[str, Floats], path: Path) -> None:
     form.export_adapter(str(path))
 
 
-def _arrays(path: Path) -> dict[str, Floats]:
+def read_arrays(path: Path) -> dict[str, Floats]:
+    """The matrices of an adapter.npz as floats. Raises what reading a damaged file raises (`DAMAGED`)."""
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > _MAX_BYTES:
             raise ValueError(f"adapter.npz holds more than {_MAX_BYTES >> 20} MiB")

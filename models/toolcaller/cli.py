@@ -25,13 +25,14 @@ def data(
 ) -> None:
     """Write training examples: prompt, completion, kind, request and the names of the tools."""
     from collections import Counter
+    from itertools import chain, islice
 
-    from models.toolcaller.data.generate import generate
+    from models.toolcaller.data.bunches import bunches
 
     kinds: Counter[str] = Counter()
     try:
         with out.open("w", encoding="utf-8") as file:
-            for example in generate(seed, n):
+            for example in islice(chain.from_iterable(bunches(seed)), n):
                 kinds[example.kind] += 1
                 file.write(json.dumps(example.row(), ensure_ascii=False) + "\n")
     except OSError as error:
@@ -51,13 +52,23 @@ def train(
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     rows: Annotated[int, typer.Option(min=1, help="Rows of 768 tokens a step.")] = 3,
+    calls: Annotated[Path | None, typer.Option(help="A file of a site's own tools, requests and calls.")] = None,
+    start: Annotated[str, typer.Option(help="An adapter to start from: a folder, or one that ships by name.")] = "",
     full: Annotated[bool, typer.Option(help="Train every weight but the embeddings, for comparison.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: CUDA where there is one.")] = "",
     cache: Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE")] = None,
 ) -> None:
-    """Train an adapter of the tool caller on generated examples (needs the extra `train`)."""
+    """Train an adapter of the tool caller (needs the extra `train`); RUN/adapter is then what `publish` takes.
+
+    With `--calls FILE` half of what it reads are the site's own requests, the other half keeps what it knew.
+    """
+    from edge_agent.engines.adapters import DAMAGED, read_arrays
+    from edge_agent.wire.bundle import content_digest, scan
+    from models.adapter import shipped
     from models.fetch import default_cache, fetch
     from models.package import build
+    from models.toolcaller.adapter import write_adapter
+    from models.toolcaller.data.written import of_site
     from models.toolcaller.packing import bunches
 
     try:
@@ -66,10 +77,19 @@ def train(
         typer.echo("error: PyTorch is not installed\nhint: pip install 'outrider[train]'", err=True)
         raise typer.Exit(69) from error
     where = cache or default_cache()
-    data = bunches(build("smollm2", where))
-    plan = Plan(seed=seed, steps=steps, rank=rank, rate=rate, rows_per_step=rows, full=full)
-    run = Run(fetch("smollm2", where), out, plan, data, device)
+    try:
+        site = of_site(calls) if calls else ()
+        first = read_arrays(shipped().get(start, Path(start)) / "adapter.npz") if start else None
+        base = build("smollm2", where)
+        plan = Plan(seed=seed, steps=steps, rank=rank, rate=rate, rows_per_step=rows, full=full)
+        run = Run(fetch("smollm2", where), out, plan, bunches(base, site), device, first)
+    except DAMAGED as error:
+        typer.echo(f"error: {error}\nhint: docs/toolcaller.md says how a file of calls is written", err=True)
+        raise typer.Exit(1) from error
     run.run(lambda entry: typer.echo(json.dumps(entry)))
+    if not full:
+        digest = write_adapter(out, out / "adapter", content_digest(scan(base)))
+        typer.echo(f"{digest}  {out / 'adapter'}", err=True)
 
 
 @app.command()

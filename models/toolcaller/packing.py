@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from models.toolcaller.data.written import Group
+
 _TURN = re.compile(r"(<\|im_start\|>(\w+)\n)(.*?)(<\|im_end\|>\n|$)", re.DOTALL)
 _END = "<|im_end|>"
 
@@ -48,8 +50,8 @@ Bunch = Sequence[Conversation]
 """Conversations that begin alike: what they share is read once."""
 
 
-def bunches(folder: Path) -> Callable[[int], Iterator[Bunch]]:
-    """Generated bunches of a seed, without end, in the tokens of a built model folder."""
+def bunches(folder: Path, site: Sequence[Group] = ()) -> Callable[[int], Iterator[Bunch]]:
+    """Generated bunches of a seed, without end, in the tokens of a built model folder; `site` as of `data.bunches`."""
     from llguidance import LLTokenizer
 
     from models.toolcaller.data.bunches import bunches as generated
@@ -60,7 +62,9 @@ def bunches(folder: Path) -> Callable[[int], Iterator[Bunch]]:
         tokens: list[int] = tokenizer.tokenize_str(text, parse_special=True)
         return tokens
 
-    return lambda seed: ([conversation(e.prompt + e.completion, encode) for e in bunch] for bunch in generated(seed))
+    return lambda seed: (
+        [conversation(e.prompt + e.completion, encode) for e in bunch] for bunch in generated(seed, site)
+    )
 
 
 @dataclass

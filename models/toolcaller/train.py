@@ -6,12 +6,13 @@ a checkpoint is published by rename; the log (`log.jsonl`) only grows.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from models.gguf_weights import Floats
 from models.toolcaller.decoder import Decoder, load
 from models.toolcaller.packing import Bunch, Row, rows
 
@@ -47,8 +49,18 @@ class Plan:
 class Run:
     """One training run in a folder: `plan.json`, `checkpoint.pt`, `log.jsonl`, `adapter.npz` (float16)."""
 
-    def __init__(self, gguf: Path, folder: Path, plan: Plan, data: Data, device: str = "") -> None:
+    def __init__(
+        self,
+        gguf: Path,
+        folder: Path,
+        plan: Plan,
+        data: Data,
+        device: str = "",
+        start: Mapping[str, Floats] | None = None,
+    ) -> None:
+        """Raises ValueError when `start`, the matrices to begin with, are not those of the plan's rank."""
         self.folder, self.plan, self._data = folder, plan, data
+        _keep_memory()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.manual_seed(plan.seed)
         self._half = self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
@@ -64,6 +76,8 @@ class Run:
         (folder / "plan.json").write_text(json.dumps(asdict(plan), indent=1) + "\n")
         if (folder / "checkpoint.pt").exists():
             self._load()
+        elif start is not None:
+            self._begin(start)
 
     def run(self, progress: Callable[[dict[str, Any]], None]) -> None:
         """Train to the plan's last step."""
@@ -114,6 +128,13 @@ class Run:
         np.savez(partial, **half)
         partial.replace(self.folder / "adapter.npz")
 
+    def _begin(self, start: Mapping[str, Floats]) -> None:
+        if {n: v.shape for n, v in start.items()} != {n: tuple(v.shape) for n, v in self._trained.items()}:
+            raise ValueError(f"the adapter to start from is not of rank {self.plan.rank} over all matrices")
+        with torch.no_grad():
+            for name, value in self._trained.items():
+                value.copy_(torch.from_numpy(start[name]))
+
     def _load(self) -> None:
         state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
         self.step, self._seen = state["step"], state["seen"]
@@ -158,6 +179,13 @@ class Run:
             return plan.rate * (self.step + 1) / plan.warmup
         done = (self.step - plan.warmup) / max(1, plan.steps - plan.warmup)
         return plan.rate * (0.05 + 0.95 * (1 + math.cos(math.pi * min(1.0, done))) / 2)
+
+
+def _keep_memory() -> None:
+    """Have glibc keep freed memory: pages that come back from the kernel at each step cost half the time on CPU."""
+    libc = ctypes.CDLL(None)
+    for option, size in ((-3, 1 << 25), (-1, 1 << 30), (-2, 1 << 28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+        getattr(libc, "mallopt", lambda *_: 0)(option, size)
 
 
 def _publish(path: Path, value: Any) -> None:

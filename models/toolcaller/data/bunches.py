@@ -27,25 +27,33 @@ from models.toolcaller.data.values import Voice
 from models.toolcaller.data.written import Group, Request, groups
 
 WRITTEN = 0.62  # share of bunches of written groups
+SITE = 0.5  # and of a site's own
 SIZE = 9  # examples of a bunch, at most
 MAX_STRANGERS = 24
 
 
-def bunches(seed: int) -> Iterator[list[Example]]:
-    """Bunches without end; every written request comes once in a pass."""
+def bunches(seed: int, site: Sequence[Group] = ()) -> Iterator[list[Example]]:
+    """Bunches without end; every written request comes once in a pass.
+
+    With the groups of a `site`, half of the bunches are its own: its tools as they are named there, all of a group.
+    """
     rng = Random(seed)
-    written = _passes(Random(rng.getrandbits(64)))
+    written = _passes(Random(rng.getrandbits(64)), groups())
+    of_site = _passes(Random(rng.getrandbits(64)), site) if site else None
     while True:
         own = Random(rng.getrandbits(64))
-        bunch = _written(*next(written), own) if own.random() < WRITTEN else _composed(own)
+        if of_site and own.random() < SITE:
+            bunch = _of_site(*next(of_site), own)
+        else:
+            bunch = _written(*next(written), own) if own.random() < WRITTEN else _composed(own)
         if bunch:
             yield bunch
 
 
-def _passes(rng: Random) -> Iterator[tuple[Group, list[Request]]]:
+def _passes(rng: Random, known: Sequence[Group]) -> Iterator[tuple[Group, list[Request]]]:
     while True:
         parts: list[tuple[Group, list[Request]]] = []
-        for group in groups():
+        for group in known:
             asked = rng.sample(group.requests, len(group.requests))
             parts += [(group, asked[i : i + SIZE]) for i in range(0, len(asked), SIZE)]
         rng.shuffle(parts)
@@ -79,6 +87,13 @@ def _written(group: Group, asked: Sequence[Request], rng: Random) -> list[Exampl
         if other not in group.requests:
             made.append(_example(specs, Request(other.text, []), group, dress, stepwise, rng))
     return made
+
+
+def _of_site(group: Group, asked: Sequence[Request], rng: Random) -> list[Example]:
+    stepwise = rng.random() < 0.8
+    specs, dress = list(group.tools), _Dress(group, None)
+    rng.shuffle(specs)
+    return [_example(specs, r, group, dress, stepwise, rng) for r in asked if stepwise or not r.story]
 
 
 def _shown(group: Group, asked: Sequence[Request], stepwise: bool, rng: Random) -> list[ToolSpec]:
@@ -157,21 +172,26 @@ def _with_shots(spec: ToolSpec, group: Group, dress: _Dress, asked: Sequence[Req
 
 
 class _Dress:
-    """The clothes in which one bunch shows a group: names, notes, choices."""
+    """The clothes in which one bunch shows a group: names, notes, choices; without `rng` as they are written."""
 
-    def __init__(self, group: Group, rng: Random) -> None:
+    def __init__(self, group: Group, rng: Random | None) -> None:
+        self._camel = self._bare = self._loose = False
+        self._prefix, self._drop = "", 0.0
+        self._rng, self._specs = rng or Random(0), {spec.name: spec for spec in group.tools}
+        if rng is not None:
+            self._choose(group, rng)
+
+    def _choose(self, group: Group, rng: Random) -> None:
         slug = re.sub(r"\W+", "_", group.name.lower()).strip("_")
         words = [word for word in slug.split("_") if word.isascii()][:2] or ["api"]
         style = rng.random()
         self._camel = style < 0.1
-        self._prefix = ""
         if 0.1 <= style < 0.25:
             self._prefix = f"{rng.choice(['_'.join(words), words[0]])}_"
         elif style < 0.32:
             self._prefix = f"{''.join(word.title() for word in words)}_{rng.choice(['', '', 'Api_', '1_', 'Service_'])}"
         self._bare = rng.random() < 0.1
         self._loose = rng.random() < 0.08
-        self._rng, self._specs = rng, {spec.name: spec for spec in group.tools}
         self._drop = rng.choice([0.0, 0.0, 0.0, 0.15, 0.4])
 
     def _name(self, name: str) -> str:

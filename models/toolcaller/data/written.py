@@ -66,8 +66,16 @@ def groups() -> list[Group]:
     return found
 
 
-def read(path: Path) -> tuple[list[Group], list[str]]:
-    """The groups of a file, and `line: reason` of every line that is not right."""
+def of_site(path: Path) -> list[Group]:
+    """The groups of a site's own file. Raises WrittenError with every line that is not right."""
+    made, wrong = read(path, own=True)
+    if wrong or not made:
+        raise WrittenError("\n".join(f"{path.name}:{line}" for line in wrong) or f"{path.name} holds no group")
+    return made
+
+
+def read(path: Path, own: bool = False) -> tuple[list[Group], list[str]]:
+    """The groups of a file, and `line: reason` of every line that is not right; `own` names may be any."""
     made: list[Group] = []
     wrong: list[str] = []
     for group, lines in _blocks(path, wrong):
@@ -75,7 +83,7 @@ def read(path: Path) -> tuple[list[Group], list[str]]:
             number, (_, head), below = block[0][0], block[0][1], block[1:]
             try:
                 if block[0][1][0] == "@":
-                    spec = tool(head)
+                    spec = tool(head, own)
                     if any(spec.name == other.name for other in group.tools):
                         raise WrittenError(f"{spec.name} is declared twice")
                     group.tools.append(spec)
@@ -154,11 +162,11 @@ def _request(text: str, below: list[tuple[int, str, str]], group: Group) -> Requ
     return Request(text, [] if results else calls, list(zip(calls, results, strict=True)) if results else [])
 
 
-def tool(text: str) -> ToolSpec:
-    """Read `name(params) - Description.` Raises WrittenError."""
+def tool(text: str, own: bool = False) -> ToolSpec:
+    """Read `name(params) - Description.` Raises WrittenError, without `own` also for a name that is held back."""
     reader = _Reader(text)
     name = reader.name()
-    if name in RESERVED or name_hash(name) in blocked():
+    if name in RESERVED or (not own and name_hash(name) in blocked()):
         raise WrittenError(f"{name} is a name that must not be used; take another")
     reader.expect("(")
     params = reader.params(")")
