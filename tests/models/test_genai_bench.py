@@ -1,11 +1,10 @@
 """The race against llama-cpp-python is a fair one, or says why it cannot be run."""
 
-import json
 import sys
 
 import pytest
 
-from bench import llm
+from bench import llama, llm
 from edge_agent.agent import grammar
 from edge_agent.errors import Refused
 
@@ -23,9 +22,8 @@ def test_a_row_is_the_median_of_paired_rounds() -> None:
 
 def test_the_peers_grammars_are_ones_it_can_read() -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    text = llm.gbnf(grammar.build(llm.TOOLS))
+    text = llama.gbnf(grammar.build(llm.TOOLS))
     assert text.startswith("root ::= ")
     assert not any(line.split(" ::= ")[0].isupper() for line in text.splitlines())
     assert llama_cpp.LlamaGrammar.from_string(text, verbose=False)
-    schema = json.dumps(llm.json_schema(llm.TOOLS))
-    assert llama_cpp.LlamaGrammar.from_json_schema(schema, verbose=False)
+    assert llama.json_form(llm.TOOLS)
