@@ -15,7 +15,7 @@ from random import Random
 import msgspec
 
 from edge_agent.agent import prompt
-from edge_agent.agent.calls import Call, CallError, render, render_all, validate
+from edge_agent.agent.calls import Call, render, render_all
 from edge_agent.agent.prompt import Turn
 from edge_agent.agent.tool import Param, ToolSpec
 from models.toolcaller.data.catalogue import blocked, functions, make, name_hash
@@ -267,14 +267,3 @@ def _shown_again(shown: Example, turns: Sequence[Turn], calls: Sequence[Call], k
     system = prompt.SYSTEM_ALL if shown.several else prompt.SYSTEM
     text = prompt.preamble(shown.tools, system) + prompt.suffix(turns)
     return Example(text, render_all(calls), kind, shown.several, turns[0].text, shown.tools)
-
-
-def right(example: Example) -> bool:
-    """Do all calls of the example fit the tools that it shows?"""
-    from edge_agent.agent.calls import parse_all
-
-    try:
-        calls = [call for call in parse_all(example.completion) if isinstance(call, Call)]
-        return [validate(call, example.tools) for call in calls] == calls
-    except CallError:
-        return False

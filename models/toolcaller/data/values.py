@@ -18,44 +18,14 @@ from typing import Any
 import msgspec
 
 TABLES = Path(__file__).with_name("tables")
-MONTHS = tuple(
-    [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ]
-)
+MONTHS = tuple([
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+])  # fmt: skip
 _ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
 _TENS = ["_", "_", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _SPOKEN = re.compile(r"(?<![ <>=!])=(?![ =])")  # not the = of an equation
 _UNIT = re.compile(r"/(?!(?:h|s|s²|m3|m)(?:/|$))")  # km/h is one unit
