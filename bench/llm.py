@@ -9,9 +9,7 @@ own prompt and an equal GBNF grammar, so that the form and the engine are seen a
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,17 +17,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import llama
 from edge_agent.agent import grammar, prompt
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.engines.base import Generate, Piece
-from edge_agent.errors import Refused
 
 ROUNDS = 5
 CALL_ROUNDS = 3
 PREFILL_SENTENCES = 50  # of about ten tokens
 DECODE_TOKENS = 64
-MAX_CALL = 96
-CONTEXT = 2048
 
 _LINE = Param("line", "int", low=1, high=3)
 TOOLS = [
@@ -62,49 +58,32 @@ REQUESTS = [
     "Turn on the light in the hall",
     "Send the robot to station 9",
 ]
-_JSON_SYSTEM = (
-    "You run a device through its tools. Reply to each request with one JSON object "
-    '{"name": ..., "arguments": {...}} that calls one of these tools:\n'
-)
-_GBNF = {
-    "text": r'"\"" character* "\""' + "\n" + r'character ::= [^"\\\x00-\x1f] | "\\" ["\\nrtbf] | "\\u" [01] [0-9a-f]',
-    "int": '"-"? ("0" | [1-9] [0-9]{0,8})',
-    "float": '"-"? ("0" | [1-9] [0-9]{0,8}) ("." [0-9]{1,4})?',
-}
 
 
 def run(cache: Path | None = None, threads: int = 0) -> Iterator[dict[str, Any]]:
     """Rows of the race (0 threads: all CPUs of this process). Raises Refused when llama-cpp-python is not installed."""
-    try:
-        from llama_cpp import Llama, LlamaGrammar
-    except ImportError as error:
-        hint = "make bench installs the extra 'bench': pip install 'outrider[bench]' (builds for some minutes)"
-        raise Refused("llama-cpp-python, the peer of this benchmark, is not installed", hint) from error
+    against = llama.peer()
+    from llama_cpp import LlamaGrammar
+
     from edge_agent.engines.genai import GenaiModel
-    from models.fetch import default_cache, fetch
+    from models.fetch import default_cache
     from models.package import build
 
     cache = cache or default_cache()
-    ours = GenaiModel(build("smollm2", cache), threads=threads, context=CONTEXT)
+    ours = GenaiModel(build("smollm2", cache), threads=threads, context=llama.CONTEXT)
     threads = ours.info.extra["threads"]
 
-    def peer() -> Any:
-        gguf = str(fetch("smollm2", cache))
-        return Llama(gguf, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
-
-    shared = {"peer": f"llama-cpp-python {_version()}", "threads": threads, "model": ours.info.digest}
+    shared = {"peer": against, "threads": threads, "model": ours.info.digest}
     shared["load"] = round(os.getloadavg()[0], 1)  # before the race: other work on the CPUs starves the peer most
-    plain, formed = peer(), peer()
+    plain, formed = llama.load(cache, threads), llama.load(cache, threads)
     yield {**_row("prefill", "tok/s", *_race(partial(_prefill, ours), partial(_peer_prefill, plain))), **shared}
     yield {**_row("decode", "tok/s", *_race(partial(_decode, ours), partial(_peer_decode, plain))), **shared}
 
-    lark, schema = grammar.build(TOOLS), json.dumps(json_schema(TOOLS))
+    lark = grammar.build(TOOLS)
     call = partial(_call, ours, prompt.preamble(TOOLS), lark)
-    form = LlamaGrammar.from_string(gbnf(lark), verbose=False)
-    peer_form = partial(_peer_call, formed, prompt.preamble(TOOLS), form)
-    listing = "\n".join(json.dumps(_json_tool(spec)) for spec in TOOLS)
-    as_json = LlamaGrammar.from_json_schema(schema, verbose=False)
-    peer_json = partial(_peer_call, plain, prompt.chatml("system", _JSON_SYSTEM + listing), as_json)
+    form = LlamaGrammar.from_string(llama.gbnf(lark), verbose=False)
+    peer_form = partial(llama.call, formed, prompt.preamble(TOOLS), form)
+    peer_json = partial(llama.call, plain, llama.json_preamble(TOOLS), llama.json_form(TOOLS))
     for warm in (call, peer_form, peer_json):
         warm("Hello")
     times: list[tuple[float, float, float]] = []
@@ -151,10 +130,10 @@ def _prefill(model: Any, turn: int) -> float:
     return float((last.prompt_tokens - last.cached_tokens) / last.first_token_s)
 
 
-def _peer_prefill(llama: Any, turn: int) -> float:
-    tokens = llama.tokenize(_text(turn).encode(), add_bos=False)
+def _peer_prefill(peer: Any, turn: int) -> float:
+    tokens = peer.tokenize(_text(turn).encode(), add_bos=False)
     started = time.perf_counter()
-    next(llama.generate(tokens, temp=0.0, reset=True))
+    next(peer.generate(tokens, temp=0.0, reset=True))
     return float(len(tokens) / (time.perf_counter() - started))
 
 
@@ -167,12 +146,12 @@ def _decode(model: Any, turn: int) -> float:
     return float((last.output_tokens - 1) / (last.total_s - last.first_token_s))
 
 
-def _peer_decode(llama: Any, turn: int) -> float:
-    stream = llama.generate(llama.tokenize(_story(turn).encode(), add_bos=False, special=True), temp=0.0)
+def _peer_decode(peer: Any, turn: int) -> float:
+    stream = peer.generate(peer.tokenize(_story(turn).encode(), add_bos=False, special=True), temp=0.0)
     next(stream)
     started, count = time.perf_counter(), 0
     for token in stream:
-        if token == llama.token_eos():
+        if token == peer.token_eos():
             break
         count += 1
         if count == DECODE_TOKENS - 1:
@@ -182,74 +161,12 @@ def _peer_decode(llama: Any, turn: int) -> float:
 
 def _call(model: Any, preamble: str, lark: str, request: str) -> tuple[float, str]:
     started = time.perf_counter()
-    task = Generate(preamble, prompt.suffix([prompt.Turn("user", request)]), lark, max_tokens=MAX_CALL)
+    task = Generate(preamble, prompt.suffix([prompt.Turn("user", request)]), lark, max_tokens=llama.MAX_CALL)
     said = "".join(piece.text for piece in model.generate(task, lambda: False))
     return time.perf_counter() - started, said
-
-
-def _peer_call(llama: Any, preamble: str, form: Any, request: str) -> tuple[float, str]:
-    started = time.perf_counter()
-    text = preamble + prompt.suffix([prompt.Turn("user", request)])
-    said: list[int] = []
-    for token in llama.generate(llama.tokenize(text.encode(), add_bos=False, special=True), temp=0.0, grammar=form):
-        if token == llama.token_eos() or len(said) == MAX_CALL:
-            break
-        said.append(token)
-    return time.perf_counter() - started, llama.detokenize(said).decode(errors="replace")
 
 
 def _last(model: Any, request: Generate) -> Piece:
     last: Piece
     *_, last = model.generate(request, lambda: False)
     return last
-
-
-def gbnf(lark: str) -> str:
-    """The grammar of `grammar.build` in llama.cpp's form; texts may be of any length, which is faster there."""
-    terminals = [line.split(":")[0] for line in lark.splitlines() if line[:1].isupper()]
-    rules = [line for line in lark.splitlines() if not line[:1].isupper()]
-    body = "\n".join(re.sub(r"^(\w+): ", lambda m: f"{m[1]} ::= ", rule) for rule in rules).replace(
-        "start ::=", "root ::="
-    )
-    for name in terminals:
-        body = re.sub(rf'(?<![\w"]){name}(?![\w"])', name.lower(), body)
-    return "\n".join([body, *(f"{name.lower()} ::= {_GBNF[name.lower()]}" for name in terminals)]) + "\n"
-
-
-def json_schema(specs: Sequence[ToolSpec]) -> dict[str, Any]:
-    """One call of one of the tools, an answer or none, as a JSON schema."""
-    answer = ToolSpec("answer", "", [Param("text", "str")])
-    forms = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": spec.name}, "arguments": _json_arguments(spec)},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for spec in (*specs, answer, ToolSpec("none", "", []))
-    ]
-    return {"anyOf": forms}
-
-
-def _json_arguments(spec: ToolSpec) -> dict[str, Any]:
-    kinds = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "choice": "string"}
-    properties: dict[str, Any] = {}
-    for param in spec.params:
-        properties[param.name] = {"type": kinds[param.kind]}
-        if param.choices:
-            properties[param.name] = {"enum": param.choices}
-        if param.low is not None:
-            properties[param.name] |= {"minimum": param.low, "maximum": param.high}
-    required = [param.name for param in spec.params if param.required]
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-
-
-def _json_tool(spec: ToolSpec) -> dict[str, Any]:
-    described = {"name": spec.name, "description": spec.description, "parameters": _json_arguments(spec)}
-    return {"type": "function", "function": described}
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("llama-cpp-python")
