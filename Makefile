@@ -40,6 +40,7 @@ check: .venv/.ready ## format, lint, types, import rules
 bench: models ## the benchmarks, with their peers (builds llama-cpp-python from source at the first run)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
 	@$(BIN)/outrider bench llm
+	@$(BIN)/outrider bench toolcall
 	@$(BIN)/outrider bench uplink
 
 clean: ## what was built, but not the model files

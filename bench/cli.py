@@ -23,6 +23,7 @@ class Name(StrEnum):
     """The benchmarks there are, each a module of `bench` with `run`."""
 
     LLM = "llm"
+    TOOLCALL = "toolcall"
     UPLINK = "uplink"
 
 
@@ -30,7 +31,10 @@ def bench(
     name: Annotated[Name, typer.Argument(help="Which benchmark.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a row.")] = False,
 ) -> None:
-    """Run a benchmark against its peers: `llm` (prefill, decode, call) or `uplink` (records/s, lost, doubled)."""
+    """Run a benchmark against its peers.
+
+    `llm`: prefill, decode, call. `toolcall`: from an utterance to its call. `uplink`: records/s, lost, doubled.
+    """
     from bench.rows import show
 
     module: Any = importlib.import_module(f"bench.{name}")

@@ -15,14 +15,15 @@ FIELDS = ("name", "value", "unit", "peer", "peer_value", "ratio", "n")
 def show(rows: Iterable[dict[str, Any]], as_json: bool) -> list[dict[str, Any]]:
     """Print each row as it comes (JSON) or all of them as a table; returns them."""
     seen: list[dict[str, Any]] = []
-    table = Table(*FIELDS)
     for row in rows:
         seen.append(row)
         if as_json:
             print(json.dumps(row), flush=True)
-        else:
-            table.add_row(*(_cell(row.get(field)) for field in FIELDS))
     if not as_json:
+        fields = FIELDS + ("goal",) * any("goal" in row for row in seen)
+        table = Table(*fields)
+        for row in seen:
+            table.add_row(*(_cell(row.get(field)) for field in fields))
         Console().print(table)
     return seen
 

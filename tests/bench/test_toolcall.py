@@ -47,12 +47,13 @@ class Engine:
 def opening(seen: list[str], wrong: str = "") -> toolcall.Open:
     answers = {case.text: case.call for _, cases in toolcall.catalogues().values() for case in cases}
 
+    if wrong:
+        answers["Stop feeding pen 4."] = wrong
+
     @contextmanager
     def opened(specs: Sequence[ToolSpec]) -> Iterator[toolcall.Ask]:
         seen.append(f"opened with {len(specs)}")
-        yield (
-            lambda text: seen.append(text) or (wrong if text == "Stop feeding pen 4." else answers.get(text, "none()"))
-        )
+        yield lambda text: seen.append(text) or answers.get(text, "none()")
 
     return opened
 
@@ -89,7 +90,7 @@ def test_rows_have_the_form_of_all_benchmarks(capsys: pytest.CaptureFixture[str]
     assert {name for name, row in rows.items() if row["peer"]} == {"llama", "llama.cold"}
     assert {name for name, row in rows.items() if "goal" in row} == set(toolcall.GOALS)
     assert rows["ten"]["held"]
-    assert (rows["right"]["unit"], rows["right"]["ten"], rows["right"]["fifty"]) == ("share", 31 / 32, 1.0)
+    assert (rows["right"]["unit"], rows["right"]["ten"], rows["right"]["fifty"]) == ("share", 0.969, 1.0)
     assert rows["right"]["n"] == rows["ten"]["n"] + rows["fifty"]["n"]
     openings = [at for at, text in enumerate(ours) if text.startswith("opened")]
     asked = [ours[at:end] for at, end in zip(openings, [*openings[1:], None], strict=True)]
