@@ -5,10 +5,10 @@ ones, in symmetric blocks); 32 bits are the weights in float32, for comparison. 
 `d*(q-8)` (a symmetric int4 MatMulNBits, which has fast kernels) plus `m + 8d` times the sum of the inputs over the
 block (a product 1/32 the size). Layers that share an input share those sums: q, k and v are one product, gate and up
 another. The matrix of embeddings is stored once and read as table and as output layer. Logits are those of the last
-position only. Every linear product has the side path `x A B` of a LoRA adapter (Hu et al. 2021, arXiv:2106.09685):
-A and B (`blk.0.qkv.a`, …) are inputs with a default of rank 0, which changes no bit of the result and costs little
-(docs/performance.md). The form follows onnxruntime-genai's own model builder (GroupQueryAttention with packed QKV and
-rotary).
+position; `tail` has those of the last TAIL, for an engine that reads guessed tokens ahead. Every linear product has
+the side path `x A B` of a LoRA adapter (Hu et al. 2021, arXiv:2106.09685): A and B (`blk.0.qkv.a`, …) are inputs with a
+default of rank 0, which changes no bit of the result and costs little (docs/performance.md). The form follows
+onnxruntime-genai's own model builder (GroupQueryAttention with packed QKV and rotary).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from models.gguf_weights import BLOCK, GgufWeights
 
+TAIL = 5
 _MICROSOFT = "com.microsoft"
 _PAGE = 4096
 _FLOAT, _INT32, _INT64, _UINT8 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8
@@ -82,7 +83,10 @@ class DecoderGraph(Graph):
         self.stored(np.sin(angles).astype(np.float32), sin=angles.shape)
         for name, value in {
             "last_axis": [-1],
+            "axis_0": [0],
             "axis_1": [1],
+            "tail_start": [-TAIL],
+            "tail_end": [1 << 30],
             "one": [1],
             "rows": [-1, s.width],
             f"blocks_{s.width}": [-1, s.width // BLOCK, BLOCK],
@@ -131,22 +135,25 @@ class DecoderGraph(Graph):
         self._update = self._linear(prefix + "gated", prefix + "ffn_down", [prefix + "ffn_down.weight"])
 
     def finish(self) -> onnx.ModelProto:
-        """The last norm and the output layer, for the last position."""
+        """The last norm and the output layer, for the last positions."""
         s = self.shape
-        self._residual = self.node("Gather", [self._residual, "last_axis"], "last_residual", axis=0)
-        self._update = self.node("Gather", [self._update, "last_axis"], "last_update", axis=0)
+        tail = ["tail_start", "tail_end", "axis_0"]
+        self._residual = self.node("Slice", [self._residual, *tail], "tail_residual")
+        self._update = self.node("Slice", [self._update, *tail], "tail_update")
         normed = self._norm("output_norm")
         if self.bits == 32:
             self._floats(normed, "head", ["token_embd.weight"])
         else:
             self._matmul_nbits(normed, "head", "head/base", s.vocabulary, s.width, bits=8)
-        self.node("Reshape", ["head/base", "logits_shape"], "logits")
+        self.node("Identity", ["head/base"], "tail")
+        self.node("Gather", ["head/base", "last_axis"], "last_logits", axis=0)
+        self.node("Reshape", ["last_logits", "logits_shape"], "logits")
         cache = ["batch", s.kv_heads, "length", s.head_size]
         keys = [f"{i}.{kind}" for i in range(s.layers) for kind in ("key", "value")]
         info = helper.make_tensor_value_info
         inputs = [info("input_ids", _INT64, ["batch", "new"]), info("attention_mask", _INT64, ["batch", "length"])]
         inputs += [info(f"past_key_values.{key}", _FLOAT, cache) for key in keys] + self._sides
-        outputs = [info("logits", _FLOAT, ["batch", 1, s.vocabulary])]
+        outputs = [info("logits", _FLOAT, ["batch", 1, s.vocabulary]), info("tail", _FLOAT, ["tail", s.vocabulary])]
         outputs += [info(f"present.{key}", _FLOAT, cache) for key in keys]
         graph = helper.make_graph(self.nodes, "decoder", inputs, outputs, self.initializers)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]

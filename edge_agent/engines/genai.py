@@ -2,7 +2,8 @@
 
 Invariants: keys and values of a request's tokens stay in its generator, and the next request with the same prefix
 rewinds to what both share, so a preamble is read once; grammars need no generator of their own. Tokens that the
-grammar forces are not asked of the model: they are appended together with the last chosen one in a single run.
+grammar forces are not asked of the model: they are appended together with the last chosen one in a single run. So are
+guesses (guess.py) where the graph has the logits to confirm them by: a wrong one costs a row and is never written.
 Memory is bounded: `generators` caches of `context` tokens, least recently used first out, and `adapters` adapters. An
 adapter has run a token before it can be asked for; one that is replaced or unloaded takes its caches with it. A request
 is cancelled between tokens, and between pieces of a long prompt (genai holds the GIL while it runs).
@@ -30,11 +31,13 @@ from llguidance import LLMatcher, LLTokenizer
 
 from edge_agent.engines.adapters import read_adapter, write_parameters
 from edge_agent.engines.base import EngineInfo, Generate, Piece
+from edge_agent.engines.guess import Guesser
 from edge_agent.engines.onnxruntime import cpu_count
 from edge_agent.errors import Refused, Retry
 from edge_agent.wire.bundle import content_digest, scan
 
 _CHUNK = 128  # tokens of a prompt read at once
+_AHEAD = 4  # most guessed tokens in a run, of which the graph's `tail` has the logits
 _GRAMMARS = 32
 _MAX_GRAMMAR = 256 * 1024
 
@@ -81,6 +84,8 @@ class GenaiModel:
         self._caches: OrderedDict[tuple[str, str], _Cache] = OrderedDict()
         self._grammars: OrderedDict[str, LLMatcher] = OrderedDict()
         self._bits = np.zeros((self._vocabulary + 31) // 32, dtype=np.uint32)
+        self._guesser = Guesser(self._tokenizer, self._allowed)
+        self._ahead: int | None = None  # how many may be guessed: the first run tells
         self.info = EngineInfo(
             engine=f"onnxruntime-genai {og.__version__}",
             provider="cpu",
@@ -169,29 +174,39 @@ class GenaiModel:
         cache = self._caches.pop(key, None) or self._new_cache(run.request.adapter)
         run.cached = _shared(cache.tokens, run.prompt)
         if run.cached < len(cache.tokens):
-            cache.generator.rewind_to(run.cached)
-            del cache.tokens[run.cached :]
+            self._rewind(cache, run.cached)
         random = np.random.default_rng(run.request.seed)
-        waiting = run.prompt[run.cached :]
+        waiting, ahead = run.prompt[run.cached :], list[int]()  # not yet read; read, and not yet decided
+        logits = np.zeros((0, 0), np.float32)
         forced = matcher.compute_ff_tokens() if matcher else []
         limit = min(run.request.max_tokens, self._context - len(run.prompt))
         while not run.finish:
             if forced:
                 tokens = forced[: limit - run.written]
             else:
-                if not self._read(cache, waiting, run.cancelled):
-                    run.finish = "cancelled"
-                    break
-                waiting = []
-                token, logprob = self._choose(cache.generator.get_logits(), matcher, run.request.temperature, random)
+                if waiting:
+                    ahead = self._guess(cache, waiting, run, matcher)
+                    if not self._read(cache, waiting + ahead, run.cancelled):
+                        run.finish = "cancelled"
+                        break
+                    waiting, logits = [], self._tail(cache)
+                row = logits[-1 - len(ahead)]
+                token, logprob = self._choose(row, matcher, run.request.temperature, random)
                 if token in self._ends:
                     run.finish = "stop"
                     break
                 run.logprobs.append(logprob)
                 tokens = [token]
             text = self._tokenizer.decode_bytes(tokens)
-            waiting += tokens
-            run.write(text, len(tokens))
+            for token in tokens:
+                if ahead[:1] == [token]:
+                    del ahead[0]
+                    continue
+                if ahead:
+                    self._rewind(cache, len(cache.tokens) - len(ahead))
+                    ahead = []
+                waiting.append(token)
+            run.write(text, tokens)
             if matcher:
                 if not matcher.consume_tokens(tokens):
                     raise Refused(f"the grammar stopped: {matcher.get_error()[:500]}", "a simpler grammar")
@@ -215,15 +230,39 @@ class GenaiModel:
             cache.tokens += chunk
         return not cancelled()
 
+    def _rewind(self, cache: _Cache, length: int) -> None:
+        cache.generator.rewind_to(length)
+        del cache.tokens[length:]
+
+    def _tail(self, cache: _Cache) -> NDArray[np.float32]:
+        """Logits of the last positions, one in each row; of the last alone when the graph gives no more."""
+        if self._ahead != 0:
+            try:
+                tail = np.asarray(cache.generator.get_output("tail"))
+                self._ahead = _AHEAD
+                return tail
+            except RuntimeError:
+                self._ahead = 0
+        return np.asarray(cache.generator.get_logits()).reshape(1, -1)
+
+    def _guess(self, cache: _Cache, waiting: list[int], run: _Run, matcher: LLMatcher | None) -> list[int]:
+        """Tokens to read ahead of those that wait, not before something was written."""
+        most = min(self._ahead or 0, self._context - len(cache.tokens) - len(waiting))
+        if matcher is None or not run.tokens or most < 1 or len(waiting) + most > _CHUNK:
+            return []
+        return self._guesser.guess(matcher.deep_copy(), run.tokens, run.prompt, most)
+
+    def _allowed(self, matcher: LLMatcher) -> NDArray[np.uint8]:
+        matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        return np.unpackbits(self._bits.view(np.uint8), bitorder="little")
+
     def _choose(
         self, logits: NDArray[np.float32], matcher: LLMatcher | None, temperature: float, random: np.random.Generator
     ) -> tuple[int, float]:
         """A token and the logarithm of its probability among those that the grammar allows."""
-        logits = logits.reshape(-1)
         allowed: NDArray[np.intp] | None = None
         if matcher:
-            matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-            allowed = np.flatnonzero(np.unpackbits(self._bits.view(np.uint8), bitorder="little"))
+            allowed = np.flatnonzero(self._allowed(matcher))
             logits = logits[allowed]
             if not len(allowed):
                 raise Refused(f"the grammar allows no token here: {matcher.get_error()[:500]}", "check the grammar")
@@ -264,7 +303,8 @@ class _Run:
 
     def __init__(self, request: Generate, prompt: list[int], cancelled: Callable[[], bool]) -> None:
         self.request, self.prompt, self.cancelled = request, prompt, cancelled
-        self.cached = self.written = 0
+        self.cached = 0
+        self.tokens: list[int] = []
         self.finish = ""
         self.logprobs: list[float] = []
         self._started, self._first = time.perf_counter(), 0.0
@@ -272,10 +312,14 @@ class _Run:
         self._held = ""
         self._hold = max((len(stop) for stop in request.stop), default=1) - 1
 
-    def write(self, raw: bytes, tokens: int) -> None:
+    @property
+    def written(self) -> int:
+        return len(self.tokens)
+
+    def write(self, raw: bytes, tokens: list[int]) -> None:
         """Take the bytes of tokens; finishes at a stop string."""
         self._first = self._first or time.perf_counter() - self._started
-        self.written += tokens
+        self.tokens += tokens
         self._held += self._decoder.decode(raw)
         cuts = [at for stop in self.request.stop if stop and (at := self._held.find(stop)) >= 0]
         if cuts:
