@@ -26,10 +26,14 @@ from models.toolcaller.data.scene import Example, result
 from models.toolcaller.data.values import Voice
 from models.toolcaller.data.written import Group, Request, groups
 
-WRITTEN = 0.62  # share of bunches of written groups
+WRITTEN = 0.78  # share of bunches of written groups
 SITE = 0.5  # and of a site's own
 SIZE = 9  # examples of a bunch, at most
+MIXED = 0.25  # bunches that serve two groups
+JOINED, JOINED_MIXED = 0.12, 0.5  # requests that are said in one breath with others of the bunch
 MAX_STRANGERS = 24
+
+Said = tuple[str, list[Call]]  # a request, and its calls as the bunch shows them
 
 
 def bunches(seed: int, site: Sequence[Group] = ()) -> Iterator[list[Example]]:
@@ -66,13 +70,16 @@ def _written(group: Group, asked: Sequence[Request], rng: Random) -> list[Exampl
     shown = _shown(group, asked, stepwise, rng)
     dress = _Dress(group, rng)
     specs = [dress.spec(spec) for spec in shown]
-    taken = {spec.name for spec in specs}
-    strangers = _strangers(group, taken, rng, 0 if len(shown) == 1 and not stepwise else _crowd(stepwise, rng))
+    names, taken = {spec.name for spec in shown}, {spec.name for spec in specs}
+    others, said = _others(group, taken, rng) if rng.random() < MIXED else ([], [])
+    crowd = 0 if len(shown) == 1 and not stepwise else _crowd(stepwise, rng)
+    strangers = others + _strangers(group, taken, rng, 0 if others and rng.random() < 0.5 else crowd)
     specs += strangers
     rng.shuffle(specs)
     if stepwise and rng.random() < 0.12:
         specs = [_with_shots(spec, group, dress, asked, rng) for spec in specs]
-    names = {spec.name for spec in shown}
+    possible = [r for r in asked if r.calls and {call.name for call in r.calls} <= names]
+    said = said or [(r.text, [dress.call(call) for call in r.calls]) for r in possible]
     made: list[Example] = []
     missed = False
     for request in asked:
@@ -81,12 +88,32 @@ def _written(group: Group, asked: Sequence[Request], rng: Random) -> list[Exampl
             if missed or rng.random() < 0.5:
                 continue
             missed, request = True, Request(request.text, [])
-        made.append(_example(specs, request, group, dress, stepwise, rng))
+        breath = request in possible and rng.random() < (JOINED_MIXED if others else JOINED)
+        more = rng.sample(said, min(len(said), rng.choice([1, 1, 2]))) if breath else []
+        more = [one for one in more if one[0] != request.text]
+        made.append(_example(specs, request, group, dress, stepwise, rng, more))
     if rng.random() < 0.25 and not strangers:
         other = rng.choice(rng.choice(groups()).requests)
         if other not in group.requests:
             made.append(_example(specs, Request(other.text, []), group, dress, stepwise, rng))
     return made
+
+
+def _others(group: Group, taken: set[str], rng: Random) -> tuple[list[ToolSpec], list[Said]]:
+    """A few tools of another group under names of their own, and what people say to them."""
+    other = rng.choice(groups())
+    if other is group:
+        return [], []
+    dress, said, specs = _Dress(other, rng), list[Said](), dict[str, ToolSpec]()
+    for request in rng.sample(other.requests, min(len(other.requests), 6)):
+        calls = [dress.call(call) for call in request.calls]
+        names = {call.name for call in calls}
+        if not calls or names & taken or len(names | specs.keys()) > 3:
+            continue
+        specs |= {spec.name: spec for tool in other.tools if (spec := dress.spec(tool)).name in names - specs.keys()}
+        said.append((request.text, calls))
+    taken |= specs.keys()
+    return list(specs.values()), said
 
 
 def _of_site(group: Group, asked: Sequence[Request], rng: Random) -> list[Example]:
@@ -99,15 +126,25 @@ def _of_site(group: Group, asked: Sequence[Request], rng: Random) -> list[Exampl
 def _shown(group: Group, asked: Sequence[Request], stepwise: bool, rng: Random) -> list[ToolSpec]:
     """Which of the group's tools are there: one, some or all."""
     style = rng.random()
-    called = [call.name for request in asked for call in request.calls or [call for call, _ in request.story]]
+    called = [r.calls or [call for call, _ in r.story] for r in asked if r.calls or r.story]
     if stepwise:
         style = 0.5 + style / 2
     if style >= 0.6 or not called:
         return list(group.tools)
-    first = rng.choice(called)
-    count = 1 if style < 0.4 else rng.randint(2, 3)
-    rest = [spec for spec in group.tools if spec.name != first]
-    return [spec for spec in group.tools if spec.name == first] + rng.sample(rest, min(len(rest), count - 1))
+    first = {call.name for call in rng.choice(called)}
+    rest = [spec for spec in group.tools if spec.name not in first]
+    more = 0 if style < 0.35 else rng.randint(1, 2)
+    return [spec for spec in group.tools if spec.name in first] + rng.sample(rest, min(len(rest), more))
+
+
+def _breath(said: Sequence[Said], rng: Random) -> Said:
+    """Several requests said in one breath, each call once."""
+    text, calls = said[0][0], list(said[0][1])
+    form = rng.choice(["{}. {}", "{}. {}", "{}. Also, {}", "{}. And {}", "{}; {}", "{}, and then {}", "{}\n{}"])
+    for more, asked in said[1:]:
+        text = form.format(text.rstrip(".; "), more).replace("?.", "?").replace("!.", "!")
+        calls += [call for call in asked if call not in calls]
+    return text, calls
 
 
 def _crowd(stepwise: bool, rng: Random) -> int:
@@ -135,13 +172,20 @@ def _strangers(group: Group, taken: set[str], rng: Random, count: int) -> list[T
 
 
 def _example(
-    specs: Sequence[ToolSpec], request: Request, group: Group, dress: _Dress, stepwise: bool, rng: Random
+    specs: Sequence[ToolSpec],
+    request: Request,
+    group: Group,
+    dress: _Dress,
+    stepwise: bool,
+    rng: Random,
+    more: Sequence[Said] = (),
 ) -> Example:
-    text = _typed(request.text, rng)
-    turns, calls = [Turn("user", text)], [dress.call(call) for call in request.calls]
+    text, calls = _breath([(_typed(request.text, rng), [dress.call(call) for call in request.calls]), *more], rng)
+    turns = [Turn("user", text)]
     steps = [(dress.call(call), told) for call, told in request.story]
     if stepwise:
-        steps += [(call, _told(group, old.name, rng)) for call, old in zip(calls, request.calls, strict=True)]
+        names = [call.name for call in request.calls] + [""] * (len(calls) - len(request.calls))
+        steps += [(call, _told(group, old, rng)) for call, old in zip(calls, names, strict=True)]
         for call, told in steps:
             turns += [Turn("assistant", render(call)), Turn("tool", told)]
         calls = []
@@ -183,7 +227,7 @@ class _Dress:
 
     def _choose(self, group: Group, rng: Random) -> None:
         slug = re.sub(r"\W+", "_", group.name.lower()).strip("_")
-        words = [word for word in slug.split("_") if word.isascii()][:2] or ["api"]
+        words = [word for word in slug.split("_") if word.isascii() and word.isidentifier()][:2] or ["api"]
         style = rng.random()
         self._camel = style < 0.1
         if 0.1 <= style < 0.25:
