@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from edge_agent.agent.loop import Speaker
 from edge_agent.agent.ports import WorkerModel
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.serving.schedule import Serving
 from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.update import probe
 from edge_agent.update.slots import Installed
@@ -28,6 +30,7 @@ from edge_agent.wire.tensor import Tensor
 ROLES = {BundleKind.ONNX: "network", BundleKind.LLM: "language", BundleKind.ADAPTER: "language"}
 LOAD_S = 300.0
 NO_ADAPTER = "none"
+_MEMORY_FACTOR = 2.5  # a loaded model takes about its files' size, and as much while it is loaded
 
 
 class Hosting:
@@ -173,7 +176,23 @@ def _alias(adapter: Installed) -> str:
 
 
 async def _load(worker: WorkerProcess, name: str, installed: Installed) -> None:
-    await _loading(worker, installed, lambda: worker.load(name, installed.folder, LOAD_S))
+    try:
+        serving = msgspec.convert(installed.manifest.meta.get("serving", {}), Serving)
+    except msgspec.ValidationError as error:
+        raise Refused(
+            f"{name} says wrongly how it is served: {error}", "mend meta.serving and package it again"
+        ) from error
+    beside = _MEMORY_FACTOR * installed.manifest.size < available_memory()
+    await _loading(worker, installed, lambda: worker.load(name, installed.folder, LOAD_S, serving, beside))
+
+
+def available_memory() -> int:
+    """Bytes that new processes may take before anything is swapped out (Linux; else no bound is known)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return 2**63
 
 
 async def _loading(worker: WorkerProcess, installed: Installed, load: Callable[[], Awaitable[object]]) -> None:

@@ -20,10 +20,12 @@ import msgspec
 
 from edge_agent.engines.base import EngineInfo, Generate, Piece
 from edge_agent.errors import Fatal, OutriderError, Refused, Retry
+from edge_agent.serving.schedule import NORMAL, Serving
 from edge_agent.wire.tensor import Tensor
 
 MAX_FRAME = 64 * 1024 * 1024
 FD_VARIABLE = "OUTRIDER_FD"
+_BUFFER = 1024 * 1024
 _LENGTH = struct.Struct(">I")
 
 ErrorKind = Literal["retry", "refused", "fatal"]
@@ -49,11 +51,16 @@ class Ready(_Message, frozen=True):
 
 
 class Load(_Message, frozen=True):
-    """Load a model folder under a name, replacing one of that name once it is ready. Answered by Loaded or Error."""
+    """Load a model folder under a name, replacing one of that name once it is ready. Answered by Loaded or Error.
+
+    `beside`: the one before serves until then; else it is unloaded first, where memory cannot hold two.
+    """
 
     id: int
     model: str
     path: str
+    serving: Serving = NORMAL
+    beside: bool = True
 
 
 class Loaded(_Message, frozen=True):
@@ -76,11 +83,16 @@ class Adapted(_Message, frozen=True):
 
 
 class Infer(_Message, frozen=True):
-    """Run a network once; a tool runner sends it to the daemon too. Answered by InferResult or Error."""
+    """Run a network once; a tool runner sends it to the daemon too. Answered by InferResult or Error.
+
+    `priority` is 0 (first) to 3; what does not begin `within_s` is not run.
+    """
 
     id: int
     model: str
     inputs: dict[str, Tensor]
+    priority: int = 2
+    within_s: float = 0.0
 
 
 class InferResult(_Message, frozen=True):
@@ -94,6 +106,8 @@ class GenerateReq(_Message, frozen=True):
     id: int
     model: str
     request: Generate
+    priority: int = 2
+    within_s: float = 0.0
 
 
 class PieceMsg(_Message, frozen=True):
@@ -158,8 +172,26 @@ class Ping(_Message, frozen=True):
     n: int
 
 
+class Served(msgspec.Struct, frozen=True):
+    """What a model has done since it was loaded, and its pace now."""
+
+    requests: int = 0
+    failed: int = 0
+    expired: int = 0
+    cached: int = 0
+    runs: int = 0
+    rows: int = 0
+    busy_s: float = 0.0
+    ewma_ms: float = 0.0
+    batch: int = 1
+
+
 class Pong(_Message, frozen=True):
+    """`waiting` requests, and what was served by model."""
+
     n: int
+    waiting: int = 0
+    served: dict[str, Served] = {}
 
 
 Message = (
@@ -249,7 +281,7 @@ class AsyncChannel:
 
     @classmethod
     async def open(cls, sock: socket.socket) -> AsyncChannel:
-        return cls(*await asyncio.open_unix_connection(sock=sock))
+        return cls(*await asyncio.open_unix_connection(sock=sock, limit=_BUFFER))
 
     async def send(self, message: Message) -> None:
         """Raises Refused (too big, nothing sent) or Retry (the child is gone)."""

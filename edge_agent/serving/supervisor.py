@@ -2,9 +2,9 @@
 
 Invariants: every request ends within its timeout, with an answer, Retry or Refused; when the child dies all pending
 requests fail with Retry and a new child starts after an exponential, capped delay with the same models and adapters
-loaded; one whose loading kills the child is dropped, so one bad model cannot keep the others down; a child that
-answers neither a ping nor a cancelled request is killed; its stderr goes to the log; closing the socket is what ends
-it, so it never outlives the daemon.
+loaded; one that kills the child then is dropped, so one bad model cannot keep the others down; a new version that
+kills it leaves the one before. A child that answers neither a ping nor a cancelled request is killed; its stderr goes
+to the log; closing the socket is what ends it, so it never outlives the daemon.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from edge_agent.engines.base import EngineInfo, Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.serving import frames
 from edge_agent.serving.frames import AsyncChannel, BadFrame, Message
+from edge_agent.serving.schedule import NORMAL, Serving
 from edge_agent.wire.tensor import Tensor
 
 Answer = Callable[[str, dict[str, Tensor]], Awaitable[dict[str, Tensor]]]
@@ -58,8 +59,10 @@ class WorkerProcess:
         self._channel: AsyncChannel | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._alive_at = 0.0
-        self._loading, self._load_lock = "", asyncio.Lock()
-        self._paths: dict[str, str] = {}
+        self._loading, self._load_lock = "", asyncio.Lock()  # what is loaded again after a restart
+        self._loads: dict[str, tuple[str, Serving]] = {}  # the folder of each model that is to be loaded
+        self.served: dict[str, frames.Served] = {}
+        self.waiting = 0
         self.infos: dict[str, EngineInfo] = {}
         self.adapters: dict[str, tuple[str, str]] = {}  # the model each one is loaded into, its folder
         self.specs: bytes = b""
@@ -103,11 +106,21 @@ class WorkerProcess:
             await asyncio.sleep(delay)
             delay = min(delay * 2, self._backoff_s[1])
 
-    async def load(self, model: str, path: Path, timeout_s: float = 300.0) -> EngineInfo:
-        """Load a model folder and keep it loaded over restarts. Raises Refused (bad model), Retry."""
+    async def load(
+        self, model: str, path: Path, timeout_s: float = 300.0, serving: Serving = NORMAL, beside: bool = True
+    ) -> EngineInfo:
+        """Load a model folder and keep it loaded over restarts. Raises Refused (bad model), Retry.
+
+        The one before serves until the new one can, or (not `beside`) is unloaded first and comes back on failure.
+        """
         await self.ready(timeout_s)
-        info = await self._load(model, str(path), timeout_s)
-        self._paths[model] = str(path)
+        try:
+            info = await self._load(model, str(path), timeout_s, serving, beside)
+        except OutriderError:
+            if not beside and model in self._loads and self.connected:
+                await self._load(model, self._loads[model][0], timeout_s, self._loads[model][1])
+            raise
+        self._loads[model] = str(path), serving
         self.adapters = {name: where for name, where in self.adapters.items() if where[0] != model}
         return info
 
@@ -123,19 +136,23 @@ class WorkerProcess:
         if model:
             await self._adapt(model, adapter, "", timeout_s)
 
-    async def infer(self, model: str, inputs: dict[str, Tensor], timeout_s: float = 60.0) -> dict[str, Tensor]:
-        """Run a network. Raises Refused, Retry."""
+    async def infer(
+        self, model: str, inputs: dict[str, Tensor], timeout_s: float = 60.0, priority: int = 2
+    ) -> dict[str, Tensor]:
+        """Run a network; class 0 goes first, 3 last. Raises Refused, Retry."""
         await self.ready(timeout_s)
-        answer = await self._one(lambda id: frames.Infer(id, model, inputs), timeout_s)
+        answer = await self._one(lambda id: frames.Infer(id, model, inputs, priority, timeout_s), timeout_s)
         if not isinstance(answer, frames.InferResult):
             raise Retry(f"the {self.name} process answered {type(answer).__name__} to an inference")
         return answer.outputs
 
-    async def generate(self, model: str, request: Generate, timeout_s: float = 120.0) -> AsyncGenerator[Piece, None]:
+    async def generate(
+        self, model: str, request: Generate, timeout_s: float = 120.0, priority: int = 2
+    ) -> AsyncGenerator[Piece, None]:
         """Stream a completion; leaving the iteration cancels it. Raises Refused, Retry."""
         await self.ready(timeout_s)
         async with contextlib.aclosing(
-            self._ask(lambda id: frames.GenerateReq(id, model, request), timeout_s)
+            self._ask(lambda id: frames.GenerateReq(id, model, request, priority, timeout_s), timeout_s)
         ) as answers:
             async for answer in answers:
                 if isinstance(answer, frames.PieceMsg):
@@ -149,23 +166,19 @@ class WorkerProcess:
             raise Retry(f"the {self.name} process answered {type(answer).__name__} to a call")
         return answer
 
-    async def _load(self, model: str, path: str, timeout_s: float) -> EngineInfo:
-        answer = await self._loads(model, lambda id: frames.Load(id, model, path), timeout_s)
+    async def _load(self, model: str, path: str, timeout_s: float, serving: Serving, beside: bool = True) -> EngineInfo:
+        answer = await self._change(lambda id: frames.Load(id, model, path, serving, beside), timeout_s)
         if not isinstance(answer, frames.Loaded):
             raise Retry(f"the {self.name} process answered {type(answer).__name__} to a load")
         self.infos[model] = answer.info
         return answer.info
 
     async def _adapt(self, model: str, adapter: str, path: str, timeout_s: float) -> None:
-        await self._loads(adapter, lambda id: frames.Adapt(id, model, adapter, path), timeout_s)
+        await self._change(lambda id: frames.Adapt(id, model, adapter, path), timeout_s)
 
-    async def _loads(self, what: str, make: Callable[[int], Message], timeout_s: float) -> Message:
+    async def _change(self, make: Callable[[int], Message], timeout_s: float) -> Message:
         async with self._load_lock:
-            self._loading = what
-            try:
-                return await self._one(make, timeout_s)
-            finally:
-                self._loading = ""
+            return await self._one(make, timeout_s)
 
     async def _one(self, make: Callable[[int], Message], timeout_s: float) -> Message:
         async with contextlib.aclosing(self._ask(make, timeout_s)) as answers:
@@ -247,8 +260,8 @@ class WorkerProcess:
         self._ready.clear()
         self._channel = None
         channel.close()
-        if any((self._paths.pop(self._loading, None), self.adapters.pop(self._loading, None))):
-            self._log.error("%s killed the %s process while loading; it stays out", self._loading, self.name)
+        if any((self._loads.pop(self._loading, None), self.adapters.pop(self._loading, None))):
+            self._log.error("%s killed the %s process when it was loaded again; it stays out", self._loading, self.name)
         for answers in self._pending.values():
             answers.put_nowait(Retry(f"the {self.name} process died", "it is being restarted"))
         self._pending.clear()
@@ -270,6 +283,8 @@ class WorkerProcess:
             match message:
                 case frames.Ready():
                     group.create_task(self._restore())
+                case frames.Pong(_, waiting, served):
+                    self.waiting, self.served = waiting, served
                 case frames.Specs(specs):
                     self.specs = specs
                 case frames.Infer():
@@ -291,12 +306,14 @@ class WorkerProcess:
                     pass
 
     async def _restore(self) -> None:
-        for model, path in list(self._paths.items()):
+        for model, (path, serving) in list(self._loads.items()):
+            self._loading = model
             try:
-                await self._load(model, path, 300.0)
+                await self._load(model, path, 300.0, serving)
             except OutriderError as error:
                 self._log.error("model %s is not loaded again: %s", model, error)
         for adapter, (model, path) in list(self.adapters.items()):
+            self._loading = adapter
             try:
                 await self._adapt(model, adapter, path, 60.0)
             except OutriderError as error:
@@ -304,6 +321,7 @@ class WorkerProcess:
                 if isinstance(error, Refused):
                     self.adapters.pop(adapter, None)
         if self._channel is not None:
+            self._loading = ""
             self._ready.set()
 
     async def _serve(self, request: frames.Infer, channel: AsyncChannel) -> None:

@@ -1,9 +1,11 @@
 """The worker process: `python -m edge_agent.serving.worker language|network`.
 
-Invariants: the main thread only reads frames (ping, cancel, enqueue), one execution thread owns every engine, so an
-engine sees one thread; the queue is bounded and a full one answers Retry at once; every request is answered exactly
-once with its last frame; a model that fails to load is an Error and the worker lives; when the socket ends the process
-exits at once, in whatever C code the execution thread is.
+Invariants: the main thread only reads frames (ping, cancel, enqueue), one execution thread runs every model, so an
+engine sees one thread, and a loader thread makes new ones beside those that serve; what waits is bounded and one too
+many answers Retry at once; every request is answered exactly once with its last frame; requests that ran together are
+answered as if each had run alone, and a run that fails is repeated one by one, so nobody pays for a neighbour; a model
+that fails to load is an Error and the worker lives; when the socket ends the process exits at once, in whatever C code
+the threads are.
 """
 
 from __future__ import annotations
@@ -12,14 +14,18 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+import msgspec
+
 from edge_agent.engines.base import LanguageModel, Network, Piece
 from edge_agent.errors import Fatal, OutriderError, Refused, Retry
-from edge_agent.serving import frames
+from edge_agent.serving import batching, cache, frames
 from edge_agent.serving.frames import (
     Adapt,
     Adapted,
@@ -32,11 +38,41 @@ from edge_agent.serving.frames import (
     Ping,
     Pong,
     Ready,
+    Served,
 )
+from edge_agent.serving.schedule import LOWEST, Entry, Pace, Schedule
 
-QUEUE = 64
 Loader = Callable[[Path], LanguageModel | Network]
-_Work = Load | Adapt | Infer | GenerateReq
+
+
+@dataclass
+class _Hosted:
+    """A model that serves."""
+
+    model: LanguageModel | Network
+    pace: Pace
+    cache: cache.Cache
+    together: bool = True  # until a run shows that rows cannot be told apart
+    served: Served = field(default_factory=Served)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, **more: float) -> None:
+        """Add to what was served; from any thread."""
+        with self._lock:
+            sums = {name: getattr(self.served, name) + value for name, value in more.items()}
+            batch = self.pace.rows if self.together else 1
+            self.served = msgspec.structs.replace(self.served, **sums, ewma_ms=round(self.pace.ewma_ms, 3), batch=batch)
+
+
+@dataclass
+class _Switch:
+    """A model that is ready to take its name."""
+
+    load: Load
+    model: LanguageModel | Network
+
+
+_Work = Load | Adapt | Infer | GenerateReq | _Switch
 
 
 class Worker:
@@ -44,65 +80,139 @@ class Worker:
 
     def __init__(self, channel: Channel, role: str, loader: Loader) -> None:
         self._channel, self._role, self._loader = channel, role, loader
-        self._work: queue.Queue[_Work] = queue.Queue(QUEUE)
-        self._models: dict[str, LanguageModel | Network] = {}
-        self._live: set[int] = set()
+        self._schedule: Schedule[_Work] = Schedule()
+        self._wake = threading.Condition()
+        self._loads: queue.Queue[Load] = queue.Queue()
+        self._models: dict[str, _Hosted] = {}
+        self._running: set[int] = set()
         self._cancelled: set[int] = set()
 
     def run(self) -> None:
         """Serve until the daemon closes the socket."""
-        threading.Thread(target=self._execute, name="execute", daemon=True).start()
+        for work in (self._execute, self._load):
+            threading.Thread(target=work, name=work.__name__, daemon=True).start()
         self._channel.send(Hello(self._role, os.getpid()))
         self._channel.send(Ready())
         while (message := self._channel.receive()) is not None:
             match message:
                 case Ping(n):
-                    self._channel.send(Pong(n))
+                    models = list(self._models.items())
+                    self._channel.send(Pong(n, len(self._schedule.waiting), {name: m.served for name, m in models}))
                 case Cancel(id):
-                    if id in self._live:
-                        self._cancelled.add(id)
-                case Load() | Adapt() | Infer() | GenerateReq():
-                    self._enqueue(message)
+                    self._cancel(id)
+                case Load(beside=True):
+                    self._loads.put(message)
+                case Infer():
+                    self._infer(message)
+                case Load() | Adapt():
+                    self._enqueue(Entry(message, message.id, time.monotonic(), barrier=True))
+                case GenerateReq():
+                    self._enqueue(_entry(message))
                 case _:
                     raise frames.BadFrame(f"a {self._role} worker takes no {type(message).__name__}")
 
-    def _enqueue(self, message: _Work) -> None:
-        self._live.add(message.id)
+    def _infer(self, message: Infer) -> None:
+        hosted, entry = self._models.get(message.model), _entry(message)
+        if hosted is not None and hosted.pace.serving.cache_mb:
+            known = hosted.cache.get(cache.key(message.inputs))
+            if known is not None:
+                hosted.count(requests=1, cached=1)
+                self._channel.send(frames.InferResult(message.id, known))
+                return
+        if hosted is not None and hosted.together and hosted.pace.serving.max_batch > 1:
+            entry.key, entry.rows = batching.alike(message.model, message.inputs)
+        self._enqueue(entry)
+
+    def _enqueue(self, entry: Entry[_Work]) -> None:
         try:
-            self._work.put_nowait(message)
-        except queue.Full:
-            self._live.discard(message.id)
-            self._channel.send(frames.Error.of(message.id, Retry(f"{QUEUE} requests are waiting", "try again later")))
+            with self._wake:
+                self._schedule.add(entry)
+                self._wake.notify()
+        except Retry as error:
+            self._fail(entry, error)
+
+    def _cancel(self, id: int) -> None:
+        with self._wake:
+            entry = self._schedule.remove(id)
+            if id in self._running:
+                self._cancelled.add(id)
+        if entry is not None and isinstance(entry.request, GenerateReq):
+            self._channel.send(frames.PieceMsg(id, Piece("", done=True, finish="cancelled")))
+        elif entry is not None:
+            self._fail(entry, Retry("cancelled before it began"))
+
+    def _load(self) -> None:
+        while True:
+            load = self._loads.get()
+            try:
+                made = _Switch(load, self._loader(Path(load.path)))
+            except Exception as error:  # noqa: BLE001 - whatever a loader raises is the answer
+                self._fail(Entry(load, load.id, 0.0), error)
+                continue
+            self._enqueue(Entry(made, load.id, time.monotonic(), barrier=True))
 
     def _execute(self) -> None:
         while True:
-            message = self._work.get()
+            batch = self._next()
             try:
-                self._answer(message)
+                self._answer(batch)
             except Exception as error:  # noqa: BLE001 - whatever an engine raises is the answer to its request
-                if not isinstance(error, OutriderError):
-                    traceback.print_exc()
-                try:
-                    self._channel.send(frames.Error.of(message.id, error))
-                except OSError:
-                    return
+                if len(batch) > 1:
+                    for entry in batch:
+                        self._alone(entry)
+                else:
+                    self._fail(batch[0], error)
             finally:
-                self._live.discard(message.id)
-                self._cancelled.discard(message.id)
+                with self._wake:
+                    self._running.clear()
+                    self._cancelled.clear()
 
-    def _answer(self, message: _Work) -> None:
-        if message.id in self._cancelled and not isinstance(message, GenerateReq):
-            raise Retry("cancelled before it began")
-        match message:
-            case Load(id, name, path):
-                model = self._loader(Path(path))
-                previous = self._models.pop(name, None)
-                self._models[name] = model
-                if previous is not None:
-                    previous.close()
-                self._channel.send(frames.Loaded(id, name, model.info))
+    def _next(self) -> list[Entry[_Work]]:
+        while True:
+            with self._wake:
+                now = time.monotonic()
+                late = self._schedule.expired(now)
+                head = self._schedule.head(now)
+                hosted = self._models.get(getattr(head.request, "model", "")) if head else None
+                batch, wait = self._schedule.take(now, hosted.pace if hosted else Pace())
+                self._running = {entry.id for entry in batch}
+                if not batch and not late:
+                    self._wake.wait(wait)
+            for entry in late:
+                self._count(entry, expired=1)
+                self._fail(entry, Retry("its time was over before its turn came", "the device is busy: ask less often"))
+            if batch:
+                return batch
+
+    def _alone(self, entry: Entry[_Work]) -> None:
+        try:
+            self._answer([entry])
+        except Exception as error:  # noqa: BLE001 - whatever an engine raises is the answer to its request
+            self._fail(entry, error)
+
+    def _fail(self, entry: Entry[_Work], error: BaseException) -> None:
+        if not isinstance(error, OutriderError):
+            traceback.print_exception(error)
+        self._count(entry, requests=1, failed=1)
+        try:
+            self._channel.send(frames.Error.of(entry.id, error))
+        except OSError:
+            os._exit(0)  # the daemon is gone
+
+    def _count(self, entry: Entry[_Work], **more: float) -> None:
+        if isinstance(entry.request, Infer | GenerateReq) and entry.request.model in self._models:
+            self._models[entry.request.model].count(**more)
+
+    def _answer(self, batch: list[Entry[_Work]]) -> None:
+        match batch[0].request:
+            case Load(beside=False) as load:
+                if (before := self._models.pop(load.model, None)) is not None:
+                    before.model.close()
+                self._take(_Switch(load, self._loader(Path(load.path))))
+            case _Switch() as switch:
+                self._take(switch)
             case Adapt(id, name, adapter, path):
-                language = cast(LanguageModel, self._model(name))
+                language = cast(LanguageModel, self._hosted(name).model)
                 if not hasattr(language, "load_adapter"):
                     raise Refused(f"{name} takes no adapters")
                 if path:
@@ -110,31 +220,69 @@ class Worker:
                 else:
                     language.unload_adapter(adapter)
                 self._channel.send(Adapted(id))
-            case Infer(id, name, inputs):
-                network = self._model(name)
-                if not hasattr(network, "infer"):
-                    raise Refused(f"{name} is a language model, it has no infer")
-                self._channel.send(frames.InferResult(id, network.infer(inputs)))
-            case GenerateReq():
-                self._generate(message)
+            case Infer(model=name):
+                self._run(name, batch)
+            case GenerateReq() as request:
+                self._generate(request)
+
+    def _take(self, switch: _Switch) -> None:
+        serving, name = switch.load.serving, switch.load.model
+        before = self._models.get(name)
+        self._models[name] = _Hosted(switch.model, Pace(serving), cache.Cache(int(serving.cache_mb * 2**20)))
+        if before is not None:
+            before.model.close()
+        self._channel.send(frames.Loaded(switch.load.id, name, switch.model.info))
+
+    def _run(self, name: str, batch: list[Entry[_Work]]) -> None:
+        hosted = self._hosted(name)
+        network = hosted.model
+        if not hasattr(network, "infer"):
+            raise Refused(f"{name} is a language model, it has no infer")
+        asked, rows = [cast(Infer, entry.request).inputs for entry in batch], [entry.rows for entry in batch]
+        began = time.monotonic()
+        outputs = network.infer(batching.joined(asked))
+        took = time.monotonic() - began
+        try:
+            answers = batching.parted(outputs, rows) if len(batch) > 1 else [outputs]
+        except Refused:
+            hosted.together = False
+            raise
+        hosted.pace.ran(took * 1000)
+        hosted.count(requests=len(batch), runs=1, rows=sum(rows), busy_s=took)
+        for entry, inputs, answer in zip(batch, asked, answers, strict=True):
+            if hosted.pace.serving.cache_mb:
+                hosted.cache.put(cache.key(inputs), answer)
+            try:
+                self._channel.send(frames.InferResult(entry.id, answer))
+            except Refused as error:
+                self._channel.send(frames.Error.of(entry.id, error))
 
     def _generate(self, message: GenerateReq) -> None:
-        model = self._model(message.model)
+        hosted = self._hosted(message.model)
+        model, began = hosted.model, time.monotonic()
         if not hasattr(model, "generate"):
             raise Refused(f"{message.model} is a network, it does not generate")
-        if message.id in self._cancelled:
-            self._channel.send(frames.PieceMsg(message.id, Piece("", done=True, finish="cancelled")))
-            return
         for piece in model.generate(message.request, lambda: message.id in self._cancelled):
+            if piece.done:
+                took = time.monotonic() - began
+                hosted.pace.ran(took * 1000)
+                hosted.count(requests=1, runs=1, rows=1, busy_s=took)
             self._channel.send(frames.PieceMsg(message.id, piece))
             if piece.done:
                 return
         raise Refused(f"{message.model} ended its stream without a last piece")
 
-    def _model(self, name: str) -> LanguageModel | Network:
+    def _hosted(self, name: str) -> _Hosted:
         if name not in self._models:
             raise Refused(f"model {name!r} is not loaded", f"loaded: {', '.join(self._models) or 'none'}")
         return self._models[name]
+
+
+def _entry(message: Infer | GenerateReq) -> Entry[_Work]:
+    now = time.monotonic()
+    size = sum(len(tensor.data) for tensor in message.inputs.values()) if isinstance(message, Infer) else 0
+    until = now + message.within_s if message.within_s else float("inf")
+    return Entry(message, message.id, now, min(max(message.priority, 0), LOWEST), until, size=size)
 
 
 def _language(path: Path) -> LanguageModel:

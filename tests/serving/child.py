@@ -29,6 +29,8 @@ class Echo:
             raise Refused("no such model", "install it")
         if path.name == "poison" or (path.name == "turncoat" and (path / "armed").exists()):
             os._exit(9)
+        if path.name == "heavy":
+            time.sleep(0.5)
 
     def load_adapter(self, name: str, folder: Path) -> None:
         self._take(folder)
@@ -70,6 +72,15 @@ class Echo:
     def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "bad" in inputs:
             raise Refused("it takes no input `bad`", "it takes x")
+        if "slow" in inputs:
+            time.sleep(0.3)
+        if "rows" in inputs:  # each row says how many ran together
+            rows = inputs["rows"].shape[0]
+            if 13 in inputs["rows"].data:
+                raise Refused("an unlucky number")
+            return {"together": Tensor("uint8", [rows, 1], bytes([rows] * rows)), "rows": inputs["rows"]}
+        if "sum" in inputs:  # what comes out has no rows
+            return {"sum": Tensor("uint8", [], bytes([sum(inputs["sum"].data) % 256]))}
         return dict(inputs)
 
     def close(self) -> None: ...

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from edge_agent.agent.loop import Speaker
@@ -124,3 +125,33 @@ async def test_a_bad_adapter_is_refused_and_the_one_before_speaks_on(tmp_path: P
         async with asyncio.timeout(15):
             assert await say(host) == "tools-1 of 1"
         assert worker.starts == 2
+
+
+async def test_a_bundle_says_how_it_is_served_and_a_wrong_word_is_named(tmp_path: Path) -> None:
+    base = installed(tmp_path, "lm", "1")
+    async with hosting() as (host, _):
+        with pytest.raises(Refused, match="max_bach"):
+            await host.switch("lm", Installed("x" * 64, base.folder, served(base.manifest, max_bach=2)))
+        with pytest.raises(Refused, match="at least 1"):
+            await host.switch("lm", Installed("x" * 64, base.folder, served(base.manifest, max_batch=0)))
+        await host.switch("lm", Installed("x" * 64, base.folder, served(base.manifest, max_batch=2)))
+        assert host.running["lm"].manifest.meta["serving"] == {"max_batch": 2}
+
+
+async def test_where_memory_is_short_a_bad_version_still_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, other = installed(tmp_path, "lm", "1"), installed(tmp_path, "lm", "2")
+    async with hosting() as (host, worker):
+        await host.switch("lm", base)
+        monkeypatch.setattr("edge_agent.hosting.available_memory", lambda: 0)
+        with pytest.raises(Refused, match="install it"):
+            await host.switch("lm", Installed(other.id, tmp_path / "absent", other.manifest))
+        assert host.speaker().digest == base.digest
+        assert await say(host) == "- of 0"
+        await host.switch("lm", other)
+        assert (host.speaker().digest, worker.starts) == (other.digest, 1)
+
+
+def served(manifest: Manifest, **serving: Any) -> Manifest:
+    return msgspec.structs.replace(manifest, meta={"serving": serving})

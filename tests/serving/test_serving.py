@@ -1,0 +1,143 @@
+"""Serving by a worker process: batches, classes, deadlines, the cache, swaps beside and after unloading."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from edge_agent.errors import Refused, Retry
+from edge_agent.serving.schedule import WAITING, Serving
+from edge_agent.serving.supervisor import WorkerProcess
+from edge_agent.wire.tensor import Tensor
+from tests.serving.test_supervisor import child, until
+
+SLOW = {"slow": Tensor("uint8", [1], b"s")}
+
+
+def rows(*values: int) -> dict[str, Tensor]:
+    return {"rows": Tensor("uint8", [len(values), 1], bytes(values))}
+
+
+async def busy(worker: WorkerProcess) -> asyncio.Task[dict[str, Tensor]]:
+    """The worker is at work for 0.3 s; what is asked now waits."""
+    running = asyncio.create_task(worker.infer("m", SLOW))
+    await asyncio.sleep(0.1)
+    return running
+
+
+async def test_requests_that_wait_together_run_together_and_get_their_own_rows(tmp_path: Path) -> None:
+    async with child() as worker:
+        await worker.load("m", tmp_path, serving=Serving(max_batch=4))
+        running = await busy(worker)
+        answers = await asyncio.gather(
+            *(worker.infer("m", rows(n)) for n in range(1, 7)), worker.infer("m", rows(7, 8))
+        )
+        assert [answer["rows"].data for answer in answers] == [bytes([n]) for n in range(1, 7)] + [bytes([7, 8])]
+        assert [answer["together"].data[0] for answer in answers] == [4, 4, 4, 4, 4, 4, 4]
+        assert await running == SLOW
+        await until(lambda: "m" in worker.served and worker.served["m"].requests == 8)
+        served = worker.served["m"]
+        assert (served.runs, served.rows, served.failed) == (3, 9, 0)
+
+
+async def test_one_bad_request_does_not_fail_its_neighbours(tmp_path: Path) -> None:
+    async with child() as worker:
+        await worker.load("m", tmp_path)
+        await busy(worker)
+        answers = await asyncio.gather(*(worker.infer("m", rows(n)) for n in (12, 13, 14)), return_exceptions=True)
+        assert isinstance(answers[1], Refused)
+        assert [answer["rows"].data for answer in (answers[0], answers[2]) if isinstance(answer, dict)] == [
+            b"\x0c",
+            b"\x0e",
+        ]
+
+
+async def test_a_network_whose_outputs_have_no_rows_is_served_one_by_one(tmp_path: Path) -> None:
+    async with child() as worker:
+        await worker.load("m", tmp_path)
+        for _ in range(2):
+            await busy(worker)
+            asked = [{"sum": Tensor("uint8", [1], bytes([n]))} for n in (1, 2, 3)]
+            answers = await asyncio.gather(*(worker.infer("m", inputs) for inputs in asked))
+            assert [answer["sum"].data[0] for answer in answers] == [1, 2, 3]
+
+
+async def test_a_better_class_overtakes_and_a_late_request_is_not_run(tmp_path: Path) -> None:
+    order = list[str]()
+
+    async def ask(name: str, value: int, priority: int) -> None:
+        await worker.infer("m", {"sum": Tensor("uint8", [1], bytes([value]))}, priority=priority)
+        order.append(name)
+
+    async with child() as worker:
+        await worker.load("m", tmp_path, serving=Serving(max_batch=1))
+        running = await busy(worker)
+        with pytest.raises(Retry):
+            await worker.infer("m", rows(1), timeout_s=0.05)
+        await asyncio.gather(ask("low", 1, 3), ask("normal", 2, 2), ask("first", 3, 0))
+        await running
+        assert order == ["first", "normal", "low"]
+        await until(lambda: "m" in worker.served and worker.served["m"].requests >= 4)
+        assert worker.served["m"].runs == 4
+        assert worker.starts == 1
+
+
+async def test_one_too_many_is_a_retry_at_once(tmp_path: Path) -> None:
+    async with child() as worker:
+        await worker.load("m", tmp_path, serving=Serving(max_batch=WAITING))
+        await busy(worker)
+        asked = [worker.infer("m", rows(1)) for _ in range(WAITING + 3)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert sum(isinstance(answer, Retry) for answer in answers) == 3
+
+
+async def test_equal_inputs_are_answered_from_the_cache_until_the_model_changes(tmp_path: Path) -> None:
+    async with child() as worker:
+        await worker.load("m", tmp_path, serving=Serving(cache_mb=1))
+        for _ in range(3):
+            assert (await worker.infer("m", rows(5)))["rows"].data == b"\x05"
+        await until(lambda: "m" in worker.served and worker.served["m"].requests == 3)
+        assert (worker.served["m"].cached, worker.served["m"].runs) == (2, 1)
+        await worker.load("m", tmp_path, serving=Serving(cache_mb=1))
+        await worker.infer("m", rows(5))
+        await until(lambda: worker.served["m"].requests == 1)
+        assert worker.served["m"].cached == 0
+
+
+async def test_a_model_that_replaces_another_leaves_it_serving_until_it_is_ready(tmp_path: Path) -> None:
+    async with child() as worker:
+        await worker.load("m", tmp_path)
+        loading = asyncio.create_task(worker.load("m", heavy(tmp_path)))
+        answered = 0
+        while not loading.done():
+            await worker.infer("m", rows(1))
+            answered += 1
+        assert answered > 10
+        assert (await loading).model == "heavy"
+        assert worker.starts == 1
+
+
+async def test_where_memory_is_short_the_old_goes_first_and_comes_back_when_the_new_is_bad(tmp_path: Path) -> None:
+    async with child() as worker:
+        await worker.load("m", tmp_path)
+        with pytest.raises(Refused, match="install it"):
+            await worker.load("m", tmp_path / "absent", beside=False)
+        assert (await worker.infer("m", rows(1)))["rows"].data == b"\x01"
+        assert (await worker.load("m", heavy(tmp_path), beside=False)).model == "heavy"
+        assert (await worker.infer("m", rows(1)))["rows"].data == b"\x01"
+
+
+async def test_a_new_version_that_kills_its_worker_leaves_the_old_one(tmp_path: Path) -> None:
+    async with child() as worker:
+        await worker.load("m", tmp_path)
+        with pytest.raises(Retry):
+            await worker.load("m", tmp_path / "poison")
+        assert (await worker.infer("m", rows(1)))["rows"].data == b"\x01"
+        assert worker.starts == 2
+
+
+def heavy(folder: Path) -> Path:
+    (folder / "heavy").mkdir()
+    return folder / "heavy"
