@@ -129,6 +129,7 @@ def agent(
     telemetry_s: Annotated[float | None, _option("Seconds between samples (10).", "TELEMETRY_S")] = None,
     telemetry_ttl_s: Annotated[float | None, _option("Seconds a sample is kept (7 days).", "TELEMETRY_TTL_S")] = None,
     outbox_mb: Annotated[int | None, _option("Quota of what waits for the hub, MiB (256).", "OUTBOX_MB")] = None,
+    request_mb: Annotated[int | None, _option("Largest inference request, MiB (64).", "REQUEST_MB")] = None,
     task_s: Annotated[float | None, _option("Seconds a task may take (120).", "TASK_S")] = None,
     log: Annotated[str | None, _option("debug, info, warning or error (info).", "LOG")] = None,
 ) -> None:

@@ -33,6 +33,7 @@ class Settings(msgspec.Struct, frozen=True):
     telemetry_s: float = 10.0
     telemetry_ttl_s: float = 7 * 86400.0
     outbox_mb: int = 256
+    request_mb: int = 64
     task_s: float = 120.0
     log: str = "info"
 
@@ -72,8 +73,10 @@ def load(given: dict[str, Any], file: Path | None) -> Settings:
         settings = msgspec.convert(values, Settings, dec_hook=as_path)
     except msgspec.ValidationError as error:
         raise Refused(f"a setting has the wrong type: {error}", "see `outrider agent --help`") from error
-    if settings.telemetry_s <= 0 or settings.outbox_mb <= 0 or settings.task_s <= 0:
-        raise Refused("telemetry_s, outbox_mb and task_s are more than 0", "leave them out for the defaults")
+    if min(settings.telemetry_s, settings.outbox_mb, settings.request_mb, settings.task_s) <= 0:
+        raise Refused(
+            "telemetry_s, outbox_mb, request_mb and task_s are more than 0", "leave them out for the defaults"
+        )
     if settings.log not in ("debug", "info", "warning", "error"):
         raise Refused(f"log level {settings.log!r}", "debug, info, warning or error")
     address(settings.api)

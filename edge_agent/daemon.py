@@ -90,7 +90,7 @@ class Daemon:
             self._report,
         )
         self._session = self._connect(inbox)
-        self._api = LocalApi(self, settings.api)
+        self._api = LocalApi(self, settings.api, max_body=settings.request_mb << 20)
 
     @classmethod
     async def open(cls, settings: Settings, identity: enrol.Identity) -> Daemon:
@@ -137,6 +137,10 @@ class Daemon:
             self._store.close()
 
     # api.Device
+
+    @property
+    def models(self) -> Hosting:
+        return self._hosting
 
     def grants(self) -> Grants | None:
         return self._cache.grants

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,12 @@ class Hosting:
     """
 
     def __init__(self, workers: dict[str, WorkerProcess], preferred: str = "", adapter: str = "") -> None:
-        self._workers, self._preferred, self._chosen = workers, preferred, adapter
+        self.workers, self._preferred, self._chosen = workers, preferred, adapter
         self.running: dict[str, Installed] = {}
 
     async def switch(self, name: str, installed: Installed) -> None:
         """Load a version in place of the one that runs. Raises Refused, Retry."""
-        worker, before = self._workers[_role(installed)], self.running.get(name)
+        worker, before = self.workers[_role(installed)], self.running.get(name)
         if installed.manifest.base is None:
             followers = {n: i for n, i in self.running.items() if (base := i.manifest.base) and base.name == name}
             for follower in followers:
@@ -93,7 +93,7 @@ class Hosting:
         if name is None:
             missing = self._preferred or "a language model"
             raise Retry(f"{missing} is not installed", "publish and assign a bundle of kind llm to this device")
-        worker = self._workers["language"]
+        worker = self.workers["language"]
         if request.adapter and request.adapter not in worker.adapters:
             raise Retry("the adapter was switched meanwhile", "ask again")
         return await WorkerModel(worker, name).generate(request, timeout_s)
@@ -118,7 +118,39 @@ class Hosting:
         if model not in self.running:
             networks = [n for n, i in self.running.items() if i.manifest.kind is BundleKind.ONNX]
             raise Refused(f"the network {model} is not installed", f"installed: {', '.join(networks) or 'none'}")
-        return await self._workers["network"].infer(model, inputs)
+        return await self.workers["network"].infer(model, inputs)
+
+    def languages(self) -> list[str]:
+        """What can be talked to: `NAME` of a language model, `NAME:ADAPTER` of it with an adapter."""
+        return sorted(self._languages())
+
+    async def stream(self, name: str, request: Generate, timeout_s: float) -> AsyncGenerator[Piece, None]:
+        """A completion by one of `languages`; leaving the iteration cancels it. Raises Refused, Retry."""
+        known = self._languages()
+        if name not in known:
+            raise Refused(f"the language model {name} is not installed", f"installed: {', '.join(known) or 'none'}")
+        model, adapter = known[name]
+        request = msgspec.structs.replace(request, adapter=adapter)
+        async with contextlib.aclosing(self.workers["language"].generate(model, request, timeout_s)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def _languages(self) -> dict[str, tuple[str, str]]:
+        """By the name to talk to: the model, and the adapter as the engine knows it."""
+        known: dict[str, tuple[str, str]] = {}
+        for model, installed in self.running.items():
+            if installed.manifest.kind is BundleKind.LLM:
+                known[model] = model, ""
+                known |= {f"{model}:{name}": (model, _alias(i)) for name, i in self._adapters(model).items()}
+        return known
+
+    async def ready(self, model: str) -> bool:
+        """False while the model's worker is restarting."""
+        try:
+            await self.workers[_role(self.running[model])].ready(0)
+        except (Retry, KeyError):
+            return False
+        return True
 
     def language_model(self) -> str | None:
         """The bundle the agent speaks with: the preferred one, or the first there is."""
@@ -137,7 +169,7 @@ class Hosting:
                 shown[name]["state"] = "loading" if report["state"] == "committed" else report["state"]
                 continue
             base = installed.manifest.base
-            info = self._workers[_role(installed)].infos.get(base.name if base else name)
+            info = self.workers[_role(installed)].infos.get(base.name if base else name)
             engine = msgspec.to_builtins(info) if info else {}
             shown[name] |= {key: engine.get(key) for key in ("engine", "provider", "load_s")}
             shown[name] |= {"kind": installed.manifest.kind} | ({"base": base.name} if base else {})
@@ -149,7 +181,7 @@ class Hosting:
 
     def _loaded(self, installed: Installed) -> bool:
         """False for an adapter that its worker dropped when it was loaded again."""
-        return installed.manifest.base is None or _alias(installed) in self._workers[_role(installed)].adapters
+        return installed.manifest.base is None or _alias(installed) in self.workers[_role(installed)].adapters
 
     def _base(self, adapter: Installed) -> Installed:
         base = adapter.manifest.base

@@ -22,7 +22,7 @@ from edge_agent.agent.calls import Call, CallError, render, validate
 from edge_agent.agent.loop import AgentLoop, Tools, request
 from edge_agent.agent.tool import ToolError, ToolSpec
 from edge_agent.agent.transcript import Task
-from edge_agent.api.app import Denied
+from edge_agent.api.access import Denied
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.trouble import Trouble
 from edge_agent.wire.grants import Subject

@@ -1,7 +1,8 @@
 """The device's own HTTP API: the same token as at the hub, checked here with no network.
 
-Invariants: every route but /healthz verifies the bearer token against the cached grants and asks `allowed`; bodies are
-bounded before they are parsed; every error is a problem document (RFC 9457) with a hint. Nothing here blocks the loop.
+Invariants: every route but the health checks verifies the bearer token against the cached grants and asks `allowed`;
+bodies are bounded before they are parsed; every error comes with a hint, in the form of its route's protocol (see
+access.py). Nothing here blocks the loop.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 import uvicorn
@@ -21,41 +22,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from edge_agent.api import oip
+from edge_agent.api.access import Caller, Device, Gate, Problem, answer, problem
 from edge_agent.config import address
-from edge_agent.errors import OutriderError, Refused, Retry
-from edge_agent.wire.errors import WireError
-from edge_agent.wire.grants import Grants, Subject, allowed
-from edge_agent.wire.tokens import verify_access_token
+from edge_agent.errors import Refused, Retry
 
-MAX_BODY = 64 * 1024
-
-
-class Work(Protocol):
-    """What the API sets going; answers are anything msgspec encodes."""
-
-    async def submit(self, text: str, subject: Subject) -> str:
-        """The id of the accepted task. Raises Refused, or Retry when the queue is full."""
-        ...
-
-    async def task(self, id: str) -> Any | None: ...
-    async def tasks(self) -> Sequence[Any]: ...
-    async def call(self, name: str, args: dict[str, Any], subject: Subject) -> Any:
-        """The result. Raises Denied, Refused, Retry."""
-        ...
-
-
-class Device(Protocol):
-    """What the API shows, and its work."""
-
-    @property
-    def work(self) -> Work: ...
-    def grants(self) -> Grants | None: ...
-    def healthy(self) -> bool: ...
-    async def status(self) -> dict[str, Any]: ...
-
-
-class Denied(Refused):
-    """Known, but not allowed."""
+MAX_BODY_MB = 64
+"""The largest inference request, unless the settings say otherwise."""
 
 
 class TaskRequest(msgspec.Struct, frozen=True):
@@ -66,130 +39,68 @@ class ToolRequest(msgspec.Struct, frozen=True):
     args: dict[str, Any] = {}
 
 
-class _Problem(Exception):
-    def __init__(self, status: int, detail: str, hint: str = "") -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.hint = status, detail, hint
-
-
-Handler = Callable[[Request, Device, Subject], Awaitable[Any]]
-
-
-def create_app(device: Device, clock: Callable[[], float] = time.time) -> Starlette:
+def create_app(device: Device, clock: Callable[[], float] = time.time, max_body: int = MAX_BODY_MB << 20) -> Starlette:
     """The routes over a device."""
-
-    def route(path: str, method: str, action: str, handler: Handler) -> Route:
-        async def endpoint(request: Request) -> Response:
-            try:
-                subject = _subject(request, device, clock())
-                if action and not allowed(_grants(device), subject, action, now=clock()):
-                    raise Denied(f"{subject.name} may not {action}", _roles(subject))
-                return _json(await handler(request, device, subject), 202 if method == "POST" else 200)
-            except _Problem as problem:
-                return _problem(problem.status, problem.detail, problem.hint)
-            except Denied as error:
-                return _problem(403, error.message, error.hint)
-            except Refused as error:
-                return _problem(422, error.message, error.hint)
-            except Retry as error:
-                return _problem(503, error.message, error.hint, {"Retry-After": "5"})
-            except OutriderError as error:
-                return _problem(500, error.message, error.hint)
-
-        return Route(path, endpoint, methods=[method])
+    gate = Gate(device, clock, max_body)
 
     async def healthz(_: Request) -> Response:
         healthy = device.healthy()
-        return _json({"status": "ok" if healthy else "starting"}, 200 if healthy else 503)
+        return answer({"status": "ok" if healthy else "starting"}, 200 if healthy else 503)
 
     return Starlette(
         routes=[
             Route("/healthz", healthz),
-            route("/v1/status", "GET", "read:device", _status),
-            route("/v1/tasks", "POST", "run:task", _submit),
-            route("/v1/tasks", "GET", "read:task", _tasks),
-            route("/v1/tasks/{id}", "GET", "read:task", _task),
-            route("/v1/tools/{name}", "POST", "", _tool),  # which permission depends on the tool's risk
+            gate.route("/metrics", "GET", "read:device", _metrics),
+            gate.route("/v1/status", "GET", "read:device", _status),
+            gate.route("/v1/tasks", "POST", "run:task", _submit),
+            gate.route("/v1/tasks", "GET", "read:task", _tasks),
+            gate.route("/v1/tasks/{id}", "GET", "read:task", _task),
+            gate.route("/v1/tools/{name}", "POST", "", _tool),  # which permission depends on the tool's risk
+            *oip.routes(gate),
         ],
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
 
 
-async def _status(_: Request, device: Device, __: Subject) -> Any:
-    return await device.status()
+async def _metrics(caller: Caller) -> Response:
+    text = caller.metrics.text(caller.device.models.workers)
+    return Response(text, media_type="text/plain; version=0.0.4")
 
 
-async def _submit(request: Request, device: Device, subject: Subject) -> Any:
-    return {"id": await device.work.submit((await _body(request, TaskRequest)).text, subject)}
+async def _status(caller: Caller) -> Response:
+    return answer(await caller.device.status())
 
 
-async def _tasks(_: Request, device: Device, __: Subject) -> Any:
-    return await device.work.tasks()
+async def _submit(caller: Caller) -> Response:
+    text = (await caller.read(TaskRequest)).text
+    return answer({"id": await caller.device.work.submit(text, caller.subject)}, 202)
 
 
-async def _task(request: Request, device: Device, _: Subject) -> Any:
-    task = await device.work.task(request.path_params["id"])
+async def _tasks(caller: Caller) -> Response:
+    return answer(await caller.device.work.tasks())
+
+
+async def _task(caller: Caller) -> Response:
+    id = caller.request.path_params["id"]
+    task = await caller.device.work.task(id)
     if task is None:
-        raise _Problem(404, f"no task {request.path_params['id']}", "see GET /v1/tasks")
-    return task
+        raise Problem(404, f"no task {id}", "see GET /v1/tasks")
+    return answer(task)
 
 
-async def _tool(request: Request, device: Device, subject: Subject) -> Any:
-    args = (await _body(request, ToolRequest)).args
-    return {"result": await device.work.call(request.path_params["name"], args, subject)}
-
-
-def _grants(device: Device) -> Grants:
-    grants = device.grants()
-    if grants is None:
-        raise _Problem(503, "this device has no grants yet", "it takes them from the hub when it enrols or connects")
-    return grants
-
-
-def _subject(request: Request, device: Device, now: float) -> Subject:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token:
-        raise _Problem(401, "a bearer token is missing", "log in at the hub: POST /v1/login")
-    try:
-        return verify_access_token(_grants(device).jwks, token.strip(), now=now)
-    except WireError as error:
-        raise _Problem(401, str(error), "log in at the hub again") from error
-
-
-def _roles(subject: Subject) -> str:
-    return f"the roles of this token are {', '.join(subject.roles) or 'none'}"
-
-
-async def _body(request: Request, kind: type[Any]) -> Any:
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BODY:
-            raise _Problem(413, f"the body is larger than {MAX_BODY} bytes", "send less")
-    try:
-        return msgspec.json.decode(bytes(data), type=kind)
-    except msgspec.DecodeError as error:
-        fields = ", ".join(kind.__struct_fields__)
-        raise _Problem(400, f"the body cannot be read: {error}", f"JSON with {fields}") from error
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
-def _problem(status: int, detail: str, hint: str = "", headers: dict[str, str] | None = None) -> Response:
-    headers = {"WWW-Authenticate": "Bearer"} | (headers or {}) if status == 401 else headers
-    body = msgspec.json.encode({"status": status, "detail": detail, "hint": hint})
-    return Response(body, status, headers, "application/problem+json")
+async def _tool(caller: Caller) -> Response:
+    args, name = (await caller.read(ToolRequest)).args, caller.request.path_params["name"]
+    return answer({"result": await caller.device.work.call(name, args, caller.subject)}, 202)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _problem(error.status_code, f"{request.method} {request.url.path}: {error.detail}", "see the routes in docs")
+    what = f"{request.method} {request.url.path}: {error.detail}"
+    return problem(request, Problem(error.status_code, what, "see the routes in docs/device-api.md"))
 
 
-async def _unexpected(_: Request, error: Exception) -> Response:
-    return _problem(500, f"{type(error).__name__} in the daemon", "its log has the details")
+async def _unexpected(request: Request, error: Exception) -> Response:
+    return problem(request, Problem(500, f"{type(error).__name__} in the daemon", "its log has the details"))
 
 
 class _Server(uvicorn.Server):
@@ -203,7 +114,13 @@ class _Server(uvicorn.Server):
 class LocalApi:
     """The listening service. The socket is bound at once, so that a taken port is known before anything runs."""
 
-    def __init__(self, device: Device, where: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        device: Device,
+        where: str,
+        clock: Callable[[], float] = time.time,
+        max_body: int = MAX_BODY_MB << 20,
+    ) -> None:
         host, port = address(where)
         try:
             family, *_, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -215,7 +132,7 @@ class LocalApi:
             text = f"the local API cannot listen on {where}: {error}"
             raise (Refused if never else Retry)(text, "choose another --api HOST:PORT, or end what has it") from error
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
-        app = create_app(device, clock)
+        app = create_app(device, clock, max_body)
         config = uvicorn.Config(
             app, lifespan="off", log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2
         )

@@ -22,10 +22,11 @@ _TYPE = "outrider-grants"
 
 SHIPPED_ROLES: dict[str, list[str]] = {
     "admin": ["*:*"],
-    "developer": ["read:*", "call:tool", "run:task", "publish:bundle", "assign:bundle"],
+    "developer": ["read:*", "call:tool", "run:task", "run:model", "publish:bundle", "assign:bundle"],
     "operator": [
         "call:tool",
         "run:task",
+        "run:model",
         *(f"read:{noun}" for noun in ("tool", "task", "device", "job", "telemetry", "bundle", "grants")),
     ],
     "auditor": ["read:*"],

@@ -7,8 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_agent.api.app import MAX_BODY, Denied, create_app
+from edge_agent.api.access import MAX_BODY, Denied
+from edge_agent.api.app import create_app
 from edge_agent.errors import Refused, Retry
+from edge_agent.hosting import Hosting
 from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, public_jwk
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.tokens import issue_access_token, issue_device_token
@@ -25,6 +27,7 @@ class Plant:
         self.asked: list[tuple[str, str]] = []
         self.full = False
         self.work = self
+        self.models = Hosting({})
 
     def grants(self) -> Grants | None:
         return self.known
@@ -75,6 +78,7 @@ def bearer(*roles: str, key: SigningKey = KEY, now: float = NOW) -> dict[str, st
 
 ROUTES = [
     ("GET", "/v1/status"),
+    ("GET", "/metrics"),
     ("GET", "/v1/tasks"),
     ("GET", "/v1/tasks/t1"),
     ("POST", "/v1/tasks"),
