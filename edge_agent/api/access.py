@@ -100,13 +100,13 @@ class Caller:
 
     def __init__(self, gate: Gate, request: Request, subject: Subject) -> None:
         self.request, self.subject, self.device, self.metrics = request, subject, gate.device, gate.metrics
-        self.max_body = gate.max_body
+        self.max_body, self.now = gate.max_body, gate.clock()
         self._gate, self._held = gate, 0
 
     def must(self, action: str, resource: str = "") -> None:
         """Raises Denied unless the grants allow it."""
         gate, roles = self._gate, ", ".join(self.subject.roles) or "none"
-        if not allowed(_grants(gate.device), self.subject, action, resource, now=gate.clock()):
+        if not allowed(_grants(gate.device), self.subject, action, resource, now=self.now):
             what = f"{action} {resource}".strip()
             raise Denied(f"{self.subject.name} may not {what}", f"the roles of this token are {roles}")
 
@@ -138,7 +138,7 @@ class Caller:
     async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of some work, which is cancelled when the client leaves. Raises ClientDisconnect."""
         doing = asyncio.create_task(work)
-        gone = asyncio.create_task(self.request.receive())  # after the body there is only the end
+        gone = asyncio.ensure_future(self.request.receive())  # after the body there is only the end
         try:
             await asyncio.wait({doing, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not doing.done():

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edge_agent.api import oip
+from edge_agent.api import chat, oip
 from edge_agent.api.access import Caller, Device, Gate, Problem, answer, problem
 from edge_agent.config import address
 from edge_agent.errors import Refused, Retry
@@ -56,6 +56,7 @@ def create_app(device: Device, clock: Callable[[], float] = time.time, max_body:
             gate.route("/v1/tasks", "GET", "read:task", _tasks),
             gate.route("/v1/tasks/{id}", "GET", "read:task", _task),
             gate.route("/v1/tools/{name}", "POST", "", _tool),  # which permission depends on the tool's risk
+            *chat.routes(gate),
             *oip.routes(gate),
         ],
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
+from starlette.requests import ClientDisconnect
 
 from edge_agent.serving.frames import Served
 
@@ -48,11 +49,13 @@ class Metrics:
 
     @contextmanager
     def timed(self, model: str) -> Iterator[None]:
-        """Count a request to an installed model, as failed when it raises."""
+        """Count a request to an installed model, as failed when it raises and its client is still there."""
         count, began = self._counts.setdefault(model, _Count()), time.monotonic()
         try:
             yield
-        except BaseException:
+        except ClientDisconnect:
+            raise
+        except Exception:
             count.failures += 1
             raise
         finally:

@@ -97,8 +97,8 @@ def parse(body: bytes | bytearray, length: int) -> Asked:
         at += size or 0
     if at != len(body):
         raise Refused(f"{len(body) - at} bytes are left over", f"mend binary_data_size or {LENGTH}")
-    for what in (request, *request.outputs):
-        _known(what.parameters)
+    for parameters in (request.parameters, *(output.parameters for output in request.outputs)):
+        _known(parameters)
     return Asked(inputs, request.outputs, request.id, request.parameters.get("binary_data_output") is True)
 
 

@@ -1,4 +1,4 @@
-"""Networks through the Open Inference Protocol: other people's clients get the engine's answers, and errors that help."""
+"""Networks through the Open Inference Protocol: known clients get the engine's own answers, and errors that help."""
 
 from __future__ import annotations
 
