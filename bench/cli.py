@@ -23,6 +23,8 @@ class Name(StrEnum):
     """The benchmarks there are, each a module of `bench` with `run`."""
 
     LLM = "llm"
+    SERVING = "serving"
+    SWAP = "swap"
     TOOLCALL = "toolcall"
     UPLINK = "uplink"
 
@@ -33,7 +35,8 @@ def bench(
 ) -> None:
     """Run a benchmark against its peers.
 
-    `llm`: prefill, decode, call. `toolcall`: from an utterance to its call. `uplink`: records/s, lost, doubled.
+    `llm`: prefill, decode, call. `serving`: requests/s of networks, in process and over HTTP. `swap`: requests while
+    versions change. `toolcall`: from an utterance to its call. `uplink`: records/s, lost, doubled.
     """
     from bench.rows import show
 
