@@ -199,8 +199,8 @@ def _await(target: _Target, right: bytes) -> None:
     for _ in range(300):
         with contextlib.suppress(OSError, http.client.HTTPException):
             found = _ask(http.client.HTTPConnection("127.0.0.1", target.port, timeout=60), target)
-            same = len(found) == len(right) and np.mean(np.frombuffer(found, np.uint8) == np.frombuffer(right, np.uint8))
-            if same < 0.9:  # a batch may round the last bits otherwise
+            pair = [np.frombuffer(data, np.uint8) for data in (found, right)]
+            if len(found) != len(right) or np.mean(pair[0] == pair[1]) < 0.9:  # last bits may differ
                 raise Fatal(f"{target.path} does not answer what the model does")
             return
         time.sleep(0.2)
