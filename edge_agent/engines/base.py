@@ -7,6 +7,7 @@ between tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,7 +54,10 @@ class Generate(msgspec.Struct, frozen=True):
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """A piece of generated text; the last one has `done` and the counts."""
+    """A piece of generated text; the last one has `done` and the counts.
+
+    `choices` are the tokens that the grammar did not force, `mean_logprob` is over them.
+    """
 
     text: str
     done: bool = False
@@ -64,6 +68,12 @@ class Piece(msgspec.Struct, frozen=True):
     first_token_s: float = 0.0
     total_s: float = 0.0
     mean_logprob: float = 0.0
+    choices: int = 0
+
+    @property
+    def probability(self) -> float:
+        """Of the whole text among all that the grammar allowed."""
+        return math.exp(self.mean_logprob * self.choices)
 
 
 class LanguageModel(Protocol):

@@ -348,6 +348,7 @@ class _Run:
             first_token_s=self._first,
             total_s=time.perf_counter() - self._started,
             mean_logprob=float(np.mean(self.logprobs)) if self.logprobs else 0.0,
+            choices=len(self.logprobs),
         )
 
 

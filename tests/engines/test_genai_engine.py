@@ -59,13 +59,15 @@ def test_a_grammar_is_kept_to_and_needs_no_cache_of_its_own(model: GenaiModel) -
         assert pieces[-1].finish == "stop"
         assert pieces[-1].cached_tokens >= model.count(PREFIX)
         assert pieces[-1].mean_logprob < 0
+        assert 0 < pieces[-1].choices <= pieces[-1].output_tokens
+        assert 0 < pieces[-1].probability < 1
 
 
 def test_forced_text_costs_no_model_run_of_its_own(model: GenaiModel) -> None:
     said, pieces = generate(model, Generate(PREFIX, ask("x"), grammar='start: "it is forced — 日本 😀 entirely"'))
     assert said == "it is forced — 日本 😀 entirely"
     assert pieces[-1].finish == "stop"
-    assert pieces[-1].mean_logprob == 0.0
+    assert (pieces[-1].mean_logprob, pieces[-1].choices, pieces[-1].probability) == (0.0, 0, 1.0)
     assert pieces[-1].output_tokens > 5
 
 

@@ -9,7 +9,6 @@ off, out of bounds) is wrong everywhere, also where no call was the right answer
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -111,7 +110,7 @@ def evaluate(
         tools = convert(case.functions)
         piece = kept.decide(model, request(case, tools, adapter))
         failure = "too long" if piece.finish == "refused" else judge(case, tools, piece.text, check)
-        confidence = math.exp(piece.mean_logprob)
+        confidence = piece.probability
         ms, tokens = piece.total_s * 1e3, piece.output_tokens
         yield Result(case.id, case.category, failure, ms, confidence, tokens, len(tools.loose), piece.text)
         progress()
