@@ -31,6 +31,7 @@ RUN_MODEL = "run:model"
 MAX_BODY = 64 * 1024
 BODIES = 4
 """How many bodies of the largest size may be held at one time."""
+BODY_S = 60.0
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _OPENAI = ("/v1/models", "/v1/chat/")
 T = TypeVar("T")
@@ -117,20 +118,28 @@ class Caller:
         if length.isdecimal() and int(length) > limit:
             raise large
         data = bytearray()
-        async for chunk in self.request.stream():
-            if len(data) + len(chunk) > limit:
-                raise large
-            if self._gate.held + len(chunk) > self._gate.max_body * BODIES:
-                raise Problem(503, f"{self._gate.held >> 20} MiB of requests are being served", "try again later")
-            self._gate.held += len(chunk)
-            self._held += len(chunk)
-            data += chunk
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for chunk in self.request.stream():
+                    if len(data) + len(chunk) > limit:
+                        raise large
+                    self._hold(len(chunk))
+                    data += chunk
+        except TimeoutError as error:
+            raise Problem(408, f"the body did not come within {BODY_S:g} s", "send it faster, or less") from error
         return data
 
-    async def read(self, kind: type[T], limit: int = MAX_BODY) -> T:
-        """The body as JSON of a form. Raises Problem."""
+    def _hold(self, size: int) -> None:
+        gate = self._gate
+        if gate.held + size > gate.max_body * BODIES:
+            raise Problem(503, f"{gate.held >> 20} MiB of requests are being served", "try again later")
+        gate.held += size
+        self._held += size
+
+    async def read(self, kind: type[T]) -> T:
+        """A small body as JSON of a form. Raises Problem."""
         try:
-            return msgspec.json.decode(await self.body(limit), type=kind)
+            return msgspec.json.decode(await self.body(MAX_BODY), type=kind)
         except (msgspec.DecodeError, RecursionError) as error:
             fields = ", ".join(getattr(kind, "__struct_fields__", ()))
             raise Problem(400, f"the body cannot be read: {error}", f"JSON with {fields}") from error

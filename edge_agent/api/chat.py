@@ -56,7 +56,7 @@ def _known(caller: Caller, name: str) -> str:
 
 
 async def _chat(caller: Caller) -> Response:
-    request = await caller.read(Request, MAX_CHAT)
+    request = completions.read(await caller.body(MAX_CHAT))
     caller.must(RUN_MODEL, request.model)
     asked, functions = completions.generate(request)
     pieces = _pieces(caller, _known(caller, request.model), asked)

@@ -33,31 +33,23 @@ class _Part(msgspec.Struct, frozen=True):
     text: str = ""
 
 
-class _Called(msgspec.Struct, frozen=True):
+class _Function(msgspec.Struct, frozen=True):
     name: str
-    arguments: str
+    arguments: str = ""
 
 
-class _ToolCall(msgspec.Struct, frozen=True):
-    function: _Called
+class _Call(msgspec.Struct, frozen=True):
+    function: _Function
 
 
 class _Message(msgspec.Struct, frozen=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_Part] | None = None
-    tool_calls: list[_ToolCall] | None = None
+    tool_calls: list[_Call] | None = None
 
 
 class _Tool(msgspec.Struct, frozen=True):
     function: Function
-
-
-class _Named(msgspec.Struct, frozen=True):
-    name: str
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    function: _Named
 
 
 class _JsonSchema(msgspec.Struct, frozen=True):
@@ -81,7 +73,7 @@ class Request(msgspec.Struct, frozen=True):
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     tools: list[_Tool] | None = None
-    tool_choice: Literal["auto", "none", "required"] | _Choice | None = None
+    tool_choice: Literal["auto", "none", "required"] | _Call | None = None
     parallel_tool_calls: bool | None = None
     response_format: _Format | None = None
     max_tokens: int | None = None
@@ -89,28 +81,28 @@ class Request(msgspec.Struct, frozen=True):
     temperature: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    n: Any = None
-    top_p: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    logit_bias: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
-    functions: Any = None
-    function_call: Any = None
-    modalities: Any = None
-    audio: Any = None
+
+
+def read(body: bytes | bytearray) -> Request:
+    """A request. Raises Refused for a body that is none, or that asks for what cannot be done."""
+    try:
+        asked = msgspec.json.decode(body, type=dict[str, Any])
+        request = msgspec.convert(asked, Request)
+    except (msgspec.ValidationError, msgspec.DecodeError, RecursionError) as error:
+        raise Refused(f"the body cannot be read: {error}", "JSON with model and messages") from error
+    for name, neutral in _NEUTRAL.items():
+        if asked.get(name) not in (None, neutral):
+            raise Refused(f"{name} is not supported", f"leave it out, or give {neutral!r}")
+    return request
 
 
 def generate(request: Request) -> tuple[Generate, Functions | None]:
     """What the engine is asked, and the functions that may be called (None: the text is the answer). Raises Refused."""
-    for name, neutral in _NEUTRAL.items():
-        if getattr(request, name) not in (None, neutral):
-            raise Refused(f"{name} is not supported", f"leave it out, or give {neutral!r}")
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stops) > _STOPS or not all(0 < len(stop) <= _STOP for stop in stops):
         raise Refused("stop is not usable", f"at most {_STOPS} texts of 1 to {_STOP} characters")
-    temperature, tokens = request.temperature or 0.0, request.max_completion_tokens or request.max_tokens or MAX_TOKENS
+    temperature = request.temperature or 0.0
+    tokens = next((n for n in (request.max_completion_tokens, request.max_tokens) if n is not None), MAX_TOKENS)
     if not 0 <= temperature <= 2 or tokens < 1:
         raise Refused("temperature or max_tokens is out of range", "temperature 0 to 2, max_tokens 1 or more")
     functions = None
@@ -161,7 +153,7 @@ def _content(message: _Message) -> str:
     return "".join(part.text for part in message.content)
 
 
-def _object(called: _Called) -> dict[str, Any]:
+def _object(called: _Function) -> dict[str, Any]:
     try:
         return msgspec.json.decode(called.arguments or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError) as error:
@@ -173,12 +165,12 @@ def _object(called: _Called) -> dict[str, Any]:
 def _grammar(request: Request, functions: Functions | None) -> str:
     if functions:
         choice, specs = request.tool_choice, functions.specs
-        if isinstance(choice, _Choice):
+        if isinstance(choice, _Call):
             specs = [spec for spec in specs if spec.name == choice.function.name]
             if not specs:
                 raise Refused(f"tool_choice names {choice.function.name!r}", "name one of tools")
         free = choice in (None, "auto")
-        several = 1 if isinstance(choice, _Choice) or request.parallel_tool_calls is False else CALLS
+        several = 1 if isinstance(choice, _Call) or request.parallel_tool_calls is False else CALLS
         return grammar.build(specs, answer=free, none=free, several=several)
     wanted = request.response_format
     if wanted is None or wanted.type == "text":

@@ -18,7 +18,7 @@ from edge_agent.agent.calls import MAX_DEPTH, RESERVED, Answer, Call, CallError,
 from edge_agent.agent.tool import Kind, Param, ToolSpec
 from edge_agent.errors import Refused
 
-MAX_FUNCTIONS = 128
+MAX_FUNCTIONS, MAX_PARAMS, MAX_FIELDS = 128, 512, 64
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _KINDS: dict[str, Kind] = {"integer": "int", "number": "float", "boolean": "bool", "string": "str"}
 _KINDS |= {"array": "list", "object": "dict"}
@@ -62,7 +62,8 @@ class Functions:
         if len(functions) > MAX_FUNCTIONS or len({f.name for f in functions}) < len(functions):
             raise Refused(f"{len(functions)} functions", f"at most {MAX_FUNCTIONS}, each name once")
         self._schemas = {function.name: _schema(function) for function in functions}
-        self.specs = [_spec(function, self._schemas[function.name]) for function in functions]
+        self._room = MAX_PARAMS
+        self.specs = [self._spec(function, self._schemas[function.name]) for function in functions]
 
     def read(self, text: str) -> tuple[str | None, list[tuple[str, str]]]:
         """The answer in what a model emitted (None: there is none), and its calls: name, arguments as JSON.
@@ -81,6 +82,48 @@ class Functions:
                 content = said.text if isinstance(said, Answer) else ""
         return content, calls
 
+    def _spec(self, function: Function, root: Schema) -> ToolSpec:
+        whole = self._param(function.name, root, root, True, 0)
+        if whole.kind != "dict":
+            raise Refused(f"the parameters of {function.name} are a {whole.kind}", "an object with properties")
+        return ToolSpec(function.name, " ".join((function.description or "").split()), whole.fields)
+
+    def _param(self, name: str, schema: Schema, root: Schema, required: bool, depth: int, where: str = "") -> Param:
+        where = f"{where}.{name}" if where else name
+        schema, nullable = _plain(schema, root)
+        if not _NAME.fullmatch(name):
+            raise Refused(f"{where}: a parameter cannot be named {name!r}", "letters, digits and _, at most 63")
+        self._room -= 1
+        if depth > MAX_DEPTH or self._room < 0 or len(schema.properties) > MAX_FIELDS:
+            bounds = f"{MAX_DEPTH} deep, {MAX_FIELDS} fields in an object, {MAX_PARAMS} parameters in all"
+            raise Refused(f"{where} is too deep or too large", f"at most {bounds}")
+        about, required = " ".join(schema.description.split()), required and not nullable
+        choices = schema.enum if schema.const is msgspec.UNSET else [schema.const]
+        if choices is not None:
+            texts = [choice for choice in choices if isinstance(choice, str) and choice.isprintable()]
+            if not texts or len(texts) < len(choices) - nullable:
+                raise Refused(f"{where}: an enum has printable texts only", "write numbers as texts")
+            return Param(name, "choice", choices=texts, required=required, about=about)
+        kind = _KINDS.get(str(schema.type) or ("object" if schema.properties or not depth else ""))
+        if kind is None:
+            raise Refused(
+                f"{where} has the type {schema.type or 'any'!r}", f"one of {', '.join(_KINDS)}, or it and null"
+            )
+        item = schema.items
+        items = self._param("item", item, root, True, depth + 1, where) if item and item != Schema() else None
+        parts = schema.properties.items()
+        fields = [self._param(key, part, root, key in schema.required, depth + 1, where) for key, part in parts]
+        return Param(
+            name,
+            kind,
+            low=schema.minimum,
+            high=schema.maximum,
+            required=required,
+            about=about,
+            items=items,
+            fields=fields,
+        )
+
     def _arguments(self, call: Call) -> str:
         with contextlib.suppress(CallError):  # a number out of range: the client decides
             call = validate(call, self.specs)
@@ -97,39 +140,6 @@ def _schema(function: Function) -> Schema:
     except (msgspec.ValidationError, RecursionError) as error:
         hint = "leave it out; such values can be checked after the call"
         raise Refused(f"the function {function.name} cannot be expressed: {error}", hint) from error
-
-
-def _spec(function: Function, root: Schema) -> ToolSpec:
-    whole = _param(function.name, root, root, True, 0)
-    if whole.kind != "dict":
-        raise Refused(f"the parameters of {function.name} are a {whole.kind}", "an object with properties")
-    return ToolSpec(function.name, " ".join((function.description or "").split()), whole.fields)
-
-
-def _param(name: str, schema: Schema, root: Schema, required: bool, depth: int, where: str = "") -> Param:
-    where = f"{where}.{name}" if where else name
-    schema, nullable = _plain(schema, root)
-    if not _NAME.fullmatch(name):
-        raise Refused(f"{where}: a parameter cannot be named {name!r}", "letters, digits and _, at most 63")
-    if depth > MAX_DEPTH:
-        raise Refused(f"{where} is more than {MAX_DEPTH} deep", "a flatter schema")
-    about, required = " ".join(schema.description.split()), required and not nullable
-    choices = schema.enum if schema.const is msgspec.UNSET else [schema.const]
-    if choices is not None:
-        texts = [choice for choice in choices if isinstance(choice, str) and choice.isprintable()]
-        if not texts or len(texts) < len(choices) - nullable:
-            raise Refused(f"{where}: an enum has printable texts only", "write numbers as texts")
-        return Param(name, "choice", choices=texts, required=required, about=about)
-    kind = _KINDS.get(str(schema.type) or ("object" if schema.properties or not depth else ""))
-    if kind is None:
-        raise Refused(f"{where} has the type {schema.type or 'any'!r}", f"one of {', '.join(_KINDS)}, or it and null")
-    item = schema.items
-    items = _param("item", item, root, True, depth + 1, where) if item and item != Schema() else None
-    parts = schema.properties.items()
-    fields = [_param(key, part, root, key in schema.required, depth + 1, where) for key, part in parts]
-    return Param(
-        name, kind, low=schema.minimum, high=schema.maximum, required=required, about=about, items=items, fields=fields
-    )
 
 
 def _plain(schema: Schema, root: Schema) -> tuple[Schema, bool]:

@@ -17,6 +17,7 @@ from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
 from edge_agent.api import tensors
+from edge_agent.api.app import create_app
 from edge_agent.engines.onnxruntime import OnnxNetwork
 from edge_agent.errors import Refused
 from edge_agent.update import probe
@@ -158,6 +159,27 @@ async def test_curl_infers_and_is_told_what_is_wrong(device: Served, tmp_path: P
     status, body = await curl(*auth, f"{device.url}/v2/nowhere")
     assert status == 404
     assert "Not Found" in json.loads(body)["error"]
+
+
+async def test_bodies_that_are_held_at_one_time_are_bounded_and_given_back(device: Served) -> None:
+    go, url, taken, large = asyncio.Event(), f"/v2/models/{REC}/infer", asyncio.Queue[None](), b" " * 900_000
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield large
+        taken.put_nowait(None)
+        await go.wait()
+        yield b"{}"
+
+    app = httpx.ASGITransport(create_app(device, max_body=1 << 20))
+    async with httpx.AsyncClient(transport=app, base_url="http://device", headers=bearer()) as client:
+        waiting = [asyncio.create_task(client.post(url, content=stalled())) for _ in range(4)]
+        for _ in waiting:
+            await taken.get()
+        refused = await client.post(url, content=large)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        go.set()
+        assert [(await post).status_code for post in waiting] == [400] * 4
+        assert [(await client.post(url, content=large)).status_code for _ in range(5)] == [400] * 5
 
 
 async def test_a_permission_may_be_for_some_models(device: Served) -> None:
