@@ -1,11 +1,13 @@
 """The local API: no token, no answer; a token is worth what the cached grants say, with no network at all."""
 
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from starlette.routing import Route
 
 from edge_agent.api.access import MAX_BODY, Denied
 from edge_agent.api.app import create_app
@@ -103,6 +105,19 @@ async def test_every_route_asks_for_a_token(client: httpx.AsyncClient, method: s
         assert response.headers["content-type"] == "application/problem+json"
         assert response.json()["hint"]
         assert response.headers["www-authenticate"] == "Bearer"
+
+
+async def test_no_route_but_the_health_checks_is_open(client: httpx.AsyncClient, plant: Plant) -> None:
+    opened = []
+    for route in create_app(plant).routes:
+        assert isinstance(route, Route)
+        for method in route.methods or ():
+            answer = await client.request(method, re.sub(r"{\w+}", "x", route.path), content=b"{}")
+            if answer.status_code != 401:
+                opened.append(route.path)
+            elif method != "HEAD":
+                assert answer.json()
+    assert set(opened) == {"/healthz", "/v2/health/live", "/v2/health/ready"}
 
 
 async def test_the_health_of_the_device_needs_no_token(client: httpx.AsyncClient, plant: Plant) -> None:

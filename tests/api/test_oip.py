@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
+import os
+import signal
 import struct
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ from edge_agent.update.slots import Installed
 from edge_agent.wire.tensor import Tensor
 from models.package import package
 from tests.api.serving import Served, bearer, installed, serving
+from tests.serving.test_supervisor import until
 
 REC = "ppocr-rec"
 SMALL = np.linspace(-1, 1, 3 * 48 * 64, dtype=np.float32).reshape(1, 3, 48, 64)
@@ -42,7 +46,7 @@ async def device(rec: Installed) -> AsyncIterator[Served]:
         yield made
 
 
-class Bearer(triton.InferenceServerClientPlugin):
+class Bearer(triton.InferenceServerClientPlugin):  # type: ignore[misc]
     """The token, as tritonclient takes it."""
 
     def __init__(self, *roles: str) -> None:
@@ -69,6 +73,10 @@ def given(array: np.ndarray, binary: bool = True, name: str = "x", datatype: str
     return [tensor]
 
 
+def _infer(inputs: list[Any], client: triton.InferenceServerClient, **more: Any) -> Any:
+    return client.infer(REC, inputs, **more)
+
+
 async def curl(*args: str) -> tuple[int, str]:
     command = ["curl", "-s", "-w", "\n%{http_code}", "--max-time", "60", *args]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
@@ -85,15 +93,10 @@ async def test_tritonclient_gets_the_engines_own_answer_in_every_mix_of_json_and
     wanted = OnnxNetwork(rec.folder).infer(golden.inputs)
     for way in (True, False):
         for asked in (None, True, False):
-            outputs = asked is not None and [
-                triton.InferRequestedOutput(name, binary_data=asked) for name in reversed(list(wanted))
-            ]
-            found = await ask(
-                device,
-                lambda c, outputs=outputs, way=way: c.infer(
-                    REC, given(array, way), outputs=outputs or None, request_id="7"
-                ),
-            )
+            names = [] if asked is None else list(reversed(wanted))
+            outputs = [triton.InferRequestedOutput(name, binary_data=asked) for name in names] or None
+            infer = functools.partial(_infer, given(array, way), outputs=outputs, request_id="7")
+            found = await ask(device, infer)
             for name, tensor in wanted.items():
                 assert found.as_numpy(name).astype(tensor.dtype).tobytes() == tensor.data
             response = found.get_response()
@@ -102,7 +105,7 @@ async def test_tritonclient_gets_the_engines_own_answer_in_every_mix_of_json_and
                 rec.manifest.version,
                 "7",
             )
-            assert [o["name"] for o in response["outputs"]] == list(reversed(wanted) if outputs else wanted)
+            assert [o["name"] for o in response["outputs"]] == names or list(wanted)
     one = [triton.InferRequestedOutput("codepoint")]
     found = await ask(device, lambda c: c.infer(REC, given(array), outputs=one, model_version=rec.manifest.version))
     assert [o["name"] for o in found.get_response()["outputs"]] == ["codepoint"]
@@ -209,6 +212,19 @@ async def test_metrics_tell_requests_failures_and_latency_of_each_model(device: 
     ):
         assert line in text.splitlines()
     assert "nothing" not in text
+
+
+async def test_a_network_whose_worker_died_is_not_ready_until_it_serves_again(device: Served) -> None:
+    worker = device.models.workers["network"]
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    await until(lambda: not worker.connected)
+    assert not await ask(device, lambda c: c.is_model_ready(REC) or c.is_server_ready())
+    assert (await curl(f"{device.url}/v2/health/ready"))[0] == 503
+    await ask(device, lambda c: c.infer(REC, given(SMALL)))
+    assert await ask(device, lambda c: c.is_model_ready(REC) and c.is_server_ready())
+    async with httpx.AsyncClient(base_url=device.url, headers=bearer("viewer")) as client:
+        assert 'outrider_worker_restarts_total{worker="network"} 1\n' in (await client.get("/metrics")).text
 
 
 def body(**more: Any) -> bytes:
