@@ -1,7 +1,7 @@
 """The Open Inference Protocol v2 (REST) for the installed networks, with the binary tensor data extension.
 
-Invariants: health is open, all else is asked of the grants, `run:model` for the network's name; an inference is
-cancelled when its client leaves; the only version there is of a network is the one that runs.
+Invariants: health is open, all else is asked of the grants, `run:model` for the network's name; an inference that was
+taken runs to its end, whether its client waits or not; the only version there is of a network is the one that runs.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ async def _infer(caller: Caller) -> Response:
             asked = await asyncio.to_thread(tensors.parse, body, length)
         if manifest.outputs:
             tensors.chosen(asked.outputs, [str(output["name"]) for output in manifest.outputs])
-        found = await caller.unless_gone(caller.device.models.infer(manifest.name, asked.inputs))
+        found = await caller.device.models.infer(manifest.name, asked.inputs)
         about = {"model_name": manifest.name, "model_version": manifest.version}
         if sum(len(tensor.data) for tensor in found.values()) < _INLINE or asked.binary:
             content, json = tensors.respond(about, asked, found)
