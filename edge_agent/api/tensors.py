@@ -97,7 +97,7 @@ def parse(body: bytes | bytearray, length: int) -> Asked:
         at += size or 0
     if at != len(body):
         raise Refused(f"{len(body) - at} bytes are left over", f"mend binary_data_size or {LENGTH}")
-    for parameters in (request.parameters, *(output.parameters for output in request.outputs)):
+    for parameters in [request.parameters, *(output.parameters for output in request.outputs)]:
         _known(parameters)
     return Asked(inputs, request.outputs, request.id, request.parameters.get("binary_data_output") is True)
 
