@@ -113,12 +113,14 @@ class Hosting:
         shots = chosen.manifest.meta.get("prompt") != "signatures"
         return Speaker(digest, _alias(chosen), f"{chosen.manifest.name} {chosen.manifest.version}", shots)
 
-    async def infer(self, model: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run an installed network, for a tool. Raises Refused, Retry."""
+    async def infer(
+        self, model: str, inputs: dict[str, Tensor], priority: int = 1, within_s: float = 60.0
+    ) -> dict[str, Tensor]:
+        """Run an installed network; a tool of the agent goes before the API's clients. Raises Refused, Retry."""
         if model not in self.running:
             networks = [n for n, i in self.running.items() if i.manifest.kind is BundleKind.ONNX]
             raise Refused(f"the network {model} is not installed", f"installed: {', '.join(networks) or 'none'}")
-        return await self.workers["network"].infer(model, inputs)
+        return await self.workers["network"].infer(model, inputs, within_s, priority)
 
     def languages(self) -> list[str]:
         """What can be talked to: `NAME` of a language model, `NAME:ADAPTER` of it with an adapter."""

@@ -59,8 +59,8 @@ class Models(Protocol):
     @property
     def workers(self) -> Mapping[str, Worker]: ...
     async def ready(self, model: str) -> bool: ...
-    async def infer(self, model: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run a network. Raises Refused, Retry."""
+    async def infer(self, model: str, inputs: dict[str, Tensor], priority: int, within_s: float) -> dict[str, Tensor]:
+        """Run a network in a serving class. Raises Refused, Retry."""
         ...
 
     def languages(self) -> Sequence[str]:

@@ -77,7 +77,7 @@ async def _infer(caller: Caller) -> Response:
             asked = await asyncio.to_thread(tensors.parse, body, length)
         if manifest.outputs:
             tensors.chosen(asked.outputs, [str(output["name"]) for output in manifest.outputs])
-        found = await caller.device.models.infer(manifest.name, asked.inputs)
+        found = await caller.device.models.infer(manifest.name, asked.inputs, asked.priority, asked.within_s)
         about = {"model_name": manifest.name, "model_version": manifest.version}
         if sum(len(tensor.data) for tensor in found.values()) < _INLINE or asked.binary:
             content, json = tensors.respond(about, asked, found)

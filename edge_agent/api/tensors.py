@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.errors import Refused
+from edge_agent.serving.schedule import LOWEST
 from edge_agent.wire.tensor import Tensor
 
 MAX_JSON = 16 * 1024 * 1024
@@ -30,6 +31,7 @@ _TYPES: dict[str, tuple[str, str, type]] = {
     "UINT16": ("uint16", "H", int), "UINT32": ("uint32", "I", int), "UINT64": ("uint64", "Q", int),
 }  # fmt: skip
 DATATYPES = {dtype: datatype for datatype, (dtype, _, _) in _TYPES.items()}
+NORMAL, WITHIN_S = 2, 60.0
 _UNKNOWN = ("shared_memory_region", "classification", "sequence_id")
 _NESTED = re.compile(rb"\s*\[\s*\[")
 
@@ -57,12 +59,17 @@ class _Request(msgspec.Struct, frozen=True):
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """A request: the inputs, the outputs that are asked for (none: all of them), whether they come as binary data."""
+    """A request: the inputs, the outputs that are asked for (none: all of them), whether they come as binary data.
+
+    `priority` is the serving class, 0 (first) to 3; `within_s` is how long it may take.
+    """
 
     inputs: dict[str, Tensor]
     outputs: list[Output]
     id: str
     binary: bool
+    priority: int = NORMAL
+    within_s: float = WITHIN_S
 
 
 def json_length(size: int, header: str | None) -> int:
@@ -99,7 +106,17 @@ def parse(body: bytes | bytearray, length: int) -> Asked:
         raise Refused(f"{len(body) - at} bytes are left over", f"mend binary_data_size or {LENGTH}")
     for parameters in [request.parameters, *(output.parameters for output in request.outputs)]:
         _known(parameters)
-    return Asked(inputs, request.outputs, request.id, request.parameters.get("binary_data_output") is True)
+    binary = request.parameters.get("binary_data_output") is True
+    return Asked(inputs, request.outputs, request.id, binary, *_urgency(request.parameters))
+
+
+def _urgency(parameters: Mapping[str, Any]) -> tuple[int, float]:
+    """Class and seconds, of Triton's `priority` (1 is first, 0 the default) and `timeout` (microseconds, 0: none)."""
+    priority, timeout = parameters.get("priority", 0), parameters.get("timeout", 0)
+    for name, value in (("priority", priority), ("timeout", timeout)):
+        if not isinstance(value, int) or value < 0:
+            raise Refused(f"the parameter {name} is {value!r}", "give a whole number, not below 0")
+    return min(priority - 1, LOWEST) if priority else NORMAL, min(timeout / 1e6, WITHIN_S) if timeout else WITHIN_S
 
 
 def _known(parameters: Mapping[str, Any]) -> None:

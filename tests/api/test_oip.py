@@ -304,3 +304,34 @@ def test_a_number_that_json_lacks_is_refused_there_and_goes_as_binary_data(numbe
         tensors.respond({}, asked, found)
     text, length = tensors.respond({}, tensors.Asked({}, [], "", binary=True), found)
     assert text[length:] == found["y"].data
+
+
+@pytest.mark.parametrize(
+    ("parameters", "urgency"),
+    [
+        ({}, (2, 60.0)),
+        ({"priority": 1, "timeout": 250_000}, (0, 0.25)),
+        ({"priority": 99, "timeout": 10**12}, (3, 60.0)),
+    ],
+)
+def test_tritons_priority_and_timeout_are_the_serving_class_and_the_deadline(
+    parameters: dict[str, Any], urgency: tuple[int, float]
+) -> None:
+    one = {"name": "x", "datatype": "UINT8", "shape": [1], "data": [1]}
+    body = json.dumps({"inputs": [one], "parameters": parameters}).encode()
+    asked = tensors.parse(body, len(body))
+    assert (asked.priority, asked.within_s) == urgency
+    wrong = json.dumps({"inputs": [one], "parameters": {"priority": -1}}).encode()
+    with pytest.raises(Refused, match="priority"):
+        tensors.parse(wrong, len(wrong))
+
+
+async def test_a_request_whose_time_is_over_before_its_turn_is_a_503_that_says_so(device: Served) -> None:
+    async def late() -> str:
+        with pytest.raises(InferenceServerException) as caught:
+            await ask(device, lambda c: c.infer(REC, given(SMALL), timeout=1))
+        return str(caught.value)
+
+    assert "within" in await late() or "its time was over" in await late()
+    found = await ask(device, lambda c: c.infer(REC, given(SMALL), priority=1))
+    assert found.as_numpy("codepoint") is not None
