@@ -196,10 +196,12 @@ def _shown(as_json: bool) -> Iterator[Progress]:
 
 
 def _mount() -> None:
+    from models.cli_compile import mount as mount_compile
     from models.cli_networks import mount
     from models.toolcaller.cli import app as toolcaller
 
     mount(app, _say, _errors, _shown)
+    mount_compile(app, _say, _errors, _shown)
     app.add_typer(toolcaller, name="toolcaller")
 
 

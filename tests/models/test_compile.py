@@ -1,0 +1,119 @@
+"""`outrider models compile`: engines and their JSON in a folder, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from typer.testing import CliRunner
+
+from edge_agent.engines.tensorrt_build import contents
+from edge_agent.wire.bundle import sha256_file
+from models.cli import app
+
+real = pytest.mark.skipif(
+    find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT for RTX is not installed: pip install '.[tensorrt]'"
+)
+PROFILE = "x=1x4:2x4:8x4"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 4]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(tmp_path / "m.onnx")
+    )
+    return tmp_path / "m.onnx"
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["compile", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+@real
+def test_each_target_has_an_engine_and_the_facts_of_its_build(tmp_path: Path, model: Path) -> None:
+    out = tmp_path / "engines"
+    status, said = run(model, "--target", "sm86,sm89,sm120,sm86", "--profile", PROFILE, "--out", out, "--json")
+    assert status == 0, said
+    rows = json.loads(said)
+    assert [row["target"] for row in rows] == ["sm86", "sm89", "sm120"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        f"m.{target}.{end}" for target in ("sm86", "sm89", "sm120") for end in ("engine", "json")
+    )
+    for row in rows:
+        engine, facts = Path(row["path"]), json.loads(Path(row["path"]).with_suffix(".json").read_text())
+        assert facts == {name: value for name, value in row.items() if name != "path"}
+        assert contents(engine.read_bytes()).targets == [row["target"]]
+        assert (facts["sha256"], facts["bytes"]) == (sha256_file(engine), engine.stat().st_size)
+        assert (facts["runtime"], facts["version"]) == ("tensorrt-rtx", contents(engine.read_bytes()).version)
+        assert facts["profile"] == {"x": [[1, 4], [2, 4], [8, 4]]}
+        assert facts["seconds"] > 0
+        assert facts["peak_mb"] > 50
+
+
+@real
+def test_a_model_is_compiled_by_its_name(tmp_path: Path, model_cache: Path, ppocr_models: dict[str, Path]) -> None:
+    shape = "1x3x64x64"
+    arguments = ("--target", "sm89", "--profile", f"x={shape}:{shape}:{shape}", "--out", tmp_path)
+    status, said = run("ppocr-det", *arguments, "--cache", model_cache)
+    assert status == 0, said
+    assert (tmp_path / "ppocr-det.sm89.engine").is_file()
+    assert "peak" in said
+
+
+@real
+def test_a_target_that_fails_leaves_those_before_it_and_no_half_file(tmp_path: Path, model: Path) -> None:
+    out = tmp_path / "engines"
+    status, said = run(model, "--target", "sm86,sm87", "--profile", PROFILE, "--out", out, "--json")
+    assert status == 1
+    assert "sm87" in json.loads(said)["error"]
+    assert sorted(path.name for path in out.iterdir()) == ["m.sm86.engine", "m.sm86.json"]
+
+
+@real
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (["--target", "sm86"], "no optimization profile", "--profile"),
+        (["--target", "sm86", "--profile", "x=1x5:1x5:1x5"], "tensor has 4", "--profile"),
+        (["--target", "ampere"], "no target 'ampere'", "sm86"),
+        (["--target", ""], "no target ''", "sm86"),
+    ],
+)
+def test_what_cannot_be_compiled_says_what_to_do(
+    tmp_path: Path, model: Path, arguments: list[str], error: str, hint: str
+) -> None:
+    status, said = run(model, *arguments, "--out", tmp_path / "engines", "--json")
+    assert status == 1
+    told = json.loads(said)
+    assert error in told["error"]
+    assert hint in told["hint"]
+
+
+@real
+def test_what_is_no_network_is_refused(tmp_path: Path, model_cache: Path) -> None:
+    for name, why in [("smollm2", "is no network"), (tmp_path / "absent.onnx", "no file")]:
+        status, said = run(name, "--target", "sm86", "--out", tmp_path, "--cache", model_cache)
+        assert status == 1
+        assert why in said
+
+
+def test_a_profile_is_read_before_anything_is_built(tmp_path: Path, model: Path) -> None:
+    status, said = run(model, "--target", "sm86", "--profile", "x=1x4", "--out", tmp_path / "engines")
+    assert status == 1
+    assert "INPUT=smallest:usual:largest" in said
+    assert not (tmp_path / "engines").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, model: Path) -> None:
+    if find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("TensorRT for RTX is not installed")
+    status, said = run(model, "--target", "sm86", "--profile", PROFILE, "--out", model / "engines")
+    assert status == 1
+    assert "another --out?" in said
