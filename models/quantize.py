@@ -12,11 +12,12 @@ tensor has one reader, and computes the other layers in FP32.
 
 from __future__ import annotations
 
+import io
 import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -303,12 +304,13 @@ def _save(model: onnx.ModelProto, target: Path) -> Path:
 
 @contextmanager
 def _tools(what: str) -> Iterator[None]:
-    """Errors of the tools, which share no base, as a ModelError; their advice on the root logger is not shown."""
+    """Errors of the tools, which share no base, as a ModelError; what they print and log for people is not shown."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     except ModelError:
         raise
     except Exception as error:
