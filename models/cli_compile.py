@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from edge_agent.errors import Refused
+from edge_agent.errors import Refused, Retry
 from models.errors import ModelError
 from models.fetch import Progress, default_cache, sources
 
@@ -29,58 +30,64 @@ def mount(app: typer.Typer, say: Callable[[bool, object, str], None], errors: An
         profile: Annotated[
             str, typer.Option(help="INPUT=smallest:usual:largest, each like 1x3x48x320; more inputs after commas.")
         ] = "",
+        precision: Annotated[str, typer.Option(help="fp16 or int8, as the recipe of that name made it.")] = "",
         cache: Annotated[
             Path | None, typer.Option(envvar="OUTRIDER_CACHE", help="Where models are kept between runs.")
         ] = None,
         as_json: Json = False,
     ) -> None:
         """Build TensorRT engines of a network, one a target."""
+        rows: list[dict[str, Any]] = []
         with errors(as_json), shown(as_json) as progress:
             try:
-                built = compiled(model, out, target, profile, cache or default_cache(), progress)
-            except Refused as error:
+                where, targets = cache or default_cache(), target.split(",")
+                rows += _compiled(model, precision, out, targets, profile, where, progress)
+            except (Refused, Retry) as error:
                 raise ModelError(error.message, error.hint) from error
             except OSError as error:
                 raise ModelError(f"the engine cannot be written: {error}", "another --out?") from error
-        lines = [
-            f"{row['target']:<8} {row['bytes'] / 1e6:8.2f} MB {row['seconds']:6.1f} s  peak {row['peak_mb']:6.0f} MiB"
-            f"  {row['path']}"
-            for row in built
-        ]
-        say(as_json, built, "\n".join(lines))
+        line = "{target:<8} {bytes:>12,} bytes {seconds:7.1f} s  peak {peak_mb:6.0f} MiB  {path}"
+        say(as_json, rows, "\n".join(line.format(**row) for row in rows))
 
 
-def compiled(
-    model: str, out: Path, targets: str, profile: str, cache: Path, progress: Progress
-) -> list[dict[str, Any]]:
-    """Build and publish each target's engine; returns what the JSON files hold, and `path`. Raises OutriderError."""
+def _compiled(
+    model: str, precision: str, out: Path, targets: list[str], profile: str, cache: Path, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """Build and publish each target's engine; yields what its JSON file holds, and `path`."""
     from edge_agent.engines.engine_cache import publish
     from edge_agent.engines.tensorrt_build import build, find_runtime, parse_profile
 
-    ranges, rows = parse_profile(profile), []
-    wanted = list(dict.fromkeys(targets.split(",")))
-    for target in wanted:
+    ranges = parse_profile(profile)
+    for target in targets:
         find_runtime(target)
-    name, file = _source(model, cache, progress)
-    out.mkdir(parents=True, exist_ok=True)
-    for target in wanted:
-        path = out / f"{name}.{target}.engine"
-        part = out / f".{path.name}.part"
-        report = build(
-            file, part, target, ranges, lambda what, done, total, t=target: progress(f"{t}: {what}", done, total)
-        )
-        facts: dict[str, Any] = msgspec.to_builtins(report)
-        publish(part, path, msgspec.json.format(msgspec.json.encode(facts), indent=1))
-        rows.append({"path": str(path), **facts})
-    return rows
+    with tempfile.TemporaryDirectory(prefix="outrider-compile-") as scratch:
+        name, file = _source(model, precision, cache, Path(scratch), progress)
+        out.mkdir(parents=True, exist_ok=True)
+        for target in dict.fromkeys(targets):
+            path = out / f"{name}.{target}.engine"
+            part = out / f".{path.name}.part"
+            report = build(file, part, target, ranges, lambda what, *n, t=target: progress(f"{t}: {what}", *n))
+            publish(part, path, msgspec.json.format(msgspec.json.encode(report), indent=1))
+            yield {"path": str(path), **msgspec.to_builtins(report)}
 
 
-def _source(model: str, cache: Path, progress: Progress) -> tuple[str, Path]:
-    """The name and the ONNX file of a path, or of a model that can be fetched."""
-    if model not in sources():
-        return Path(model).stem, Path(model)
-    if sources()[model].kind != "onnx":
-        raise ModelError(f"{model} is no network: TensorRT takes ONNX networks", "outrider models list shows the kinds")
-    from models.package import build as fetched
+def _source(model: str, precision: str, cache: Path, scratch: Path, progress: Progress) -> tuple[str, Path]:
+    """The name and the ONNX file of a path, or of a model that can be fetched; INT8 as TensorRT takes it."""
+    name, file = Path(model).stem, Path(model)
+    if precision:
+        from models.recipe import packaged
 
-    return model, fetched(model, cache, progress) / "model.onnx"
+        name, file = f"{model}-{precision}", packaged(model, precision, cache)[0] / "files" / "model.onnx"
+    elif model in sources():
+        if sources()[model].kind != "onnx":
+            raise ModelError(f"{model} is no network: TensorRT takes ONNX networks", "outrider models list: the kinds")
+        from models.package import build as fetched
+
+        name, file = model, fetched(model, cache, progress) / "model.onnx"
+    if file.is_file() and b"QuantizeLinear" in file.read_bytes():
+        from models.inspect import load
+        from models.quantize import shifted
+
+        (scratch / file.name).write_bytes(shifted(load(file), "int8").SerializeToString())  # recipes make uint8
+        file = scratch / file.name
+    return name, file

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.engines.tensorrt_build import TIMEOUT_S, Profile, Report
+from edge_agent.engines.tensorrt_build import Profile, Report
 from edge_agent.errors import Retry
 from edge_agent.wire import durable
 
@@ -55,7 +55,7 @@ class _Entry(msgspec.Struct, frozen=True):
 class EngineCache:
     """The engines of one folder; many threads and processes may use it at once."""
 
-    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES, wait_s: float = TIMEOUT_S) -> None:
+    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES, wait_s: float = 1800.0) -> None:
         self._folder, self._max_bytes, self._wait_s = folder, max_bytes, wait_s
 
     def get(self, key: Key, build: Callable[[Path], Report]) -> bytes:
@@ -104,22 +104,19 @@ class EngineCache:
     def _sweep(self) -> None:
         """Remove what a build or a publication that was cut off has left."""
         for path in self._folder.iterdir():
-            alone = path.suffix == ".engine" and not path.with_suffix(".json").exists()
-            if alone or path.name.endswith(".part"):
+            if path.suffix == ".part" or (path.suffix == ".engine" and not path.with_suffix(".json").exists()):
                 path.unlink(missing_ok=True)
 
     def _make_room(self, size: int, name: str) -> None:
-        entries = []
-        for facts in self._folder.glob("*.json"):
-            engine = facts.with_suffix(".engine")
-            both = sum(path.stat().st_size for path in (facts, engine) if path.exists())
-            entries.append((facts.stem != name, facts.stat().st_mtime, both, facts, engine))
-        total = sum(entry[2] for entry in entries)
-        for _, _, both, facts, engine in sorted(entries):  # the one that is replaced first, then by last use
-            if total > size or facts.stem == name:
-                facts.unlink(missing_ok=True)
-                engine.unlink(missing_ok=True)
-                total -= both
+        """Remove the entry of this name, and the ones used longest ago until the others take at most `size` bytes."""
+        pairs = [(facts, facts.with_suffix(".engine")) for facts in self._folder.glob("*.json")]
+        sizes = {pair: sum(path.stat().st_size for path in pair if path.exists()) for pair in pairs}
+        total = sum(sizes.values())
+        for pair in sorted(pairs, key=lambda pair: (pair[0].stem != name, pair[0].stat().st_mtime)):
+            if total > size or pair[0].stem == name:
+                total -= sizes[pair]
+                for path in pair:
+                    path.unlink(missing_ok=True)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

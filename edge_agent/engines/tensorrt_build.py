@@ -34,7 +34,7 @@ from typing import IO, Any, NamedTuple
 
 import msgspec
 
-from edge_agent.errors import Refused
+from edge_agent.errors import Refused, Retry
 from edge_agent.wire.bundle import sha256_file
 
 Shape = tuple[int, ...]
@@ -44,12 +44,11 @@ Progress = Callable[[str, int, int], None]
 """(what is being done, steps done, steps in all)."""
 
 CURRENT = "current"
-TIMEOUT_S = 1800.0
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
 _HINT = "pip install 'outrider[tensorrt]', or 'outrider[tensorrt-full]'; on a Jetson JetPack brings its own"
 _TARGET = re.compile(r"sm[0-9]{2,3}|current")
 _HEADER = struct.Struct("<4s4xQQ4B4sQ")  # magic, form, size of the file, version, magic, compute capabilities
-_MAGIC = b"vtrt"
+MAGIC = b"vtrt"
 _CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")  # the bits of the header's last word
 
 
@@ -89,14 +88,19 @@ def find_runtime(target: str) -> Runtime:
     if not _TARGET.fullmatch(target):
         raise Refused(f"no target {target!r}", f"one of {', '.join(_CAPABILITIES)}, or {CURRENT}: this machine's GPU")
     names = ["tensorrt", "tensorrt-rtx"] if target == CURRENT else ["tensorrt-rtx"]
-    found = [name for name in names if find_spec(_MODULES[name])]
-    if not found:
-        raise Refused(f"no TensorRT that builds for {target} is installed", _HINT)
+    name = next((name for name in names if find_spec(_MODULES[name])), "")
+    if not name:
+        raise Refused(f"no TensorRT for {target} is installed", _HINT)
     try:
-        module = import_module(_MODULES[found[0]])
+        module = import_module(_MODULES[name])
     except (ImportError, OSError, RuntimeError) as error:
-        raise Refused(f"{found[0]} is installed but does not load: {error}", _HINT) from error
-    return Runtime(found[0], str(module.__version__), module)
+        raise Refused(f"{name} is installed but does not load: {error}", _HINT) from error
+    return Runtime(name, str(module.__version__), module)
+
+
+def runtime_of(engine: bytes) -> Runtime:
+    """The installed TensorRT that an engine is for. Raises Refused: none, or the engine is damaged."""
+    return find_runtime(contents(engine).targets[0] if engine.startswith(MAGIC) else CURRENT)
 
 
 def parse_profile(text: str) -> Profile:
@@ -119,7 +123,7 @@ def contents(engine: bytes) -> Contents:
     """What an engine of TensorRT for RTX says of itself. Raises Refused when it is none, or cut short."""
     head = engine[: _HEADER.size]
     fields = _HEADER.unpack(head) if len(head) == _HEADER.size else ()
-    if not fields or fields[0] != _MAGIC or fields[7] != _MAGIC:
+    if not fields or fields[0] != MAGIC or fields[7] != MAGIC:
         raise Refused("this is no engine of TensorRT for RTX", "outrider models compile makes one")
     if fields[2] != len(engine):
         raise Refused(f"the engine is damaged: it has {len(engine)} of {fields[2]} bytes", "build it again")
@@ -131,14 +135,15 @@ def contents(engine: bytes) -> Contents:
     return Contents(".".join(map(str, fields[3:7])), targets, sorted(layers), dict(types))
 
 
-def quiet(what: str, done: int, total: int) -> None:
-    """A Progress that shows nothing."""
-
-
 def build(
-    model: Path, out: Path, target: str, profile: Profile, progress: Progress = quiet, timeout_s: float = TIMEOUT_S
+    model: Path,
+    out: Path,
+    target: str,
+    profile: Profile,
+    progress: Progress = lambda *_: None,
+    timeout_s: float = 1800.0,
 ) -> Report:
-    """Build an engine into `out` in a process of its own. Raises Refused with TensorRT's reason."""
+    """Build an engine into `out` in a process of its own. Raises Refused with TensorRT's reason, Retry when killed."""
     find_runtime(target)
     if not model.is_file():
         raise Refused(f"there is no file {model}", "name an ONNX file")
@@ -151,60 +156,52 @@ def build(
 
 
 def _run(order: str, what: str, progress: Progress, timeout_s: float) -> Report:
-    command = [sys.executable, "-m", __name__, order]
+    command, last = [sys.executable, "-m", __name__, order], {}
     with tempfile.TemporaryFile() as noise, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=noise) as child:
         assert child.stdout is not None
         clock = threading.Timer(timeout_s, child.kill)
         clock.start()
         try:
-            last = _follow(child.stdout, progress)
+            for line in child.stdout:
+                last = json.loads(line) if line.endswith(b"\n") else {}
+                if "step" in last:
+                    progress(*last["step"])
             child.wait()
         finally:
             over = not clock.is_alive()
             clock.cancel()
             child.kill()
         noise.seek(max(0, noise.seek(0, os.SEEK_END) - 500))
-        said = noise.read().decode(errors="replace").strip()
+        said = noise.read().decode(errors="replace").split("\n")
     if "report" in last and child.returncode == 0:
         return msgspec.convert(last["report"], Report)
     if "error" in last:
         raise Refused(f"{what}: {last['error']}", last["hint"])
     if over:
         raise Refused(f"{what}: no engine within {timeout_s:g} s", "a narrower profile builds faster")
-    reason = said.splitlines()[-1] if said else "it said nothing"
-    hint = "was memory short? a smaller largest shape needs less" if child.returncode == -9 else ""
-    raise Refused(f"{what}: the build ended with status {child.returncode}: {reason}", hint)
+    if child.returncode == -9:
+        raise Retry(f"{what}: the build was killed", "was memory short? a smaller largest shape needs less")
+    raise Refused(f"{what}: the build ended with status {child.returncode} {' '.join(said[-2:])}".strip())
 
 
-def _follow(lines: IO[bytes], progress: Progress) -> dict[str, Any]:
-    last: dict[str, Any] = {}
-    for line in lines:
-        last = json.loads(line)
-        if "step" in last:
-            progress(*last["step"])
-    return last
-
-
-def main(order: str) -> int:
+def main(order: str) -> None:
     """Entry of the build process: writes the engine, tells steps and the report as lines of JSON."""
     told = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else prints, prints there
     asked = json.loads(order)
     try:
         report = _build(Path(asked["model"]), Path(asked["out"]), asked["target"], asked["profile"], told)
+        print(json.dumps({"report": msgspec.to_builtins(report)}), file=told)
     except Refused as error:
         print(json.dumps({"error": error.message, "hint": error.hint}), file=told)
-        return 1
-    print(json.dumps({"report": msgspec.to_builtins(report)}), file=told)
-    return 0
 
 
 def _build(model: Path, out: Path, target: str, profile: Profile, told: IO[str]) -> Report:
     began = time.perf_counter()
     runtime = find_runtime(target)
     trt = runtime.module
-    log = _logger(trt)
-    builder = _made(trt.Builder(log), log, "TensorRT cannot start")
+    log = logger(trt)
+    builder = made(trt.Builder(log), log, "TensorRT cannot start")
     network, parser = _parsed(trt, builder, log, model)
     config = builder.create_builder_config()
     config.progress_monitor = _monitor(trt, told)
@@ -216,7 +213,7 @@ def _build(model: Path, out: Path, target: str, profile: Profile, told: IO[str])
             raise Refused(f"{runtime.name} {runtime.version} has no target {target}", f"it has {known}")
     if profile:
         _add_profile(builder, config, network, profile, log)
-    serialized = _made(builder.build_serialized_network(network, config), log, "TensorRT built no engine")
+    serialized = made(builder.build_serialized_network(network, config), log, "TensorRT built no engine")
     del parser  # it owns the weights until here
     with out.open("wb") as file:
         file.write(serialized)
@@ -230,15 +227,17 @@ def _parsed(trt: Any, builder: Any, log: Any, model: Path) -> tuple[Any, Any]:
     typed = 1 << int(
         trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
     )  # TensorRT 10 asks for it, the others know no else
-    network = _made(builder.create_network(typed), log, "no network could be made")
+    network = made(builder.create_network(typed), log, "no network could be made")
     parser = trt.OnnxParser(network, log)
     if parser.parse_from_file(str(model)) and network.num_outputs:
         return network, parser
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     faults = list({error.node_operator(): _fault(error) for error in reversed(errors)}.values())[:5]  # one an op
+    hint = "outrider models inspect FILE shows its ops; what is cut short or no ONNX model cannot be built"
+    if any("zero point" in fault for fault in faults):
+        hint = "outrider models quantize --activations int8 makes Q/DQ around 0, the only form that TensorRT takes"
     raise Refused(
-        f"TensorRT does not take this graph: {'; '.join(faults) or 'it has no outputs, so it is no model'}",
-        "outrider models inspect FILE shows its ops; a file that is cut short or no ONNX model cannot be built",
+        f"TensorRT does not take this graph: {'; '.join(faults) or 'it has no outputs, so it is no model'}", hint
     )
 
 
@@ -256,27 +255,28 @@ def _add_profile(builder: Any, config: Any, network: Any, profile: Profile, log:
     for name, (low, usual, high) in profile.items():
         ranges.set_shape(name, low, usual, high)
     if config.add_optimization_profile(ranges) < 0:
-        _made(None, log, "the profile is refused")
+        made(None, log, "the profile is refused")
 
 
-def _made(result: Any, log: Any, what: str) -> Any:
+def made(result: Any, log: Any, what: str) -> Any:
     """What TensorRT returned. Raises Refused with what it logged when that is None."""
     if result is None:
-        reasons = [line for line in log.errors if not line.startswith("[checkMacros")] or log.errors
-        raise Refused(f"{what}: {'; '.join(reasons[:3]) or 'it gave no reason'}", _hint(" ".join(reasons)))
+        reason = (
+            "; ".join(line for line in log.errors[:5] if not line.startswith("[checkMacros")) or "it gave no reason"
+        )
+        hint = ""
+        if "profile" in reason:
+            hint = "--profile INPUT=smallest:usual:largest for every input with free dimensions, fixed ones as they are"
+        elif "Cuda Runtime" in reason:
+            hint = f"{CURRENT} needs this machine's GPU and driver; targets like sm86 need none"
+        raise Refused(f"{what}: {reason}", hint)
     return result
 
 
-def _hint(reason: str) -> str:
-    if "optimization profile" in reason or "profile 0" in reason:
-        return "--profile INPUT=smallest:usual:largest for every input with free dimensions, fixed ones as they are"
-    if "Cuda Runtime" in reason:
-        return f"{CURRENT} needs this machine's GPU and driver; targets like sm86 need none"
-    return ""
+def logger(trt: Any) -> Any:
+    """An ILogger that keeps errors and warnings."""
 
-
-def _logger(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc,name-defined]
+    class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -291,7 +291,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, told: IO[str]) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
@@ -324,4 +324,4 @@ def _peak_mb() -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main(sys.argv[1])

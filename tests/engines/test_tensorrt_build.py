@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_agent.engines import tensorrt_build
 from edge_agent.engines.tensorrt_build import build, contents, find_runtime, parse_profile
-from edge_agent.errors import Refused
+from edge_agent.errors import Refused, Retry
 from edge_agent.wire.bundle import sha256_file
 
 REC = "x=1x3x48x32:1x3x48x320:8x3x48x1280"
@@ -214,7 +214,7 @@ def test_a_profile_has_a_range_an_input() -> None:
 
 @real
 @pytest.mark.parametrize(
-    ("timeout_s", "why"), [(0.05, "no engine within 0.05 s"), (60, r"status -9.*was memory short\?")]
+    ("timeout_s", "why"), [(0.05, "no engine within 0.05 s"), (60, r"was killed \(was memory short\?")]
 )
 def test_a_build_that_hangs_or_is_killed_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float, why: str
@@ -230,7 +230,7 @@ def test_a_build_that_hangs_or_is_killed_leaves_nothing(
 
     monkeypatch.setattr(tensorrt_build.subprocess, "Popen", Child)
     (tmp_path / "e").write_bytes(b"half an engine")
-    with pytest.raises(Refused, match=why):
+    with pytest.raises(Retry if timeout_s > 1 else Refused, match=why):
         build(relu(tmp_path / "m.onnx"), tmp_path / "e", "sm86", {}, timeout_s=timeout_s)
     assert not (tmp_path / "e").exists()
     assert started[0].poll() is not None

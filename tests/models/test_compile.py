@@ -6,12 +6,14 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from edge_agent.engines.tensorrt_build import contents
+from edge_agent.engines.tensorrt_build import build, contents
+from edge_agent.errors import Refused
 from edge_agent.wire.bundle import sha256_file
 from models.cli import app
 
@@ -65,6 +67,33 @@ def test_a_model_is_compiled_by_its_name(tmp_path: Path, model_cache: Path, ppoc
     assert status == 0, said
     assert (tmp_path / "ppocr-det.sm89.engine").is_file()
     assert "peak" in said
+
+
+@real
+def test_int8_as_recipes_make_it_for_cpus_is_turned_into_the_form_of_tensorrt(tmp_path: Path) -> None:
+    points = [
+        numpy_helper.from_array(np.array(value), name) for name, value in (("s", np.float32(0.1)), ("z", np.uint8(128)))
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "points"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 4]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], points)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, str(tmp_path / "u8.onnx"))
+    with pytest.raises(Refused, match=r"Non-zero zero point.*--activations int8"):
+        build(tmp_path / "u8.onnx", tmp_path / "e", "sm86", {})
+    status, said = run(tmp_path / "u8.onnx", "--target", "sm86", "--out", tmp_path)
+    assert status == 0, said
+    assert "points" in contents((tmp_path / "u8.sm86.engine").read_bytes()).layers
+
+
+@real
+def test_a_precision_that_no_recipe_made_is_told(tmp_path: Path) -> None:
+    status, said = run("digits", "--precision", "fp16", "--target", "sm86", "--out", tmp_path, "--cache", tmp_path)
+    assert status == 1
+    assert "outrider models recipe run digits" in said
 
 
 @real
