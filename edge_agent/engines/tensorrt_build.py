@@ -100,7 +100,7 @@ def find_runtime(target: str) -> Runtime:
 
 def runtime_of(engine: bytes) -> Runtime:
     """The installed TensorRT that an engine is for. Raises Refused: none, or the engine is damaged."""
-    return find_runtime(contents(engine).targets[0] if engine.startswith(MAGIC) else CURRENT)
+    return find_runtime(_CAPABILITIES[0] if engine.startswith(MAGIC) and contents(engine) else CURRENT)
 
 
 def parse_profile(text: str) -> Profile:
@@ -201,10 +201,14 @@ def _build(model: Path, out: Path, target: str, profile: Profile, told: IO[str])
     runtime = find_runtime(target)
     trt = runtime.module
     log = logger(trt)
-    builder = made(trt.Builder(log), log, "TensorRT cannot start")
+    try:
+        builder = trt.Builder(log)
+    except TypeError:  # how the bindings say that there is none, as without a GPU
+        builder = made(None, log, "TensorRT cannot start")
     network, parser = _parsed(trt, builder, log, model)
     config = builder.create_builder_config()
-    config.progress_monitor = _monitor(trt, told)
+    if hasattr(trt, "IProgressMonitor"):
+        config.progress_monitor = _monitor(trt, told)
     if runtime.name == "tensorrt-rtx":
         capability = getattr(trt.ComputeCapability, target.upper(), None)
         config.num_compute_capabilities = 1
@@ -224,10 +228,10 @@ def _build(model: Path, out: Path, target: str, profile: Profile, told: IO[str])
 
 def _parsed(trt: Any, builder: Any, log: Any, model: Path) -> tuple[Any, Any]:
     """The network, and the parser that must live as long."""
-    typed = 1 << int(
-        trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-    )  # TensorRT 10 asks for it, the others know no else
-    network = made(builder.create_network(typed), log, "no network could be made")
+    flag = getattr(
+        trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
+    )  # TensorRT 10 asks, later ones know no else
+    network = made(builder.create_network(0 if flag is None else 1 << int(flag)), log, "no network could be made")
     parser = trt.OnnxParser(network, log)
     if parser.parse_from_file(str(model)) and network.num_outputs:
         return network, parser

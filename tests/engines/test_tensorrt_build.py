@@ -199,6 +199,69 @@ def test_a_tensorrt_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch,
         find_runtime("current")
 
 
+TENSORRT_10 = """
+import enum, pathlib
+__version__ = "10.16.0"
+class ILogger:
+    pass
+class NetworkDefinitionCreationFlag(enum.IntEnum):
+    EXPLICIT_BATCH = 0
+    STRONGLY_TYPED = 1
+class Network:
+    num_inputs = num_outputs = 1
+    name = "x"
+    def get_input(self, index):
+        return self
+class Config:
+    def add_optimization_profile(self, profile):
+        return 0
+class Profile:
+    def set_shape(self, name, *shapes):
+        pass
+class OnnxParser:
+    def __init__(self, network, log):
+        pass
+    def parse_from_file(self, path):
+        return pathlib.Path(path).is_file()
+class Builder:
+    def __init__(self, log):
+        if not GPU:
+            log.log(1, "CUDA initialization failure with error: 35")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+    def create_network(self, flags):
+        self.flags = flags
+        return Network()
+    def create_builder_config(self):
+        return Config()
+    def create_optimization_profile(self):
+        return Profile()
+    def build_serialized_network(self, network, config):
+        assert not hasattr(config, "num_compute_capabilities")
+        return b"ftrt flags %d" % self.flags
+"""
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_tensorrt_10_is_asked_for_strong_types_and_builds_for_the_gpu_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    (tmp_path / "tensorrt.py").write_text(f"GPU = {gpu}\n{TENSORRT_10}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    model, profile = relu(tmp_path / "m.onnx"), parse_profile("x=1x4:2x4:8x4")
+    try:
+        if gpu:
+            report = build(model, tmp_path / "e", "current", profile)
+            assert (report.runtime, report.version, report.target) == ("tensorrt", "10.16.0", "current")
+            assert (tmp_path / "e").read_bytes() == b"ftrt flags 2"
+        else:
+            with pytest.raises(Refused, match="TensorRT cannot start: CUDA initialization failure"):
+                build(model, tmp_path / "e", "current", profile)
+    finally:
+        del sys.modules["tensorrt"]
+
+
 @pytest.mark.parametrize(
     "text", ["x", "x=", "x=1x3", "x=1:2", "x=1:2:a", "x=0:1:2", "=1:2:3", "x=1:2:3,x=1:2:3", "x=1:2:3:4"]
 )
