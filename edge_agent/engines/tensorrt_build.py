@@ -156,7 +156,8 @@ def build(
 
 
 def _run(order: str, what: str, progress: Progress, timeout_s: float) -> Report:
-    command, last = [sys.executable, "-m", __name__, order], {}
+    command = [sys.executable, "-m", __name__, order]
+    last: dict[str, Any] = {}
     with tempfile.TemporaryFile() as noise, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=noise) as child:
         assert child.stdout is not None
         clock = threading.Timer(timeout_s, child.kill)
