@@ -8,9 +8,9 @@ raises; engine_cache.py gives it its name.
 Targets: `sm86` and the like (TensorRT for RTX, needs no GPU), or `current`, the GPU of this machine.
 
 What `contents` reads of an engine needs no GPU, and no interface of TensorRT tells it without one: the header (form,
-size, version, compute capabilities), and the text of the compiled graph (the ONNX layers it came from, the types of
-its tensors). NVIDIA documents neither: both were read off engines of TensorRT for RTX 1.7. Only a GPU shows that an
-engine loads, runs and answers right.
+size, version, compute capabilities), and the text of the compiled graph (the ONNX layers it came from, the types and
+sizes of its constants). NVIDIA documents neither: both were read off engines of TensorRT for RTX 1.7. Only a GPU shows
+that an engine loads, runs and answers right.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class Contents(msgspec.Struct, frozen=True):
-    """What can be read of an engine with no GPU; `types` counts tensors of the compiled graph by element type."""
+    """What can be read of an engine with no GPU; `weights` are bytes of constants by element type."""
 
     version: str
     targets: list[str]
     layers: list[str]
-    types: dict[str, int]
+    weights: dict[str, int]
 
 
 def find_runtime(target: str) -> Runtime:
@@ -129,10 +129,10 @@ def contents(engine: bytes) -> Contents:
         raise Refused(f"the engine is damaged: it has {len(engine)} of {fields[2]} bytes", "build it again")
     targets = [name for bit, name in enumerate(_CAPABILITIES) if fields[8] >> bit & 1]
     layers = {name.decode(errors="replace") for name in re.findall(rb"\[ONNX Layer: ([^\]\n]{1,500})\]", engine)}
-    types = Counter(
-        kind.decode() for kind in re.findall(rb"\btensor=\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\btype=(\w+)", engine)
-    )
-    return Contents(".".join(map(str, fields[3:7])), targets, sorted(layers), dict(types))
+    weights: Counter[str] = Counter()
+    for size, kind in re.findall(rb"tensor=\{[^{}\n]*\bconst_payload_size=(\d+)[^\n]*?\btype=(\w+) \}", engine):
+        weights[kind.decode()] += int(size)
+    return Contents(".".join(map(str, fields[3:7])), targets, sorted(layers), dict(weights))
 
 
 def build(
@@ -239,8 +239,8 @@ def _parsed(trt: Any, builder: Any, log: Any, model: Path) -> tuple[Any, Any]:
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     faults = list({error.node_operator(): _fault(error) for error in reversed(errors)}.values())[:5]  # one an op
     hint = "outrider models inspect FILE shows its ops; what is cut short or no ONNX model cannot be built"
-    if any("zero point" in fault for fault in faults):
-        hint = "outrider models quantize --activations int8 makes Q/DQ around 0, the only form that TensorRT takes"
+    if any("QuantizeLinear" in fault for fault in faults):
+        hint = "TensorRT takes Q/DQ around 0, with biases as numbers: outrider models compile brings other forms to it"
     raise Refused(
         f"TensorRT does not take this graph: {'; '.join(faults) or 'it has no outputs, so it is no model'}", hint
     )
@@ -248,7 +248,8 @@ def _parsed(trt: Any, builder: Any, log: Any, model: Path) -> tuple[Any, Any]:
 
 def _fault(error: Any) -> str:
     where = f"{error.node_operator()} (node {error.node_name()}): " if error.node_operator() else ""
-    why = error.desc() if error.desc() != "false" else "TensorRT has no such op"
+    lines = [line for line in error.desc().splitlines() if not line.startswith("[checkMacros")]
+    why = " ".join(lines) if lines != ["false"] else "TensorRT has no such op"
     return f"{where}{why} [{error.code().name}]"
 
 

@@ -22,6 +22,7 @@ from edge_agent.errors import Refused, Retry
 from edge_agent.wire.bundle import sha256_file
 
 REC = "x=1x3x48x32:1x3x48x320:8x3x48x1280"
+SHAPES = {"w1": (16, 3, 3, 3), "w2": (16, 16, 3, 3), "w3": (16, 10)}
 TARGETS = ("sm86", "sm89", "sm120")
 real = pytest.mark.skipif(
     find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT for RTX is not installed: pip install '.[tensorrt]'"
@@ -42,8 +43,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from models.quantize import to_fp16, to_int8
 
     folder, rng = tmp_path_factory.mktemp("forms"), np.random.default_rng(0)
-    shapes = {"w1": (16, 3, 3, 3), "w2": (16, 16, 3, 3), "w3": (16, 10)}
-    weights = [numpy_helper.from_array(rng.normal(0, 0.2, s).astype(np.float32), n) for n, s in shapes.items()]
+    weights = [numpy_helper.from_array(rng.normal(0, 0.2, s).astype(np.float32), n) for n, s in SHAPES.items()]
     nodes = [
         helper.make_node("Conv", ["x", "w1"], ["a"], "conv1", pads=[1] * 4),
         helper.make_node("Relu", ["a"], ["b"], "relu1"),
@@ -87,7 +87,8 @@ def test_the_fp16_reader_becomes_an_engine_for_each_gpu_generation(tmp_path: Pat
     assert report.sha256 == sha256_file(tmp_path / "e")
     assert report.profile == parse_profile(REC)
     assert found.targets == [target]
-    assert found.types["half"] > 200
+    assert 10_000_000 < found.weights["half"] < 11_000_000
+    assert found.weights.get("float", 0) < 1000
     convolutions = [node.name for node in onnx.load(str(reader)).graph.node if node.op_type == "Conv"]
     assert len(convolutions) == 57
     assert set(convolutions) <= set(found.layers)
@@ -100,7 +101,9 @@ def test_the_fp16_reader_becomes_an_engine_for_each_gpu_generation(tmp_path: Pat
 
 @real
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_types_in_an_engine_are_those_of_the_graph(tmp_path: Path, forms: dict[str, Path], target: str) -> None:
+def test_the_weights_in_an_engine_are_of_the_type_that_the_graph_decides(
+    tmp_path: Path, forms: dict[str, Path], target: str
+) -> None:
     profile = parse_profile("x=1x3x32x32:4x3x32x32:8x3x32x32")
     found = {}
     for form, model in forms.items():
@@ -108,10 +111,12 @@ def test_the_types_in_an_engine_are_those_of_the_graph(tmp_path: Path, forms: di
         found[form] = contents((tmp_path / form).read_bytes())
         assert found[form].targets == [target]
         assert {"conv1", "conv2", "head"} <= set(found[form].layers)
-    assert "half" not in found["fp32"].types
-    assert "half" not in found["int8"].types
-    assert found["fp16"].types["half"] > found["fp16"].types["float"]
-    assert found["int8"].types["int8"] > found["fp32"].types.get("int8", 0)
+    parameters = sum(np.prod(shape) for shape in SHAPES.values())
+    assert set(found["fp32"].weights) == {"float"}
+    assert parameters * 4 <= found["fp32"].weights["float"] < parameters * 4.1
+    assert parameters * 2 <= found["fp16"].weights["half"] < parameters * 2.2
+    assert parameters <= found["int8"].weights["int8"] < parameters * 1.1
+    assert found["fp16"].weights.get("float", 0) + found["int8"].weights["float"] < parameters
     assert {"x_QuantizeLinear", "w1_DequantizeLinear"} <= set(found["int8"].layers)
     assert not any("Quantize" in layer for layer in found["fp16"].layers)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from edge_agent.engines.tensorrt_build import build, contents
 from edge_agent.errors import Refused
 from edge_agent.wire.bundle import sha256_file
 from models.cli import app
+from models.cli_compile import _for_tensorrt
 
 real = pytest.mark.skipif(
     find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT for RTX is not installed: pip install '.[tensorrt]'"
@@ -71,22 +73,33 @@ def test_a_model_is_compiled_by_its_name(tmp_path: Path, model_cache: Path, ppoc
 
 @real
 def test_int8_as_recipes_make_it_for_cpus_is_turned_into_the_form_of_tensorrt(tmp_path: Path) -> None:
-    points = [
-        numpy_helper.from_array(np.array(value), name) for name, value in (("s", np.float32(0.1)), ("z", np.uint8(128)))
-    ]
+    given = {"s": np.float32(0.1), "z": np.uint8(128), "w": np.eye(4, dtype=np.int8), "ws": np.float32(0.5)}
+    given |= {"b": np.arange(4, dtype=np.int32), "bs": np.float32(0.05)}
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "points"),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "input"),
+        helper.make_node("DequantizeLinear", ["w", "ws"], ["weight"], "weights"),
+        helper.make_node("DequantizeLinear", ["b", "bs"], ["bias"], "biases"),
+        helper.make_node("Gemm", ["d", "weight", "bias"], ["y"], "product"),
     ]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 4]) for name in ("x", "y")]
-    graph = helper.make_graph(nodes, "g", values[:1], values[1:], points)
+    weights = [numpy_helper.from_array(np.array(value), name) for name, value in given.items()]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, str(tmp_path / "u8.onnx"))
-    with pytest.raises(Refused, match=r"Non-zero zero point.*--activations int8"):
+    with pytest.raises(Refused, match=r"Non-zero zero point.*outrider models compile brings other forms to it"):
         build(tmp_path / "u8.onnx", tmp_path / "e", "sm86", {})
+    x = {"x": np.arange(8, dtype=np.float32).reshape(2, 4)}
+    answers = [
+        onnxruntime.InferenceSession(raw).run(None, x)[0]
+        for raw in (model.SerializeToString(), _for_tensorrt(tmp_path / "u8.onnx").SerializeToString())
+    ]
+    np.testing.assert_array_equal(*answers)
     status, said = run(tmp_path / "u8.onnx", "--target", "sm86", "--out", tmp_path)
     assert status == 0, said
-    assert "points" in contents((tmp_path / "u8.sm86.engine").read_bytes()).layers
+    layers = contents((tmp_path / "u8.sm86.engine").read_bytes()).layers
+    assert {"points", "weights", "product"} <= set(layers)
+    assert "biases" not in layers
 
 
 @real
