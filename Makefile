@@ -17,7 +17,7 @@ help: ## this list
 	@touch $@
 
 models: .venv/.ready
-	@for model in smollm2 ppocr-det ppocr-rec; do $(BIN)/outrider models fetch $$model >/dev/null || exit; done
+	@for model in smollm2 ppocr-det ppocr-rec silero-vad efficientnet-lite0; do $(BIN)/outrider models fetch $$model >/dev/null || exit; done
 
 setup: models system ## everything demo and test need: Python packages, model files, and (as root) Debian's brokers and browser
 	@echo "ready: make demo, make test"
