@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,6 +21,7 @@ from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.serving.schedule import Serving
 from edge_agent.serving.supervisor import WorkerProcess
+from edge_agent.telemetry import memory
 from edge_agent.update import probe
 from edge_agent.update.slots import Installed
 from edge_agent.wire.bundle import BundleKind
@@ -223,9 +223,8 @@ async def _load(worker: WorkerProcess, name: str, installed: Installed) -> None:
 def available_memory() -> int:
     """Bytes that new processes may take before anything is swapped out (Linux; else no bound is known)."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
+        return memory()["MemAvailable"] * 1024
+    except (OSError, KeyError, ValueError):
         return 2**63
 
 

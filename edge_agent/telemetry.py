@@ -85,13 +85,13 @@ class Telemetry:
     def _health(self) -> dict[str, Any]:
         before, self._cpu = self._cpu, _cpu_times()
         busy, total = (now - then for now, then in zip(self._cpu, before, strict=True))
-        memory = _memory()
+        free = memory()
         disk = shutil.disk_usage(self._state)
         return {
             "cpu_percent": round(100 * busy / total, 1) if total else 0.0,
             "load": round(os.getloadavg()[0], 2),
-            "memory_free_mb": memory.get("MemAvailable", 0) // 1024,
-            "memory_mb": memory.get("MemTotal", 0) // 1024,
+            "memory_free_mb": free.get("MemAvailable", 0) // 1024,
+            "memory_mb": free.get("MemTotal", 0) // 1024,
             "disk_free_mb": disk.free >> 20,
             "disk_mb": disk.total >> 20,
         }
@@ -128,7 +128,7 @@ def _cpu_times() -> tuple[int, int]:
     return sum(fields) - fields[3] - fields[4], sum(fields)
 
 
-def _memory() -> dict[str, int]:
+def memory() -> dict[str, int]:
     """KiB by name (proc_meminfo(5))."""
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     return {parts[0].rstrip(":"): int(parts[1]) for parts in lines if len(parts) > 1}

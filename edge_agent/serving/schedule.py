@@ -65,7 +65,10 @@ class Pace:
 
 @dataclass(eq=False)
 class Entry(Generic[T]):
-    """A request that waits. Entries of one `key` may run together, with `None` it runs alone."""
+    """A request that waits. Entries of one `key` may run together, with `None` it runs alone.
+
+    `digest` is of its inputs, where answers to equal ones are kept.
+    """
 
     request: T
     id: int
@@ -76,6 +79,7 @@ class Entry(Generic[T]):
     rows: int = 1
     size: int = 0
     barrier: bool = False
+    digest: bytes = b""
     era: int = 0
 
 

@@ -114,7 +114,8 @@ class Worker:
     def _infer(self, message: Infer) -> None:
         hosted, entry = self._models.get(message.model), _entry(message)
         if hosted is not None and hosted.pace.serving.cache_mb:
-            known = hosted.cache.get(cache.key(message.inputs))
+            entry.digest = cache.key(message.inputs)
+            known = hosted.cache.get(entry.digest)
             if known is not None:
                 hosted.count(requests=1, cached=1)
                 self._channel.send(frames.InferResult(message.id, known))
@@ -153,19 +154,20 @@ class Worker:
 
     def _execute(self) -> None:
         while True:
-            batch = self._next()
-            try:
-                self._answer(batch)
-            except Exception as error:  # noqa: BLE001 - whatever an engine raises is the answer to its request
-                if len(batch) > 1:
-                    for entry in batch:
-                        self._alone(entry)
-                else:
-                    self._fail(batch[0], error)
-            finally:
-                with self._wake:
-                    self._running.clear()
-                    self._cancelled.clear()
+            self._try(self._next())
+            with self._wake:
+                self._running.clear()
+                self._cancelled.clear()
+
+    def _try(self, batch: list[Entry[_Work]]) -> None:
+        try:
+            self._answer(batch)
+        except Exception as error:  # noqa: BLE001 - whatever an engine raises is the answer to its request
+            if len(batch) == 1:
+                self._fail(batch[0], error)
+                return
+            for entry in batch:
+                self._try([entry])
 
     def _next(self) -> list[Entry[_Work]]:
         while True:
@@ -183,12 +185,6 @@ class Worker:
                 self._fail(entry, Retry("its time was over before its turn came", "the device is busy: ask less often"))
             if batch:
                 return batch
-
-    def _alone(self, entry: Entry[_Work]) -> None:
-        try:
-            self._answer([entry])
-        except Exception as error:  # noqa: BLE001 - whatever an engine raises is the answer to its request
-            self._fail(entry, error)
 
     def _fail(self, entry: Entry[_Work], error: BaseException) -> None:
         if not isinstance(error, OutriderError):
@@ -249,9 +245,9 @@ class Worker:
             raise
         hosted.pace.ran(took * 1000)
         hosted.count(requests=len(batch), runs=1, rows=sum(rows), busy_s=took)
-        for entry, inputs, answer in zip(batch, asked, answers, strict=True):
-            if hosted.pace.serving.cache_mb:
-                hosted.cache.put(cache.key(inputs), answer)
+        for entry, answer in zip(batch, answers, strict=True):
+            if entry.digest:
+                hosted.cache.put(entry.digest, answer)
             try:
                 self._channel.send(frames.InferResult(entry.id, answer))
             except Refused as error:
