@@ -23,6 +23,7 @@ class Name(StrEnum):
     """The benchmarks there are, each a module of `bench` with `run`."""
 
     LLM = "llm"
+    OFFLINE = "offline"
     SERVING = "serving"
     SWAP = "swap"
     TOOLCALL = "toolcall"
@@ -35,8 +36,9 @@ def bench(
 ) -> None:
     """Run a benchmark against its peers.
 
-    `llm`: prefill, decode, call. `serving`: requests/s of networks, in process and over HTTP. `swap`: requests while
-    versions change. `toolcall`: from an utterance to its call. `uplink`: records/s, lost, doubled.
+    `llm`: prefill, decode, call. `offline`: a million records while cut off. `serving`: requests/s of networks, in
+    process and over HTTP. `swap`: requests while versions change. `toolcall`: from an utterance to its call.
+    `uplink`: records/s, lost, doubled, against plain MQTT and JetStream.
     """
     from bench.rows import show
 

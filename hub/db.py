@@ -62,6 +62,7 @@ devices = sa.Table(
     sa.Column("epoch", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("watermark", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("lost", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("missing", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("last_seen", sa.Float),
     sa.Column("clock_offset_s", sa.Float),
     sa.Column("agent", sa.String(64), nullable=False, server_default=""),
@@ -117,6 +118,21 @@ dead_letters = sa.Table(
     sa.Column("received", sa.Float, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("payload", sa.LargeBinary, nullable=False),
+    sa.Column("properties", sa.JSON, nullable=False, server_default="{}"),
+    sa.Column("replayed", sa.Float),
+)
+
+gaps = sa.Table(
+    "gaps",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    sa.Column("device", sa.String(63), nullable=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("first", sa.BigInteger, nullable=False),
+    sa.Column("last", sa.BigInteger, nullable=False),
+    sa.Column("count", sa.BigInteger, nullable=False),
+    sa.Column("found", sa.Float, nullable=False),
+    sa.Index("gaps_by_device", "device", "id"),
 )
 
 bundles = sa.Table(
