@@ -81,14 +81,18 @@ def render_all(decisions: Sequence[Decision]) -> str:
 
 
 def parse_all(text: str) -> list[Decision]:
-    """Read every call that a model emitted. Raises CallError saying what is wrong with the first bad one."""
+    """Read every call that a model emitted; one that is said again is the same call.
+
+    Raises CallError saying what is wrong with the first bad one.
+    """
     if len(text) > _LIMIT:
         raise CallError(f"the calls are longer than {_LIMIT} characters")
     found: list[Decision] = []
     at = 0
     while not found or at < len(text):
         decision, at = _call(text, at)
-        found.append(decision)
+        if decision not in found:
+            found.append(decision)
     return found
 
 

@@ -137,6 +137,11 @@ def test_several_calls_stand_one_on_each_line(cases: list[tuple[list[ToolSpec], 
     assert accepts(grammar.build(catalogue, several=4), text)
 
 
+def test_a_call_that_is_said_again_is_one_call() -> None:
+    again = "stop(line=1)\nstop(line=2)\nstop(line=1)"
+    assert parse_all(again) == [Call("stop", {"line": 1}), Call("stop", {"line": 2})]
+
+
 @given(st.text(max_size=200) | st.text('()"\\,=-0.1 truefalsanwNone_\n', max_size=60))
 def test_no_text_crashes_the_parser(text: str) -> None:
     with contextlib.suppress(CallError):
