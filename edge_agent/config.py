@@ -10,10 +10,32 @@ import difflib
 import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
 from edge_agent.errors import Refused
+
+
+class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A language model behind an OpenAI-compatible server: `url` up to and with `/v1`, `model` as that server names it.
+
+    The key is read from `key_file`, again for each request, or from the variable `key_env`; it stands nowhere else.
+    """
+
+    url: str
+    model: str
+    key_file: str = ""
+    key_env: str = ""
+    ca_file: str = ""
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+            raise ValueError(f"url {self.url!r} is not like http://127.0.0.1:8080/v1, with no user and no query")
+        if not self.model or (self.key_file and self.key_env) or not 0 < self.timeout_s <= 3600:
+            raise ValueError("give a model, at most one of key_file and key_env, a timeout_s of up to 3600")
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -29,6 +51,7 @@ class Settings(msgspec.Struct, frozen=True):
     option: list[str] = []
     model: str = ""
     adapter: str = ""
+    endpoints: dict[str, Endpoint] = {}
     sample: list[str] = []
     telemetry_s: float = 10.0
     telemetry_ttl_s: float = 7 * 86400.0
@@ -72,7 +95,7 @@ def load(given: dict[str, Any], file: Path | None) -> Settings:
         values["state"] = str(values["state"])
         settings = msgspec.convert(values, Settings, dec_hook=as_path)
     except msgspec.ValidationError as error:
-        raise Refused(f"a setting has the wrong type: {error}", "see `outrider agent --help`") from error
+        raise Refused(f"a setting is wrong: {error}", "see `outrider agent --help`") from error
     if min(settings.telemetry_s, settings.outbox_mb, settings.request_mb, settings.task_s) <= 0:
         raise Refused(
             "telemetry_s, outbox_mb, request_mb and task_s are more than 0", "leave them out for the defaults"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import platform
 import signal
 import sys
@@ -29,7 +30,7 @@ from edge_agent.api.app import LocalApi
 from edge_agent.audit import Audit
 from edge_agent.config import Settings
 from edge_agent.errors import Fatal, OutriderError, Retry
-from edge_agent.hosting import ROLES, Hosting
+from edge_agent.hosting import ENDPOINT, ROLES, Hosting, endpoint
 from edge_agent.notify import notify, watchdog
 from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.store import Store
@@ -70,6 +71,9 @@ class Daemon:
         self._store, self._outbox, self._twin, self._cache = store, outbox, twin, cache
         self._began, self._up, self._cold = time.time(), False, asyncio.Event()
         self._workers = {role: WorkerProcess.engine(role) for role in ROLES.values()}
+        if settings.endpoints:
+            keys = {e.key_env: os.environ[e.key_env] for e in settings.endpoints.values() if e.key_env in os.environ}
+            self._workers[ENDPOINT] = WorkerProcess.engine(ENDPOINT, env=keys)
         self._hosting = Hosting(self._workers, settings.model, settings.adapter)
         self._workers["tools"] = WorkerProcess("tools", self._runner(), answer=self._hosting.infer, grace_s=0)
         self._tools = RunnerTools(self._workers["tools"])
@@ -119,6 +123,7 @@ class Daemon:
             "api": self._api.run,
             "profile": self._tell_profile,
             "warm": self._warm,
+            "endpoints": self._set_up,
             "link": self._watch_link,
         }
         try:
@@ -216,6 +221,19 @@ class Daemon:
         await self._hosting.switch(name, installed)
         if installed.manifest.kind is not BundleKind.ONNX and self._hosting.language_model():
             self._cold.set()
+
+    async def _set_up(self) -> None:
+        """Switch the endpoints in; one whose key is not there may come later."""
+        left = dict(self._settings.endpoints)
+        while True:
+            for name, settings in list(left.items()):
+                try:
+                    made = await asyncio.to_thread(endpoint, name, settings, self._settings.state)
+                    await self._switch(name, made)
+                    del left[name]
+                except (OutriderError, OSError, ValueError) as error:
+                    _log.error("the endpoint %s is not set up: %s", name, error)
+            await asyncio.sleep(60)
 
     async def _warm(self) -> None:
         while True:

@@ -4,6 +4,7 @@ Invariants: a candidate is tried in a worker of its own, so one that crashes or 
 runs; a model that kills its worker while it loads is Refused, not tried for ever; a request for a model that is not
 installed is a clear Retry (it may still come). An adapter is loaded into its running base model beside the version
 before, which is dropped after; a base model that is switched leaves its adapters behind: they are switched in again.
+An endpoint of the settings is a language model too, on a worker of its own: one that hangs holds up no other.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from edge_agent.agent.loop import Speaker
 from edge_agent.agent.ports import WorkerModel
+from edge_agent.config import Endpoint
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.serving.schedule import Serving
@@ -24,10 +27,13 @@ from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.telemetry import memory
 from edge_agent.update import probe
 from edge_agent.update.slots import Installed
-from edge_agent.wire.bundle import BundleKind
+from edge_agent.wire import durable
+from edge_agent.wire.bundle import BundleKind, Manifest, scan
 from edge_agent.wire.tensor import Tensor
 
 ROLES = {BundleKind.ONNX: "network", BundleKind.LLM: "language", BundleKind.ADAPTER: "language"}
+ENDPOINT = "endpoint"
+"""The worker of all endpoints, and in place of a manifest's hash what they are installed as."""
 LOAD_S = 300.0
 NO_ADAPTER = "none"
 _MEMORY_FACTOR = 2.5  # a loaded model takes about its files' size, and as much while it is loaded
@@ -46,6 +52,8 @@ class Hosting:
     async def switch(self, name: str, installed: Installed) -> None:
         """Load a version in place of the one that runs. Raises Refused, Retry."""
         worker, before = self.workers[_role(installed)], self.running.get(name)
+        if before is not None and _role(before) != _role(installed):
+            raise Refused(f"{name} is another kind of model on this device", "give the bundle or endpoint another name")
         if installed.manifest.base is None:
             followers = {n: i for n, i in self.running.items() if (base := i.manifest.base) and base.name == name}
             for follower in followers:
@@ -93,7 +101,7 @@ class Hosting:
         if name is None:
             missing = self._preferred or "a language model"
             raise Retry(f"{missing} is not installed", "publish and assign a bundle of kind llm to this device")
-        worker = self.workers["language"]
+        worker = self.workers[_role(self.running[name])]
         if request.adapter and request.adapter not in worker.adapters:
             raise Retry("the adapter was switched meanwhile", "ask again")
         return await WorkerModel(worker, name).generate(request, timeout_s)
@@ -104,6 +112,8 @@ class Hosting:
         if name is None:
             return Speaker()
         digest, fit = self.running[name].digest, self._adapters(name)
+        if _role(self.running[name]) == ENDPOINT:
+            return Speaker(digest, endpoint=True)
         if self._chosen not in ("", NO_ADAPTER, *fit):
             raise Retry(f"the adapter {self._chosen} is not installed for {name}", "assign it, or configure none")
         tools = sorted(adapter for adapter, i in fit.items() if i.manifest.meta.get("task") == "tools")
@@ -132,8 +142,9 @@ class Hosting:
         if name not in known:
             raise Refused(f"the language model {name} is not installed", f"installed: {', '.join(known) or 'none'}")
         model, adapter = known[name]
-        request = msgspec.structs.replace(request, adapter=adapter)
-        async with contextlib.aclosing(self.workers["language"].generate(model, request, timeout_s)) as pieces:
+        role = _role(self.running[model])
+        request = msgspec.structs.replace(request, adapter=adapter, chat=request.chat if role == ENDPOINT else {})
+        async with contextlib.aclosing(self.workers[role].generate(model, request, timeout_s)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -156,14 +167,17 @@ class Hosting:
 
     def language_model(self) -> str | None:
         """The bundle the agent speaks with: the preferred one, or the first there is."""
-        llms = sorted(name for name, i in self.running.items() if i.manifest.kind is BundleKind.LLM)
+        llms = [name for name, i in self.running.items() if i.manifest.kind is BundleKind.LLM]
+        llms.sort(key=lambda name: (_role(self.running[name]) == ENDPOINT, name))
         if self._preferred:
             return self._preferred if self._preferred in llms else None
         return llms[0] if llms else None
 
     def show(self, reported: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Per bundle: how it fares by the update service's reports, and what runs it here."""
+        """Per bundle and endpoint: how it fares by the update service's reports, and what runs it here."""
         shown = {}
+        set_up = {name: i.digest for name, i in self.running.items() if _role(i) == ENDPOINT}
+        reported = reported | {name: {"state": "configured", "digest": digest} for name, digest in set_up.items()}
         for name, report in reported.items():
             shown[name] = dict(report)
             installed = self.running.get(name)
@@ -197,8 +211,18 @@ class Hosting:
         await _loading(worker, adapter, lambda: worker.adapt(model, _alias(adapter), adapter.folder, LOAD_S))
 
 
+def endpoint(name: str, settings: Endpoint, state: Path) -> Installed:
+    """An endpoint of the settings, as a model in a folder below `state`."""
+    folder = state / "endpoints" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    durable.write(folder / "endpoint.json", msgspec.json.encode(settings))
+    return Installed(ENDPOINT, folder, Manifest(name, "1", BundleKind.LLM, scan(folder)))
+
+
 def _role(installed: Installed) -> str:
     kind = installed.manifest.kind
+    if installed.id == ENDPOINT:
+        return ENDPOINT
     if kind not in ROLES:
         raise Refused(f"this agent runs no bundle of kind {kind}", f"it runs: {', '.join(ROLES)}")
     return ROLES[kind]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from edge_agent.agent import grammar, policy, prompt
+from edge_agent.agent import chat, grammar, policy, prompt
 from edge_agent.agent.calls import Answer, Call, CallError, Decision, Nothing, parse, render, validate
 from edge_agent.agent.tool import ToolError, ToolSpec
 from edge_agent.agent.transcript import State, Step, Task
@@ -39,13 +39,14 @@ class Model(Protocol):
 class Speaker(msgspec.Struct, frozen=True):
     """What speaks for the agent: the model's digest, the adapter as `Generate` names it and as people do, its prompt.
 
-    An adapter that was trained on `signatures` needs no examples in the preamble.
+    An adapter that was trained on `signatures` needs no examples in the preamble; an `endpoint` is asked by messages.
     """
 
     digest: str = ""
     adapter: str = ""
     title: str = ""
     shots: bool = True
+    endpoint: bool = False
 
 
 class Tools(Protocol):
@@ -245,6 +246,8 @@ def next_call(
     speaker: Speaker, specs: Sequence[ToolSpec], turns: Sequence[prompt.Turn], max_tokens: int = CALL_TOKENS
 ) -> Generate:
     """The request for the next call."""
+    if speaker.endpoint:
+        return Generate("", "", max_tokens=4 * max_tokens, chat=chat.chat(specs, turns))
     prefix = prompt.preamble(specs, shots=speaker.shots)
     return Generate(prefix, prompt.suffix(turns), grammar.build(specs), max_tokens, adapter=speaker.adapter)
 

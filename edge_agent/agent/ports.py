@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from edge_agent.agent import chat
 from edge_agent.agent.tool import ToolError, ToolSpec
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import Retry
@@ -28,7 +29,8 @@ class WorkerModel:
         async for piece in self._worker.generate(self._model, request, timeout_s):
             text += piece.text
             if piece.done:
-                return msgspec.structs.replace(piece, text=text)
+                whole = msgspec.structs.replace(piece, text=text)
+                return msgspec.structs.replace(whole, text=chat.said(whole)) if request.chat else whole
         raise Retry("the language model broke off")
 
 

@@ -27,6 +27,8 @@ _NEUTRAL: dict[str, Any] = {
     "top_logprobs": 0, "functions": [], "function_call": "auto", "modalities": ["text"], "audio": None,
 }  # fmt: skip
 
+_CHAT = ("messages", "tools", "tool_choice", "parallel_tool_calls", "response_format")
+
 
 class _Part(msgspec.Struct, frozen=True):
     type: str
@@ -81,6 +83,7 @@ class Request(msgspec.Struct, frozen=True):
     temperature: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
+    asked: dict[str, Any] = {}  # all of the above, as it came
 
 
 def read(body: bytes | bytearray) -> Request:
@@ -93,7 +96,7 @@ def read(body: bytes | bytearray) -> Request:
     for name, neutral in _NEUTRAL.items():
         if asked.get(name) not in (None, neutral):
             raise Refused(f"{name} is not supported", f"leave it out, or give {neutral!r}")
-    return request
+    return msgspec.structs.replace(request, asked=asked)
 
 
 def generate(request: Request) -> tuple[Generate, Functions | None]:
@@ -118,6 +121,7 @@ def generate(request: Request) -> tuple[Generate, Functions | None]:
         stops,
         temperature,
         secrets.randbits(32) if request.seed is None else request.seed % 2**63,
+        chat={name: request.asked[name] for name in _CHAT if request.asked.get(name) is not None},
     )
     return asked, functions
 
@@ -186,7 +190,10 @@ def _grammar(request: Request, functions: Functions | None) -> str:
 
 def message(piece: Piece, functions: Functions | None) -> tuple[dict[str, Any], str]:
     """The message in a whole completion, and why it ended."""
-    content, calls = functions.read(piece.text) if functions else (piece.text, [])
+    calls = piece.calls or []
+    content: str | None = piece.text or (None if calls else "")
+    if functions and piece.calls is None:
+        content, calls = functions.read(piece.text)
     said: dict[str, Any] = {"role": "assistant", "content": content}
     if calls:
         said["tool_calls"] = [

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from edge_agent.errors import Refused
 from edge_agent.wire.tensor import Tensor
 
 
@@ -41,7 +42,10 @@ class Network(Protocol):
 
 
 class Generate(msgspec.Struct, frozen=True):
-    """One request to a language model. `prefix` is kept in the KV cache between requests, `prompt` follows it."""
+    """One request to a language model. `prefix` is kept in the KV cache between requests, `prompt` follows it.
+
+    `chat` is the same request as OpenAI's `messages`, `tools` and so on, for engines that take no text and no Lark.
+    """
 
     prefix: str
     prompt: str
@@ -51,12 +55,14 @@ class Generate(msgspec.Struct, frozen=True):
     temperature: float = 0.0
     seed: int = 0
     adapter: str = ""
+    chat: dict[str, Any] = {}
 
 
 class Piece(msgspec.Struct, frozen=True):
     """A piece of generated text; the last one has `done` and the counts.
 
-    `choices` are the tokens that the grammar did not force, `mean_logprob` is over them.
+    `choices` are the tokens that the grammar did not force, `mean_logprob` is over them; an endpoint tells neither.
+    `calls` answers `Generate.chat` in the last piece: tools by name with JSON arguments, as the model wrote them.
     """
 
     text: str
@@ -69,6 +75,7 @@ class Piece(msgspec.Struct, frozen=True):
     total_s: float = 0.0
     mean_logprob: float = 0.0
     choices: int = 0
+    calls: list[tuple[str, str]] | None = None
 
     @property
     def probability(self) -> float:
@@ -97,6 +104,12 @@ class LanguageModel(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def check_request(request: Generate) -> None:
+    """Raises Refused for limits that no engine takes."""
+    if request.max_tokens < 1 or not 0 <= request.temperature < 100:
+        raise Refused("max_tokens is at least 1 and temperature from 0 to 100")
 
 
 def bundle_path(root: Path, name: str) -> Path:

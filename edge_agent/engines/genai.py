@@ -30,7 +30,7 @@ import onnxruntime_genai as og
 from llguidance import LLMatcher, LLTokenizer
 
 from edge_agent.engines.adapters import read_adapter, write_parameters
-from edge_agent.engines.base import EngineInfo, Generate, Piece
+from edge_agent.engines.base import EngineInfo, Generate, Piece, check_request
 from edge_agent.engines.guess import Guesser
 from edge_agent.engines.onnxruntime import cpu_count
 from edge_agent.errors import Refused, Retry
@@ -149,8 +149,7 @@ class GenaiModel:
         if request.adapter and request.adapter not in self._adapters:
             there = ", ".join(self._adapters) or "none"
             raise Refused(f"{self.info.model} has no adapter {request.adapter!r}", f"leave it empty; loaded: {there}")
-        if request.max_tokens < 1 or not 0 <= request.temperature < 100:
-            raise Refused("max_tokens is at least 1 and temperature from 0 to 100")
+        check_request(request)
         prompt: list[int] = self._tokenizer.tokenize_str(request.prefix + request.prompt, parse_special=True)
         if not 0 < len(prompt) < self._context:
             raise Refused(f"the prompt has {len(prompt)} tokens", f"it takes 1 to {self._context - 1}")

@@ -1,4 +1,4 @@
-"""The worker process: `python -m edge_agent.serving.worker language|network`.
+"""The worker process: `python -m edge_agent.serving.worker language|network|endpoint`.
 
 Invariants: the main thread only reads frames (ping, cancel, enqueue), one execution thread runs every model, so an
 engine sees one thread, and a loader thread makes new ones beside those that serve; what waits is bounded and one too
@@ -287,6 +287,12 @@ def _language(path: Path) -> LanguageModel:
     return GenaiModel(path)
 
 
+def _endpoint(path: Path) -> LanguageModel:
+    from edge_agent.engines.openai import OpenaiModel
+
+    return OpenaiModel(path)
+
+
 def _network(path: Path) -> Network:
     from edge_agent.engines.onnxruntime import OnnxNetwork
 
@@ -295,10 +301,10 @@ def _network(path: Path) -> Network:
 
 def main(role: str, loader: Loader | None = None) -> None:
     """Entry of the process; never returns. Raises Fatal for an unknown role or without a daemon above."""
-    loaders: dict[str, Loader] = {"language": _language, "network": _network}
+    loaders: dict[str, Loader] = {"language": _language, "network": _network, "endpoint": _endpoint}
     loader = loader or loaders.get(role)
     if loader is None:
-        raise Fatal(f"unknown worker {role!r}", "language or network")
+        raise Fatal(f"unknown worker {role!r}", f"one of {', '.join(loaders)}")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     status = 1
     try:
