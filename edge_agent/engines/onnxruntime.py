@@ -23,6 +23,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from edge_agent.engines.base import EngineInfo
+from edge_agent.engines.binding import Binding
 from edge_agent.errors import Refused
 from edge_agent.wire.bundle import FileEntry, content_digest, scan, sha256_file
 from edge_agent.wire.tensor import Tensor
@@ -59,7 +60,7 @@ class OnnxNetwork:
         threads = threads or cpu_count()
         with tempfile.TemporaryDirectory(prefix="outrider-onnx-") as scratch:
             self._session = _session(file, list(providers), threads, Path(scratch))
-            self.inputs = {i.name: _declared(i) for i in self._session.get_inputs()}
+            self.inputs = {i.name: _binding(i) for i in self._session.get_inputs()}
             self._outputs = [o.name for o in self._session.get_outputs()]
             self._prove(probe)
             nodes = _nodes_by_provider(Path(self._session.end_profiling()))
@@ -72,7 +73,7 @@ class OnnxNetwork:
             model=path.stem if path.is_file() else path.name,
             digest=content_digest(entries),
             load_s=round(time.perf_counter() - started, 4),
-            extra={"threads": threads, "nodes": dict(nodes), "inputs": {n: d.text for n, d in self.inputs.items()}},
+            extra={"threads": threads, "nodes": dict(nodes), "inputs": {n: str(b) for n, b in self.inputs.items()}},
         )
 
     def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,39 +100,14 @@ class OnnxNetwork:
         refused = Refused("not probed")
         for size in _PROBE_SIZES:
             try:
-                self._run({name: declared.zeros(size) for name, declared in self.inputs.items()})
+                self._run({name: binding.zeros(size) for name, binding in self.inputs.items()})
                 return
             except Refused as error:
                 refused = error
         raise Refused(f"no guessed size runs: {refused.message}", "give the bundle a probe with inputs of a real size")
 
     def _takes(self) -> str:
-        return ", ".join(declared.text for declared in self.inputs.values())
-
-
-class _Declared:
-    """One input as the model declares it; a dimension is a number or a name (free)."""
-
-    def __init__(self, name: str, dtype: str, shape: list[int | str | None]) -> None:
-        self.name, self.dtype, self.shape = name, np.dtype(dtype), shape
-        dims = ", ".join(str(d) if isinstance(d, int) else "?" for d in shape)
-        self.text = f"{name}: {dtype}[{dims}]"
-
-    def array(self, tensor: Tensor) -> np.ndarray:
-        fits = len(tensor.shape) == len(self.shape) and all(
-            got >= 1 and (not isinstance(want, int) or got == want)
-            for got, want in zip(tensor.shape, self.shape, strict=True)
-        )
-        if tensor.dtype != self.dtype.name or not fits:
-            raise Refused(f"{self.name} is {tensor.dtype}{list(tensor.shape)}, the model takes {self.text}")
-        expected = math.prod(tensor.shape) * self.dtype.itemsize
-        if len(tensor.data) != expected:
-            raise Refused(f"{self.name} has {len(tensor.data)} bytes of data, its shape needs {expected}")
-        return np.frombuffer(tensor.data, self.dtype).reshape(tensor.shape)
-
-    def zeros(self, size: int) -> np.ndarray:
-        dims = [d if isinstance(d, int) else 1 if axis == 0 else size for axis, d in enumerate(self.shape)]
-        return np.zeros(dims, self.dtype)
+        return ", ".join(map(str, self.inputs.values()))
 
 
 def cpu_count() -> int:
@@ -177,11 +153,11 @@ def _session(file: Path, providers: list[str], threads: int, scratch: Path) -> o
     return session
 
 
-def _declared(node: ort.NodeArg) -> _Declared:
+def _binding(node: ort.NodeArg) -> Binding:
     dtype = _DTYPES.get(node.type)
     if dtype is None:
         raise Refused(f"input {node.name} is {node.type}", f"supported: {', '.join(_DTYPES)}")
-    return _Declared(node.name, dtype, list(node.shape))
+    return Binding(node.name, dtype, tuple(dim if isinstance(dim, int) else -1 for dim in node.shape))
 
 
 def _nodes_by_provider(profile: Path) -> Counter[str]:

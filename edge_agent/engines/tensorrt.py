@@ -9,20 +9,19 @@ and TensorRT; that engines load, run and answer right on a GPU is not shown by t
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from edge_agent.engines import tensorrt_build as building
 from edge_agent.engines.base import EngineInfo
+from edge_agent.engines.binding import Binding, Shape
 from edge_agent.engines.engine_cache import EngineCache, Key
-from edge_agent.engines.tensorrt_build import CURRENT, Profile, Progress, Shape
+from edge_agent.engines.tensorrt_build import CURRENT, Profile, Progress
 from edge_agent.errors import Fatal, Refused, Retry
 from edge_agent.wire.tensor import Tensor
 
@@ -31,32 +30,6 @@ _DTYPES = {
     "BOOL": "bool",
 }  # fmt: skip
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
-
-
-class Binding(msgspec.Struct, frozen=True):
-    """An input or output of an engine: -1 is a free dimension, `ranges` the (min, max) of each profile."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    ranges: list[tuple[Shape, Shape]] = []
-
-    def __str__(self) -> str:
-        dims = ", ".join("?" if dim < 0 else str(dim) for dim in self.shape)
-        within = " or ".join(f"{list(low)} to {list(high)}" for low, high in self.ranges)
-        return f"{self.name}: {self.dtype}[{dims}]" + (f" from {within}" if -1 in self.shape and within else "")
-
-    def array(self, tensor: Tensor) -> np.ndarray:
-        """The tensor as an array. Raises Refused for a wrong dtype, rank, fixed dimension or length."""
-        fits = len(tensor.shape) == len(self.shape) and all(
-            got >= 1 and want in (-1, got) for got, want in zip(tensor.shape, self.shape, strict=True)
-        )
-        if tensor.dtype != self.dtype or not fits:
-            raise Refused(f"{self.name} is {tensor.dtype}{list(tensor.shape)}, the engine takes {self}")
-        expected = math.prod(tensor.shape) * np.dtype(self.dtype).itemsize
-        if len(tensor.data) != expected:
-            raise Refused(f"{self.name} has {len(tensor.data)} bytes of data, its shape needs {expected}")
-        return np.frombuffer(tensor.data, self.dtype).reshape(tensor.shape)
 
 
 def bindings(engine: Any) -> tuple[list[Binding], list[Binding]]:

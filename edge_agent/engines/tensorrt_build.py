@@ -34,10 +34,10 @@ from typing import IO, Any, NamedTuple
 
 import msgspec
 
+from edge_agent.engines.binding import Shape
 from edge_agent.errors import Refused, Retry
 from edge_agent.wire.bundle import sha256_file
 
-Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 """The smallest, the usual and the largest shape of each input that has free dimensions."""
 Progress = Callable[[str, int, int], None]

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_agent.engines.binding import Binding
 from edge_agent.engines.engine_cache import EngineCache
-from edge_agent.engines.tensorrt import Binding, Gpu, TensorrtNetwork, bindings, choose_profile, engine_for
+from edge_agent.engines.tensorrt import Gpu, TensorrtNetwork, bindings, choose_profile, engine_for
 from edge_agent.errors import Fatal, Refused, Retry
 from edge_agent.wire.tensor import Tensor
 
@@ -168,7 +169,7 @@ def answer(loaded: TensorrtNetwork, *shape: int) -> list[float]:
     [
         (
             Tensor("float32", [1, 3], bytes(12)),
-            r"x is float32\[1, 3\], the engine takes x: float16\[\?, 3\] from \[1, 3\]",
+            r"x is float32\[1, 3\], the model takes x: float16\[\?, 3\] from \[1, 3\]",
         ),
         (halves(1, 4), "x is float16"),
         (halves(3), "x is float16"),
