@@ -39,13 +39,12 @@ async def _measure(folder: Path, count: int) -> list[dict[str, Any]]:
             process = virtual.start(_device, folder, f"mqtt://127.0.0.1:{link.port}", count)
             steps = {"idle": link.cut, "queued": link.mend}
             for step, then in steps.items():
-                await virtual.until(lambda step=step: (folder / step).exists() or not process.is_alive())  # type: ignore[misc]
+                await virtual.until((folder / step).exists, [process])
                 then()
                 (folder / f"{step}.done").touch()
             await virtual.wait(process)
         took: dict[str, float] = msgspec.json.decode((folder / "took").read_bytes())
-        with (folder / "ledger").open() as ledger:
-            books = virtual.judge(ledger, virtual.hub_rows(hub.data / "hub.db", "offline"))
+        books = virtual.books(folder / "ledger", hub.data / "hub.db", "offline")
     shared = {"peer": None, "peer_value": None, "ratio": None, "n": books.promised}
     kept = books.ordered and books.promised == books.committed == count and not books.doubled
     queued, catchup = (round(count / took[name], 1) for name in ("queue_s", "catchup_s"))

@@ -1,269 +1,181 @@
-"""Durable records a second, from an append on a device to the hub's commit, against plain MQTT.
+"""Durable records a second, from an append on a device to the hub's commit, against plain MQTT and NATS JetStream.
 
-Ours: a producer process with the real store, outbox and session (256 sensors that each wait until their record is on
-disk), the embedded broker, a real `outrider hub`. Peer: paho publishes each record with QoS 1 to the same broker; its
-consumer commits to SQLite (WAL, synchronous=FULL, one commit for all that has come) and acknowledges then.
-Both keep a ledger outside the system under test: a line for each record promised, its number and its content's hash;
-it is compared with what the receiving database holds. Time runs from the first append until all is committed.
+Ours: a producer process with the real store, outbox and session, the embedded broker, a real `outrider hub`. One by
+one, 256 sensors each wait until their record is on disk; in bulk, one caller appends 500 at a time. Peers: paho
+publishes each record with QoS 1 to the same broker, and its consumer commits to SQLite (WAL, synchronous=FULL, one
+commit for all that has come) before it acknowledges; JetStream, see `bench.jetstream`, in rounds that alternate with
+ours. All keep a ledger outside the system under test, which is compared with what the receiving database holds. Time
+runs from the first append until all is committed; that a process starts is not counted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import multiprocessing
+import itertools
 import queue
-import sqlite3
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
 
-from bench.fleet import Hub, running
-from edge_agent.errors import Fatal
-from edge_agent.wire.signing import SigningKey, VerifyKey
+from bench import jetstream, virtual
+from bench.fleet import running
+from edge_agent.enrol import Broker
+from edge_agent.wire.signing import SigningKey
 
-SENSORS = 256
 BACKLOG = 50_000  # records not committed at which a producer waits
+CHUNK = 500  # records an append in bulk
 PEER_WINDOW = 1000  # PUBACKs the peer's publisher waits for at most
-KINDS = ("vibration", "temperature", "speed")
+ROUNDS = 3
+HOW = {"single": 1.0, "bulk": 0.8}  # and the goal against JetStream in the same way
 
 
-class Access(msgspec.Struct):
-    """How a producer gets in."""
+def run(seconds: float = 8.0) -> Iterator[dict[str, Any]]:
+    """Rows `records`, `lost`, `doubled` (peer: paho), `jetstream.single`, `jetstream.batched`.
 
-    fleet: str
-    device: str
-    key: Path
-    hub_key: str
-    url: str
-    username: str
-    password: str
-
-
-def run(seconds: float = 30.0) -> Iterator[dict[str, Any]]:
-    """Rows `records` (with the peer), `lost`, `doubled`."""
+    `seconds` of each of three rounds. Raises Refused when JetStream is not there.
+    """
+    jetstream.binary()
     with tempfile.TemporaryDirectory(prefix="outrider-uplink-") as folder:
         yield from asyncio.run(_race(Path(folder), seconds))
 
 
 async def _race(folder: Path, seconds: float) -> list[dict[str, Any]]:
+    key = folder / "peer.key"
+    SigningKey.generate().save(key)
+    rates: dict[str, list[float]] = {}
     async with running(folder) as hub:
-        access = await _enrol(folder, hub)
-        elapsed = await _wait(_start(_produce, access, folder, seconds), folder / "took")
-        seen = _hub_rows(hub.data / "hub.db", access.device)
-        lost, doubled, count = _judge(folder / "ledger", seen)
-        worst = _worst_window(hub.data / "hub.db", access.device)
-        peer = await _peer(folder, access, min(seconds, 10.0))
-    rate = count / elapsed
-    shared = {"n": count, "seconds": round(elapsed, 2)}
-    return [
-        {
-            "name": "records",
-            "value": round(rate, 1),
-            "unit": "records/s",
-            "peer": "paho-qos1",
-            "peer_value": round(peer["rate"], 1),
-            "ratio": round(rate / peer["rate"], 2),
-            **shared,
-            "worst_5s": round(worst, 1),
-        },
-        {"name": "lost", "value": lost, "unit": "records", "peer": "paho-qos1", "peer_value": peer["lost"], **shared},
-        {"name": "doubled", "value": doubled, "unit": "records", "peer": "paho-qos1", "peer_value": peer["doubled"]}
-        | shared,
-    ]
+        places = {how: (folder / how / "ledger", hub.data / "hub.db", how) for how in HOW}
+        for how in HOW:
+            await virtual.enrol(hub, folder / how, how)
+            places[f"js-{how}"] = (folder / f"js-{how}", folder / f"js-{how}.db", jetstream.DEVICE)
+        broker = (await virtual.enrol(hub, folder / "paho", "paho")).enrolled.broker
+        with jetstream.server(folder) as url:
+            consumers = [virtual.start(jetstream.consume, url, folder, key, how) for how in HOW]
+            await virtual.until(lambda: all((folder / f"js-{how}.ready").exists() for how in HOW), consumers)
+            for _, how in itertools.product(range(ROUNDS), HOW):
+                rates.setdefault(how, []).append(await _leg(places[how], _produce, folder / how, how, seconds))
+                leg = await _leg(places[f"js-{how}"], jetstream.produce, url, folder, key, how, seconds)
+                rates.setdefault(f"js-{how}", []).append(leg)
+            for consumer in consumers:
+                consumer.kill()
+        places["paho"] = (folder / "paho.ledger", folder / "paho.db", "paho")
+        consumers = [virtual.start(_consume, broker, folder)]
+        await virtual.until((folder / "ready").exists, consumers)
+        rates["paho"] = [await _leg(places["paho"], _publish, broker, folder, min(seconds, 10.0))]
+        consumers[0].kill()
+        books = {name: virtual.books(*place) for name, place in places.items()}
+    return _rows(rates, books)
 
 
-async def _enrol(folder: Path, hub: Hub) -> Access:
-    key = SigningKey.generate()
-    key.save(folder / "device.key")
-    token = (await hub.post("/v1/enrolments", {"name": "uplink", "ttl_s": 300}))["token"]
-    answer = await hub.post("/v1/enrol", {"token": token, "name": "uplink", "public_key": key.public.text})
-    broker = answer["broker"]
-    return Access(
-        answer["fleet"],
-        answer["device"],
-        folder / "device.key",
-        answer["hub_key"],
-        broker["url"],
-        broker["username"],
-        broker["password"],
-    )
-
-
-def _body(n: int) -> dict[str, Any]:
-    return {"sensor": KINDS[n % 3], "line": n % 7, "value": round((n * 2654435761 % 100_003) / 997, 4), "n": n}
-
-
-def _digest(text: bytes) -> str:
-    canonical = msgspec.json.encode(msgspec.json.decode(text), order="sorted")
-    return hashlib.blake2b(canonical, digest_size=8).hexdigest()
-
-
-def _judge(ledger: Path, seen: Iterator[tuple[int, bytes]]) -> tuple[int, int, int]:
-    """Lost or changed, doubled, and committed records."""
-    promised = dict(line.split() for line in ledger.read_text().splitlines())
-    times: Counter[str] = Counter()
-    for number, text in seen:
-        if promised.get(str(number)) == _digest(text):
-            times[str(number)] += 1
-    return len(promised) - len(times), sum(n - 1 for n in times.values()), len(times)
-
-
-def _hub_rows(path: Path, device: str) -> Iterator[tuple[int, bytes]]:
-    """What the hub holds; one row more than once if it was committed more than once."""
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
-        yield from db.execute("SELECT seq, CAST(body AS BLOB) FROM telemetry WHERE device = ?", [device])
-    db.close()
-
-
-def _worst_window(path: Path, device: str) -> float:
-    """The slowest 5 s at the hub between the first and the last, in records/s."""
-    windows = "SELECT count(*) / 5.0 FROM telemetry WHERE device = ? GROUP BY CAST(received / 5 AS INTEGER) ORDER BY id"
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
-        rates = [rate for (rate,) in db.execute(windows, [device])]
-    db.close()
-    return float(min(rates[1:-1] or rates))
-
-
-def _start(work: Callable[..., None], *args: Any) -> BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(target=work, args=args, daemon=True)
-    process.start()
-    return process
-
-
-async def _wait(process: BaseProcess, told: Path) -> float:
-    await asyncio.to_thread(process.join)
-    if process.exitcode:
-        raise Fatal(f"a process of the benchmark ended with status {process.exitcode}", "its reason stands above")
-    return float(await asyncio.to_thread(told.read_text))
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - what is waited for is in another process or thread
-        await asyncio.sleep(0.01)
-
-
-def _produce(access: Access, folder: Path, seconds: float) -> None:
-    asyncio.run(_produce_ours(access, folder, seconds))
-
-
-async def _produce_ours(access: Access, folder: Path, seconds: float) -> None:
-    from edge_agent.store import Store
-    from edge_agent.sync.inbox import Inbox
-    from edge_agent.sync.outbox import Outbox
-    from edge_agent.sync.session import Session
-    from edge_agent.sync.twin import GrantsCache, Twin
-
-    store, hub_key = Store(folder / "device" / "state.db"), VerifyKey.from_text(access.hub_key)
-    outbox = await Outbox.open(store)
-    session = Session(
-        fleet=access.fleet,
-        device=access.device,
-        key=SigningKey.load(access.key),
-        hub_key=hub_key,
-        broker=access.url,
-        username=access.username,
-        password=access.password,
-        outbox=outbox,
-        inbox=Inbox(store, outbox),
-        twin=await Twin.open(store, outbox),
-        grants=await GrantsCache.open(store, hub_key),
-        agent="bench",
-    )
-    running = asyncio.create_task(session.run())
-    await _until(lambda: session.connected)
-    numbers = iter(range(1 << 62))
+async def _leg(place: tuple[Path, Path, str], work: Any, *args: Any) -> float:
+    """Records/s of one producer's run, until the receiving database holds all that the ledger promises."""
+    ledger, database, device = place
+    before = virtual.held(database, device)
+    await virtual.wait(virtual.start(work, *args))
+    promised, took = (await asyncio.to_thread(ledger.with_suffix(".took").read_text)).split()
     began = time.monotonic()
-    with (folder / "ledger").open("w") as ledger:
+    await virtual.until(lambda: virtual.held(database, device) >= before + int(promised))
+    return int(promised) / (float(took) + time.monotonic() - began)
 
-        async def sensor() -> None:
-            while time.monotonic() - began < seconds:
-                body = _body(next(numbers))
-                seq = await outbox.append("telemetry", body)
-                ledger.write(f"{seq} {_digest(msgspec.json.encode(body))}\n")
-                if outbox.depth > BACKLOG:
-                    await _until(lambda: outbox.depth <= BACKLOG)
 
-        await asyncio.gather(*(sensor() for _ in range(SENSORS)))
-        await _until(lambda: outbox.depth == 0)
-    (folder / "took").write_text(str(time.monotonic() - began))
-    running.cancel()
-    await asyncio.wait([running])
-    store.close()
+def _rows(rates: dict[str, list[float]], books: dict[str, virtual.Books]) -> list[dict[str, Any]]:
+    ours, paho, shared = books["single"], books["paho"], {"peer": "paho-qos1", "n": books["single"].promised}
+    rows = [
+        {"name": "records", **_against(rates["single"], rates["paho"], "paho-qos1"), "n": ours.promised},
+        {"name": "lost", "value": ours.lost, "unit": "records", **shared, "peer_value": paho.lost},
+        {"name": "doubled", "value": ours.doubled, "unit": "records", **shared, "peer_value": paho.doubled},
+    ]
+    for (how, goal), name in zip(HOW.items(), ("jetstream.single", "jetstream.batched"), strict=True):
+        mine, theirs = books[how], books[f"js-{how}"]
+        wrong = {"lost": mine.lost, "doubled": mine.doubled, "peer_lost": theirs.lost, "peer_doubled": theirs.doubled}
+        row = {"name": name, **_against(rates[how], rates[f"js-{how}"], "jetstream"), "n": mine.promised}
+        rows.append(row | {"goal": goal} | wrong)
+    return rows
+
+
+def _against(ours: list[float], theirs: list[float], peer: str) -> dict[str, Any]:
+    """Medians of the rounds, and all of ours and theirs."""
+    value, peer_value = median(ours), median(theirs)
+    found = {"value": round(value, 1), "unit": "records/s", "peer": peer, "peer_value": round(peer_value, 1)}
+    rounds = {"rounds": [round(rate) for rate in ours], "peer_rounds": [round(rate) for rate in theirs]}
+    return {**found, "ratio": round(value / peer_value, 2), **rounds}
+
+
+def _produce(state: Path, how: str, seconds: float) -> None:
+    asyncio.run(_produce_ours(state, how, seconds))
+
+
+async def _produce_ours(state: Path, how: str, seconds: float) -> None:
+    async with virtual.attached(state) as (outbox, session):
+        await virtual.until(lambda: session.connected and outbox.depth == 0)
+        numbers, began, before = itertools.count(outbox.last_seq + 1), time.monotonic(), outbox.last_seq
+        with (state / "ledger").open("a") as ledger:
+
+            async def sensor() -> None:
+                while time.monotonic() - began < seconds:
+                    content = virtual.body(next(numbers))
+                    seq = await outbox.append("telemetry", content)
+                    ledger.write(virtual.line(seq, content))
+                    if outbox.depth > BACKLOG:
+                        await virtual.until(lambda: outbox.depth <= BACKLOG)
+
+            async def bulk() -> None:
+                while time.monotonic() - began < seconds:
+                    contents = [virtual.body(n) for n in itertools.islice(numbers, CHUNK)]
+                    seqs = await outbox.append_many([outbox.draft("telemetry", each) for each in contents])
+                    ledger.writelines(map(virtual.line, seqs, contents))
+                    if outbox.depth > BACKLOG:
+                        await virtual.until(lambda: outbox.depth <= BACKLOG)
+
+            await asyncio.gather(*([bulk()] if how == "bulk" else [sensor() for _ in range(virtual.SENSORS)]))
+            await virtual.until(lambda: outbox.depth == 0)
+        virtual.tell(state / "ledger", outbox.last_seq - before, began)
 
 
 # The peer: what one writes with paho and SQLite alone.
 
 
-async def _peer(folder: Path, access: Access, seconds: float) -> dict[str, float]:
-    consumer = _start(_consume, access, folder)
-    await _until((folder / "ready").exists)
-    elapsed = await _wait(_start(_publish, access, folder, seconds), folder / "peer-took")
-    promised = len((folder / "peer-ledger").read_text().splitlines())
-    path = folder / "peer.db"
-    deadline, began = time.monotonic() + 60, time.monotonic()
-    await _until(lambda: _peer_count(path) >= promised or time.monotonic() > deadline)
-    elapsed += time.monotonic() - began
-    consumer.terminate()
-    consumer.join()
-    with sqlite3.connect(path) as db:
-        lost, doubled, count = _judge(folder / "peer-ledger", iter(db.execute("SELECT n, body FROM records")))
-    db.close()
-    return {"rate": count / elapsed, "lost": lost, "doubled": doubled}
-
-
-def _peer_count(path: Path) -> int:
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
-        (count,) = db.execute("SELECT count(*) FROM records").fetchone()
-    db.close()
-    return int(count)
-
-
-def _paho(access: Access, name: str) -> Any:
+def _paho(broker: Broker, name: str) -> Any:
     from urllib.parse import urlsplit
 
     from paho.mqtt import client as paho
     from paho.mqtt.enums import CallbackAPIVersion
 
     client = paho.Client(CallbackAPIVersion.VERSION2, name, protocol=paho.MQTTv5, manual_ack=True)
-    client.username_pw_set(access.username, access.password)
+    client.username_pw_set(broker.username, broker.password)
     client.max_inflight_messages_set(100)
-    at = urlsplit(access.url)
+    at = urlsplit(broker.url)
     client.connect(at.hostname or "", at.port or 1883)
     return client
 
 
-def _publish(access: Access, folder: Path, seconds: float) -> None:
-    client, slots = _paho(access, "peer-publisher"), threading.Semaphore(PEER_WINDOW)
+def _publish(broker: Broker, folder: Path, seconds: float) -> None:
+    client, slots = _paho(broker, "peer-publisher"), threading.Semaphore(PEER_WINDOW)
     client.on_publish = lambda *_: slots.release()
     client.loop_start()
     began, n = time.monotonic(), 0
-    with (folder / "peer-ledger").open("w") as ledger:
+    with (folder / "paho.ledger").open("w") as ledger:
         while time.monotonic() - began < seconds:
             n += 1
-            body = _body(n)
+            content = virtual.body(n)
             slots.acquire()
-            client.publish("peer/records", msgspec.json.encode({"seq": n, "ts": time.time(), "body": body}), qos=1)
-            ledger.write(f"{n} {_digest(msgspec.json.encode(body))}\n")
+            client.publish("peer/records", msgspec.json.encode({"seq": n, "ts": time.time(), "body": content}), qos=1)
+            ledger.write(virtual.line(n, content))
         for _ in range(PEER_WINDOW):
             slots.acquire()
-    (folder / "peer-took").write_text(str(time.monotonic() - began))
+    virtual.tell(folder / "paho.ledger", n, began)
     client.loop_stop()
 
 
-def _consume(access: Access, folder: Path) -> None:
-    db = sqlite3.connect(folder / "peer.db", isolation_level=None)
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=FULL")
-    db.execute("CREATE TABLE records (id INTEGER PRIMARY KEY, n INTEGER, ts REAL, body BLOB)")
-    client, came = _paho(access, "peer-consumer"), queue.Queue[Any]()
+def _consume(broker: Broker, folder: Path) -> None:
+    db = virtual.receiver(folder / "paho.db", "paho")
+    client, came = _paho(broker, "peer-consumer"), queue.Queue[Any]()
     client.on_message = lambda _client, _userdata, message: came.put(message)
     client.on_subscribe = lambda *_: (folder / "ready").touch()
     client.subscribe("peer/records", qos=1)
@@ -272,10 +184,8 @@ def _consume(access: Access, folder: Path) -> None:
         group = [came.get()]
         while not came.empty():
             group.append(came.get_nowait())
-        records = [msgspec.json.decode(message.payload) for message in group]
-        rows = [(record["seq"], record["ts"], msgspec.json.encode(record["body"])) for record in records]
-        db.execute("BEGIN")
-        db.executemany("INSERT INTO records (n, ts, body) VALUES (?, ?, ?)", rows)
-        db.execute("COMMIT")
+        records = (msgspec.json.decode(message.payload) for message in group)
+        now = time.time()
+        virtual.commit(db, (("paho", 1, r["seq"], r["ts"], now, "telemetry", 5, r["body"]) for r in records))
         for message in group:
             client.ack(message.mid, 1)

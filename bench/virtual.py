@@ -11,8 +11,9 @@ import contextlib
 import hashlib
 import multiprocessing
 import sqlite3
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from edge_agent.sync.outbox import Outbox
 from edge_agent.sync.session import Session
 from edge_agent.sync.twin import GrantsCache, Twin
 from edge_agent.wire.signing import SigningKey
+from hub.db import Database, devices
 
+SENSORS = 256  # callers that each wait until their record is on disk
 KINDS = ("vibration", "temperature", "speed")
 
 
@@ -87,6 +90,11 @@ def line(seq: int, content: dict[str, Any]) -> str:
     return f"{seq} {digest(msgspec.json.encode(content))}\n"
 
 
+def tell(ledger: Path, promised: int, began: float) -> None:
+    """How many records a producer promised in this run and how long that took, beside its ledger."""
+    ledger.with_suffix(".took").write_text(f"{promised} {time.monotonic() - began}")
+
+
 class Books(msgspec.Struct):
     """Ledger against database."""
 
@@ -112,11 +120,41 @@ def judge(ledger: Iterable[str], seen: Iterable[tuple[int, bytes]]) -> Books:
     return Books(len(promised), len(times), sum(n - 1 for n in times.values()), ordered)
 
 
-def hub_rows(database: Path, device: str) -> Iterator[tuple[int, bytes]]:
-    """What the hub holds of a device, in the order of its commits; one row twice if it was committed twice."""
+def books(ledger: Path, database: Path, device: str) -> Books:
+    """A ledger against what a database holds of a device, in the order of its commits."""
     query = "SELECT seq, CAST(body AS BLOB) FROM telemetry WHERE device = ? AND kind = 'telemetry' ORDER BY epoch, id"
+    with ledger.open() as lines, contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
+        return judge(lines, db.execute(query, [device]))
+
+
+def held(database: Path, device: str) -> int:
+    """The highest seq there is of a device."""
     with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
-        yield from db.execute(query, [device])
+        (seq,) = db.execute("SELECT max(seq) FROM telemetry WHERE device = ? AND epoch = (SELECT max(epoch) FROM "
+                            "telemetry WHERE device = ?)", [device, device]).fetchone()  # fmt: skip
+    return int(seq or 0)
+
+
+def receiver(path: Path, device: str) -> sqlite3.Connection:
+    """A peer's database: the hub's own tables and SQLite settings."""
+    made = Database(f"sqlite:///{path}")
+    with made.engine.begin() as connection:
+        row = {"name": device, "public_key": "", "enrolled": 0.0, "desired": {}, "reported": {}}
+        connection.execute(devices.insert().values(**row))
+    made.close()
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        db.execute(f"PRAGMA {pragma}")
+    return db
+
+
+def commit(db: sqlite3.Connection, rows: Iterable[tuple[Any, ...]]) -> None:
+    """A peer's commit of (device, epoch, seq, ts, received, kind, priority, body)."""
+    columns = "device, epoch, seq, ts, received, kind, priority, body"
+    encoded = ((*row, msgspec.json.encode(content).decode()) for *row, content in rows)
+    db.execute("BEGIN IMMEDIATE")
+    db.executemany(f"INSERT INTO telemetry ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", encoded)
+    db.execute("COMMIT")
 
 
 def start(work: Callable[..., None], *args: Any) -> BaseProcess:
@@ -133,7 +171,10 @@ async def wait(process: BaseProcess) -> None:
         raise Fatal(f"a process of the benchmark ended with status {process.exitcode}", "its reason stands above")
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Of something that another process or thread does."""
-    while not condition():  # noqa: ASYNC110
+async def until(condition: Callable[[], bool], processes: Iterable[BaseProcess] = ()) -> None:
+    """Of something that another process or thread does. Raises Fatal when one of `processes` has ended."""
+    while not condition():
+        for process in processes:
+            if not process.is_alive():
+                raise Fatal(f"a process of the benchmark ended with status {process.exitcode}", "see above")
         await asyncio.sleep(0.01)
