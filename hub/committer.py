@@ -4,7 +4,8 @@ Invariants: the signature is checked before anything is parsed; records and wate
 transaction, and only then is the message acknowledged to the broker and the batch to the device, so a crash at any
 point leads to redelivery and never to loss or a double; a gap commits nothing and is answered with the watermark,
 from which the device sends again. A bad signature is audited and moves nothing; what is signed but cannot be read or
-stored is dead-lettered (the newest MAX_DEAD_LETTERS are kept) and acknowledged. Several batches share a commit.
+stored is dead-lettered (the newest MAX_DEAD_LETTERS are kept) and acknowledged. A seq that a batch covers and has no
+record for is counted as missing (a `loss` record tells why, if the device knows). Several batches share a commit.
 """
 
 import time
@@ -22,12 +23,17 @@ from edge_agent.wire.messages import Record
 from edge_agent.wire.signing import VerifyKey
 from edge_agent.wire.topics import Topic
 from hub import audit
-from hub.db import dead_letters, devices, telemetry
+from hub.db import dead_letters, devices, gaps, telemetry
 from hub.jobs import apply_report
 from hub.twin import apply_reported
 
 MAX_DEAD_LETTERS = 256
+MAX_GAPS = 100  # kept of a device
 MAX_KIND = 64
+_COLUMNS = ("device", "epoch", "seq", "ts", "received", "kind", "priority", "body")
+MAX_SPAN = 1_000_000  # seqs a batch may leave out and still have its gap's ends found exactly
+Row = tuple[str, int, int, float, float, str, int, str]
+_encoder = msgspec.json.Encoder()
 _I32 = 2**31 - 1
 _I64 = 2**63 - 1
 
@@ -74,6 +80,7 @@ class _State(msgspec.Struct):
     epoch: int
     watermark: int
     lost: int = 0
+    missing: int = 0
     moved: bool = False
 
 
@@ -95,7 +102,7 @@ class Committer:
     def commit(self, connection: sa.Connection, messages: Sequence[Message], condemn: str = "") -> Committed:
         """Take messages in their order; with `condemn`, dead-letter what would be taken, for that reason."""
         states = self._states(connection, messages)
-        done, rows = Committed(acks={}), []
+        done, rows = Committed(acks={}), list[Row]()
         for message in messages:
             device = device_of(message.topic, self._fleet)
             state = states.get(device)
@@ -114,11 +121,11 @@ class Committer:
             done.records += len(taken)
             acked = Ackable(state.epoch, state.watermark) if header.epoch <= state.epoch else Ackable(header.epoch, 0)
             done.acks[device] = acked
-        if rows:
-            connection.execute(telemetry.insert(), rows)
+        _insert(connection, rows)
         for device, state in states.items():
             if state.moved:
                 values = {"epoch": state.epoch, "watermark": state.watermark, "lost": devices.c.lost + state.lost}
+                values["missing"] = devices.c.missing + state.missing
                 connection.execute(devices.update().where(devices.c.name == device).values(**values))
         return done
 
@@ -130,7 +137,7 @@ class Committer:
 
     def _take(
         self, connection: sa.Connection, device: str, state: _State, header: Header, message: Message, condemn: str
-    ) -> list[dict[str, Any]]:
+    ) -> list[Row]:
         verdict, reached = judge(state.epoch, state.watermark, header)
         if verdict is Verdict.OLD_EPOCH:
             self._tell(connection, device, "refuse:epoch", {"epoch": header.epoch, "known": state.epoch})
@@ -144,23 +151,17 @@ class Committer:
             records = [r for r in decode_records(header, message.payload) if r.seq > reached]
             rows = [_row(device, header.epoch, received, record) for record in records]
         except Undecodable as error:
-            _dead_letter(connection, device, header, received, str(error), message.payload)
+            _dead_letter(connection, device, header, received, str(error), message)
             self._tell(connection, device, "dead:batch", {"first": header.first, "last": header.last})
             return []
+        first = max(reached + 1, header.first)
+        if missing := header.last - first + 1 - len(records):
+            state.missing += missing
+            _gap(connection, device, header, first, missing, [record.seq for record in records], received)
         for record in records:
             if record.kind != "telemetry":
-                self._apply(connection, device, state, record)
+                state.lost += _apply(connection, device, record)
         return rows
-
-    def _apply(self, connection: sa.Connection, device: str, state: _State, record: Record) -> None:
-        match record.kind:
-            case "job":
-                apply_report(connection, device, record.body)
-            case "reported":
-                apply_reported(connection, device, record.body)
-            case "loss":
-                count = record.body.get("count")
-                state.lost += count if isinstance(count, int) and 0 < count <= _I32 else 0
 
     def tell(self, connection: sa.Connection, actor: str, action: str, reason: str) -> None:
         """Audit something the outside world can cause at will, at a bounded rate."""
@@ -185,23 +186,67 @@ def _verify_key(text: str) -> VerifyKey:
     return VerifyKey.from_text(text)
 
 
-def _row(device: str, epoch: int, received: float, record: Record) -> dict[str, Any]:
+def replay(connection: sa.Connection, id: int) -> int | None:
+    """Take what a dead letter holds and is not here yet: how many records, None when there is no such letter.
+
+    State that a device reported is not taken, as a newer one has come since. Raises Undecodable when it still is.
+    """
+    letter = connection.execute(sa.select(dead_letters).where(dead_letters.c.id == id).with_for_update()).first()
+    if letter is None:
+        return None
+    header, received = Header(letter.epoch, letter.first, letter.last), time.time()
+    where = (telemetry.c.device == letter.device, telemetry.c.epoch == header.epoch)
+    query = sa.select(telemetry.c.seq).where(*where, telemetry.c.seq.between(header.first, header.last))
+    known = set(connection.execute(query).scalars())
+    records = [record for record in decode_records(header, letter.payload) if record.seq not in known]
+    _insert(connection, [_row(letter.device, header.epoch, received, record) for record in records])
+    special = (record for record in records if record.kind not in ("telemetry", "reported"))
+    values = {"lost": devices.c.lost + sum(_apply(connection, letter.device, record) for record in special)}
+    connection.execute(devices.update().where(devices.c.name == letter.device).values(**values))
+    connection.execute(dead_letters.update().where(dead_letters.c.id == id).values(replayed=received))
+    return len(records)
+
+
+def _apply(connection: sa.Connection, device: str, record: Record) -> int:
+    """What a record changes beside the telemetry; how many records it tells the loss of."""
+    match record.kind:
+        case "job":
+            apply_report(connection, device, record.body)
+        case "reported":
+            apply_reported(connection, device, record.body)
+        case "loss":
+            count = record.body.get("count")
+            return count if isinstance(count, int) and 0 < count <= _I32 else 0
+    return 0
+
+
+def _row(device: str, epoch: int, received: float, record: Record) -> Row:
     if len(record.kind) > MAX_KIND or "\0" in record.kind or abs(record.priority) > _I32 or record.seq > _I64:
         raise Undecodable(f"record {record.seq}: kind, priority or seq is out of range")
-    return {
-        "device": device,
-        "epoch": epoch,
-        "seq": record.seq,
-        "ts": record.ts,
-        "received": received,
-        "kind": record.kind,
-        "priority": record.priority,
-        "body": msgspec.json.encode(record.body).decode(),
-    }
+    body = _encoder.encode(record.body).decode()
+    return device, epoch, record.seq, record.ts, received, record.kind, record.priority, body
+
+
+def _insert(connection: sa.Connection, rows: list[Row]) -> None:
+    """By the driver: to compile and bind each row takes SQLAlchemy longer than the insert itself."""
+    if rows:
+        marks = ", ".join(["?" if connection.dialect.paramstyle == "qmark" else "%s"] * len(_COLUMNS))
+        connection.exec_driver_sql(f"INSERT INTO telemetry ({', '.join(_COLUMNS)}) VALUES ({marks})", rows)
+
+
+def _gap(
+    connection: sa.Connection, device: str, header: Header, first: int, count: int, seqs: list[int], found: float
+) -> None:
+    """Keep from which seq to which some are missing."""
+    absent = sorted(set(range(first, header.last + 1)).difference(seqs)) if count < MAX_SPAN else [first, header.last]
+    row = {"epoch": header.epoch, "first": absent[0], "last": absent[-1], "count": count, "found": found}
+    connection.execute(gaps.insert().values(device=device, **row))
+    newest = sa.select(gaps.c.id).where(gaps.c.device == device).order_by(gaps.c.id.desc()).limit(MAX_GAPS)
+    connection.execute(gaps.delete().where(gaps.c.device == device, gaps.c.id.not_in(newest)))
 
 
 def _dead_letter(
-    connection: sa.Connection, device: str, header: Header, received: float, reason: str, payload: bytes
+    connection: sa.Connection, device: str, header: Header, received: float, reason: str, message: Message
 ) -> None:
     row = {
         "device": device,
@@ -210,7 +255,8 @@ def _dead_letter(
         "last": header.last,
         "received": received,
         "reason": reason.replace("\0", "")[:1000],
-        "payload": payload,
+        "payload": message.payload,
+        "properties": dict(message.properties),
     }
     new = connection.execute(dead_letters.insert().values(**row)).inserted_primary_key
     if new is not None:

@@ -29,6 +29,7 @@ MAX_RECORD = 64 * 1024  # bytes, encoded
 LOWEST = 9
 _KEPT = -1  # stored priority of a loss record: never let go
 _PREFIX = len(b'{"seq":0')
+_encoder = msgspec.json.Encoder()
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -113,7 +114,7 @@ class Outbox:
             raise Refused(f"priority {priority} of a {kind} record", f"0 is the highest, {LOWEST} the lowest")
         now = self._clock()
         try:
-            line = msgspec.json.encode(Record(0, now, kind, priority, body))
+            line = _encoder.encode(Record(0, now, kind, priority, body))
         except (TypeError, ValueError, RecursionError) as error:
             raise Refused(f"the body of a {kind} record is not JSON: {error}", "use text, numbers, lists") from None
         if len(line) > MAX_RECORD:
@@ -195,22 +196,21 @@ class Outbox:
 
     def _insert(self, db: Connection, drafts: Iterable[Draft], stored_priority: int | None = None) -> range:
         state = self._begin(db)
-        first = seq = state.last_seq + 1
-        rows = []
-        for tail, priority, expires in drafts:
-            line = b'{"seq":%d%b' % (seq, tail)
-            self._next_expiry = min(self._next_expiry, expires or math.inf)
-            rows.append((seq, priority if stored_priority is None else stored_priority, expires, line))
-            state.bytes += len(line)
-            seq += 1
+        first = state.last_seq + 1
+        rows = [
+            (seq, priority if stored_priority is None else stored_priority, expires, b'{"seq":%d%b' % (seq, tail))
+            for seq, (tail, priority, expires) in enumerate(drafts, first)
+        ]
+        self._next_expiry = min(self._next_expiry, *(row[2] for row in rows if row[2] is not None), math.inf)
         db.executemany("INSERT INTO outbox VALUES (?, ?, ?, ?)", rows)
-        db.execute("UPDATE outbox_state SET last_seq = ?", [seq - 1])
+        state.last_seq += len(rows)
+        db.execute("UPDATE outbox_state SET last_seq = ?", [state.last_seq])
         state.rows += len(rows)
-        state.last_seq = seq - 1
+        state.bytes += sum(len(row[3]) for row in rows)
         if stored_priority is None and (state.rows > self._limits.rows or state.bytes > self._limits.bytes):
             self._make_room(db)
         db.on_commit(self.changed.set)
-        return range(first, seq)
+        return range(first, first + len(rows))
 
     def _batch(self, db: Connection, after: int) -> Slice | None:
         lines: list[bytes] = []

@@ -86,7 +86,12 @@ def decode_records(header: Header, payload: bytes, content_type: str = CONTENT_T
         raise Undecodable(f"content type {content_type!r}; this side reads {CONTENT_TYPE}")
     text = _unpack(payload)
     try:
-        records = [_record(line) for line in text.split(b"\n")] if text else []
+        records = _decoder.decode_lines(text)
+        lines = text.split(b"\n")
+        one_each = len(lines) == len(records)  # else a record may stretch over lines
+        if not one_each or any(line.count(b"{") + line.count(b"[") > MAX_DEPTH for line in lines):
+            for record in records:
+                check_depth(record.body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Undecodable(f"not records: {error}") from None
     seq = header.first - 1
@@ -95,13 +100,6 @@ def decode_records(header: Header, payload: bytes, content_type: str = CONTENT_T
             raise Undecodable(f"seq {record.seq} after {seq} in a batch of {header.first} to {header.last}")
         seq = record.seq
     return records
-
-
-def _record(line: bytes) -> Record:
-    record = _decoder.decode(line)
-    if line.count(b"{") + line.count(b"[") > MAX_DEPTH:  # only then can it be too deep
-        check_depth(record.body)
-    return record
 
 
 def _unpack(payload: bytes) -> bytes:

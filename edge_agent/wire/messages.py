@@ -65,7 +65,7 @@ JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 }
 
 
-class Record(msgspec.Struct, frozen=True):
+class Record(msgspec.Struct, frozen=True, gc=False):
     """One line of a batch: `seq` counts from 1 within an epoch, `ts` is seconds since the Unix epoch.
 
     JSON has no NaN and no infinity: in a body both are written as null.
