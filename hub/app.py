@@ -22,7 +22,7 @@ from edge_agent.sync.transport import MqttSession
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import check_name
 from hub import db as tables
-from hub.api import bundles, devices, health, people, problems
+from hub.api import bundles, deadletters, devices, health, people, problems
 from hub.api.guard import declare_actions
 from hub.audit import Audit
 from hub.auth import GRANTS_RENEWAL_S, Auth
@@ -75,7 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     problems.install(app)
-    for router in (people.router, devices.router, bundles.router):
+    for router in (people.router, devices.router, deadletters.router, bundles.router):
         declare_actions(router)
         app.include_router(router)
     app.include_router(health.router)

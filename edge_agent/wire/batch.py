@@ -84,7 +84,7 @@ def decode_records(header: Header, payload: bytes, content_type: str = CONTENT_T
     """The records, in order of seq. Raises TooBig or Undecodable; both are covered by the ack."""
     if content_type != CONTENT_TYPE:
         raise Undecodable(f"content type {content_type!r}; this side reads {CONTENT_TYPE}")
-    text = _unpack(payload)
+    text = unpack(payload)
     try:
         records = _decoder.decode_lines(text)
         lines = text.split(b"\n")
@@ -102,7 +102,8 @@ def decode_records(header: Header, payload: bytes, content_type: str = CONTENT_T
     return records
 
 
-def _unpack(payload: bytes) -> bytes:
+def unpack(payload: bytes) -> bytes:
+    """At most MAX_BATCH bytes of NDJSON. Raises TooBig or Undecodable."""
     if len(payload) > MAX_BATCH + 1024:
         raise TooBig(f"a batch of {len(payload)} packed bytes")
     try:

@@ -57,6 +57,7 @@ def facts_html(device: dict[str, Any]) -> str:
         "Epoch": device["epoch"],
         "Committed up to": number(device["watermark"]),
         "Lost": number(device["lost"]),
+        "Missing": number(device["missing"]),
         "Agent": device["agent"] or "not known",
     }
     return "".join(f"<div><dt>{label}</dt><dd>{e(value)}</dd></div>" for label, value in facts.items())

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_agent.wire.batch import Header, encode_batch
+from edge_agent.wire.errors import Undecodable
 from edge_agent.wire.messages import JobState, Record, encode
 from edge_agent.wire.signing import SigningKey
-from hub.committer import MAX_DEAD_LETTERS, Ackable, Committed, Committer, Verdict, judge
-from hub.db import Database, audit, dead_letters, devices, jobs, telemetry
+from hub.committer import MAX_DEAD_LETTERS, MAX_GAPS, Ackable, Committed, Committer, Verdict, judge, replay
+from hub.db import Database, audit, dead_letters, devices, gaps, jobs, telemetry
 from tests.hub.rig import pack
 from tests.hub.rig import telemetry as make
 
@@ -167,6 +168,60 @@ def test_evicted_seqs_are_covered_and_their_loss_counted(sender: Sender) -> None
     done = sender.commit(sender.batch(records))
     assert done.acks[sender.name] == Ackable(1, 11)
     assert sender.device() == (1, 11, 7)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_what_never_came_is_counted_exactly_and_kept_with_its_ends(shared: Database, data: st.DataObject) -> None:
+    sender = Sender(shared)
+    kept = sorted(data.draw(st.sets(st.integers(1, 40), min_size=1)))
+    cuts = sorted(data.draw(st.sets(st.integers(1, 40), max_size=5)) | {40})
+    first = 1
+    for last in cuts:
+        again = data.draw(st.integers(0, 2))  # a device that sends again may begin below the watermark
+        seqs = [seq for seq in kept if first <= seq <= last]
+        sender.commit(sender.batch(make(seqs), first=max(1, first - again), last=last))
+        first = last + 1
+    absent = set(range(1, 41)) - set(kept)
+    (missing,) = sender.rows(sa.select(devices.c.missing).where(devices.c.name == sender.name))[0]
+    found = sender.rows(sa.select(gaps.c.first, gaps.c.last, gaps.c.count).where(gaps.c.device == sender.name))
+    assert missing == len(absent) == sum(count for *_, count in found)
+    assert all({low, high} <= absent for low, high, _ in found)
+    assert all(any(low <= seq <= high for low, high, _ in found) for seq in absent)
+
+
+def test_gaps_are_bounded_however_wide_and_many_they_are(sender: Sender) -> None:
+    for n in range(1, MAX_GAPS + 5):
+        sender.commit(sender.batch(make([2 * n]), first=2 * n - 1))
+    sender.commit(sender.batch(make([2**62]), first=2 * MAX_GAPS + 9))
+    ends = sender.rows(sa.select(gaps.c.first, gaps.c.last).where(gaps.c.device == sender.name).order_by(gaps.c.id))
+    assert len(ends) == MAX_GAPS
+    assert ends[-1] == (2 * MAX_GAPS + 9, 2**62)
+
+
+def test_a_dead_letter_is_taken_after_all_and_only_once(sender: Sender) -> None:
+    loss = Record(3, 1.0, "loss", 0, {"reason": "ttl", "first_seq": 9, "last_seq": 9, "count": 4})
+    sender.commit(sender.batch([*make([1, 2]), loss]), condemn="a fault of ours")
+    sender.commit(sender.batch(make([4])))
+    (id, properties) = sender.rows(
+        sa.select(dead_letters.c.id, dead_letters.c.properties).where(dead_letters.c.device == sender.name)
+    )[0]
+    assert properties["first"] == "1"
+    with sender.database.engine.begin() as connection:
+        assert [replay(connection, id) for _ in range(2)] == [3, 0]
+        assert replay(connection, id + 1) is None
+    assert sorted(seq for _, seq, _ in sender.committed()) == [1, 2, 3, 4]
+    assert sender.device() == (1, 4, 4)
+    replayed = sender.rows(sa.select(dead_letters.c.replayed).where(dead_letters.c.id == id))
+    assert replayed[0][0] > 0
+
+
+def test_a_letter_that_still_cannot_be_read_stays_dead(sender: Sender) -> None:
+    batch = encode_batch([b"rubbish"], sender.key, sender.topic, Header(1, 1, 1))
+    sender.commit(Came(sender.topic, batch.payload, dict(batch.properties)))
+    (id,) = sender.rows(sa.select(dead_letters.c.id).where(dead_letters.c.device == sender.name))[0]
+    with sender.database.engine.begin() as connection, pytest.raises(Undecodable):
+        replay(connection, id)
 
 
 def test_a_new_epoch_starts_over_and_an_old_one_is_refused_but_answered(sender: Sender) -> None:

@@ -22,10 +22,11 @@ import pytest
 import sqlalchemy as sa
 
 from edge_agent.errors import OutriderError
+from edge_agent.wire.batch import Header, encode_batch
 from edge_agent.wire.errors import WireError
 from edge_agent.wire.messages import Record
 from edge_agent.wire.topics import TopicKind
-from hub.db import Database, telemetry
+from hub.db import Database, dead_letters, telemetry
 from tests.hub.rig import PASSWORD, Device, Hub, enrolled, ledger, pack, running, until
 from tests.hub.rig import telemetry as make
 
@@ -127,6 +128,35 @@ async def test_a_database_that_cannot_commit_holds_the_batches_back(
         blocker.execute("ROLLBACK")
         blocker.close()
         await until(lambda: device.acked() == (1, 3))
+
+
+async def test_dead_letters_and_gaps_are_listed_looked_at_and_replayed_over_the_api(hub: Hub) -> None:
+    device, admin = await enrolled(hub, "press-1"), await hub.login()
+    topic = device.topic(TopicKind.UP)
+    no_record = encode_batch([b'{"seq":1,"unheard":"of"}'], device.key, topic, Header(1, 1, 2))
+    async with device.online():
+        await device.session.publish(topic, no_record.payload, properties=no_record.properties)
+        await device.send(make([3, 7]), last=7)
+        await until(lambda: device.acked() == (1, 7))
+    (letter,) = (await admin.get("/v1/deadletters", params={"device": "press-1"})).json()
+    assert (letter["first"], letter["last"], letter["replayed"]) == (1, 2, None)
+    assert (await admin.get("/v1/deadletters", params={"device": "press-2"})).json() == []
+    whole = (await admin.get(f"/v1/deadletters/{letter['id']}")).json()
+    assert whole["text"] == '{"seq":1,"unheard":"of"}'
+    assert whole["properties"]["sig"]
+    still_dead = await admin.post(f"/v1/deadletters/{letter['id']}/replay")
+    assert (still_dead.status_code, "cannot be taken" in still_dead.text) == (422, True)
+    good = pack(device.key, topic, make([1, 2]), 1)  # as if a newer hub could read it
+    change = dead_letters.update().values(payload=good.payload)
+    await hub.services.db.write(lambda c: c.execute(change))
+    assert (await (await hub.user("operator")).post(f"/v1/deadletters/{letter['id']}/replay")).status_code == 403
+    assert (await admin.post(f"/v1/deadletters/{letter['id']}/replay")).json()["records"] == 2
+    assert (await admin.get("/v1/deadletters/999")).status_code == 404
+    assert sorted(r["seq"] for r in await records_of(hub, "press-1")) == [1, 2, 3, 7]
+    gaps = (await admin.get("/v1/devices/press-1/gaps")).json()
+    assert (gaps["missing"], gaps["lost"], gaps["unexplained"]) == (3, 0, 3)
+    assert [(g["first"], g["last"], g["count"]) for g in gaps["gaps"]] == [(4, 6, 3)]
+    assert "replay:deadletter" in {entry["action"] for entry in await hub.services.audit.entries()}
 
 
 async def test_one_batch_the_database_refuses_does_not_harm_its_neighbours(
