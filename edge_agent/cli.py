@@ -27,6 +27,7 @@ _VERBS = {
     "task": ("Give a device a task through its local API and watch it work.", "edge"),
     "doctor": ("Check what a device needs: extras, state, hub, broker, models by a real inference.", "edge"),
     "hub": ("Run the hub: devices, jobs, models, dashboard.", "hub"),
+    "broker": ("The MQTT broker of a site: write its configuration.", "hub"),
     "models": ("Fetch, build and publish models.", "models"),
     "bench": ("Benchmarks.", "dev"),
     "eval": ("How often the tool caller is right: BFCL and the plant set.", "dev"),

@@ -93,6 +93,7 @@ class Daemon:
             self._switch,
             self._report,
         )
+        self._renewal = enrol.Renewal(state, identity.enrolled.device, self._http, self._token)
         self._session = self._connect(inbox)
         self._api = LocalApi(self, settings.api, max_body=settings.request_mb << 20)
 
@@ -116,6 +117,7 @@ class Daemon:
         parts: dict[str, Callable[[], Awaitable[None]]] = {
             **{name: worker.run for name, worker in self._workers.items()},
             "session": self._session.run,
+            "certificate": self._renewal.run,
             "updates": self._updates.run,
             "desired": self._follow_desired,
             "telemetry": self._telemetry.run,
@@ -184,9 +186,6 @@ class Daemon:
 
     def _connect(self, inbox: Inbox) -> Session:
         enrolled, given = self._identity.enrolled, self._settings.broker
-        ca = self._settings.state / "broker-ca.pem" if enrolled.broker.ca else None
-        if ca is not None:
-            ca.write_text(enrolled.broker.ca or "")
         own = "@" in given  # an override may carry its own user and password
         return Session(
             fleet=enrolled.fleet,
@@ -196,7 +195,7 @@ class Daemon:
             broker=given or enrolled.broker.url,
             username=None if own else enrolled.broker.username or None,
             password=None if own else enrolled.broker.password or None,
-            ca=ca,
+            ca=enrol.tls(self._settings.state, self._identity),
             outbox=self._outbox,
             inbox=inbox,
             twin=self._twin,

@@ -23,7 +23,7 @@ import msgspec
 from edge_agent.errors import OutriderError, Retry
 
 if TYPE_CHECKING:
-    from edge_agent.enrol import Enrolled
+    from edge_agent.enrol import Identity
 
 FREE_MB = 1024
 SKEW_S = 60.0
@@ -56,7 +56,7 @@ def examine(state: Path | None, hub: str = "", broker: str = "") -> list[Check]:
             checks.append(Check("identity", "fail", error.message, error.hint))
     hub = hub or (enrolled.hub if enrolled else "")
     checks += _hub(hub)
-    checks.append(_broker(broker, enrolled.enrolled if enrolled else None))
+    checks.append(_broker(broker, enrolled, state))
     if state is not None:
         checks += asyncio.run(_models(state))
     checks.append(_systemd())
@@ -117,8 +117,10 @@ def _hub(hub: str) -> Iterator[Check]:
         yield Check("clock", "ok" if good else "fail", said, hint)
 
 
-def _broker(given: str, enrolled: Enrolled | None) -> Check:
-    """Connects as the device does, but under another client id, so that a running agent is not disturbed."""
+def _broker(given: str, identity: Identity | None, state: Path | None) -> Check:
+    """Connects as the device does, but under another client id; a broker that goes by certificates takes no notice of
+    that, and a running agent connects again."""
+    enrolled = identity.enrolled if identity else None
     if not given and enrolled is None:
         return Check("broker", "warn", "no broker known", "enrol, or --broker URL")
     from edge_agent.sync.transport import MqttSession
@@ -135,16 +137,15 @@ def _broker(given: str, enrolled: Enrolled | None) -> Check:
             await session.wait_connected(BROKER_S)
         return str(session.address)
 
-    with tempfile.TemporaryDirectory() as folder:
-        ca = Path(folder) / "ca.pem" if enrolled and enrolled.broker.ca else None
-        if ca is not None and enrolled is not None:
-            ca.write_text(enrolled.broker.ca or "")
-        try:
-            return Check("broker", "ok", f"{asyncio.run(connect(ca))} takes this device's connection")
-        except OutriderError as error:
-            passing = isinstance(error, Retry) and enrolled is None
-            hint = error.hint or "the outbox keeps what is to be sent"
-            return Check("broker", "warn" if passing else "fail", error.message, hint)
+    from edge_agent.enrol import tls
+
+    try:
+        trust = tls(state, identity) if state and identity else None
+        return Check("broker", "ok", f"{asyncio.run(connect(trust))} takes this device's connection")
+    except OutriderError as error:
+        passing = isinstance(error, Retry) and enrolled is None
+        hint = error.hint or "the outbox keeps what is to be sent"
+        return Check("broker", "warn" if passing else "fail", error.message, hint)
 
 
 async def _models(state: Path) -> list[Check]:

@@ -1,28 +1,41 @@
-"""Becoming a device of a fleet: a single-use token for an identity.
+"""Becoming and staying a device of a fleet: a single-use token for an identity, and its certificate renewed in time.
 
 Invariants: the private key is made here and never leaves; it is on disk before the hub hears of it, so that an
 enrolment that was cut is made good with a new token and the same key; a clear no leaves nothing in the state directory
-that was not there; `identity.json` is written last and whole, so a device either has an identity or has none.
+that was not there; `identity.json` is written last and whole, so a device either has an identity or has none. The
+certificate is for that same key; a new one is asked for at two thirds of its life, over HTTP and with the device's own
+token, so that one which ran out during an outage is no dead end.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
 from edge_agent.errors import Fatal, Refused, Retry
+from edge_agent.trouble import Trouble
 from edge_agent.wire import durable
 from edge_agent.wire.errors import WireError
 from edge_agent.wire.grants import verify_grants
 from edge_agent.wire.signing import SigningKey, VerifyKey
 from edge_agent.wire.topics import check_name
 
-IDENTITY, KEY = "identity.json", "device.key"
+IDENTITY, KEY, TLS = "identity.json", "device.key", "tls"
+RENEW_AT = 2 / 3  # of a certificate's life
+LOOK_S = 3600.0  # seconds between looks at the clock, which may have been set
+_log = logging.getLogger("outrider")
 _AGAIN = "try again, with a new token when this one is spent: the key is kept"
 
 
@@ -42,6 +55,7 @@ class Enrolled(msgspec.Struct, frozen=True):
     broker: Broker
     grants: str = ""
     clock: float = 0.0
+    certificate: str = ""
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -82,8 +96,10 @@ def enrol(state: Path, hub: str, token: str, name: str, *, timeout_s: float = 20
     fresh = not (state / KEY).exists()
     try:
         key = SigningKey.load_or_create(state / KEY)
-        answer = _ask(hub, {"token": token, "name": name, "public_key": key.public.text}, timeout_s)
-        identity = Identity(hub, answer)
+        request = {"token": token, "name": name, "public_key": key.public.text, "csr": csr(key, name)}
+        answer = _ask(hub, request, timeout_s)
+        identity = Identity(hub, msgspec.structs.replace(answer, certificate=""))
+        tls(state, identity, answer.certificate)
         durable.write(state / IDENTITY, msgspec.json.format(msgspec.json.encode(identity)), 0o600)
     except (Refused, Retry) as error:
         if fresh and not isinstance(error, Cut):
@@ -95,6 +111,69 @@ def enrol(state: Path, hub: str, token: str, name: str, *, timeout_s: float = 20
         hint = "make room or give the directory to this user; a damaged key is to be moved away"
         raise Fatal(f"the key or the identity in {state} cannot be kept: {error}", hint) from error
     return identity
+
+
+def csr(key: SigningKey, name: str) -> str:
+    """A PKCS#10 request (RFC 2986) for the device's key, PEM."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    request = x509.CertificateSigningRequestBuilder(subject).sign(key.key, None)
+    return request.public_bytes(Encoding.PEM).decode()
+
+
+def tls(state: Path, identity: Identity, certificate: str = "") -> Path:
+    """The folder with what the broker is met with: its CA's `ca.pem`, our `cert.pem` and `key.pem`."""
+    folder = state / TLS
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not (folder / "key.pem").is_symlink():
+        (folder / "key.pem").symlink_to(Path("..") / KEY)
+    if identity.enrolled.broker.ca:
+        durable.write(folder / "ca.pem", identity.enrolled.broker.ca.encode())
+    if certificate:
+        durable.write(folder / "cert.pem", certificate.encode())
+    return folder
+
+
+class Renewal:
+    """`run()` keeps the certificate good; `client` knows the hub's address, `token` makes a device token."""
+
+    def __init__(self, state: Path, device: str, client: httpx.AsyncClient, token: Callable[[], str]) -> None:
+        self._state, self._device, self._client, self._token = state, device, client, token
+        self._trouble = Trouble(_log, "the certificate is not renewed", every_s=3600)
+
+    def due_s(self) -> float:
+        """Seconds until it should be renewed; there is none yet, or it cannot be read: now."""
+        try:
+            known = x509.load_pem_x509_certificate((self._state / TLS / "cert.pem").read_bytes())
+        except (OSError, ValueError):
+            return 0.0
+        begin, end = known.not_valid_before_utc.timestamp(), known.not_valid_after_utc.timestamp()
+        return max(0.0, begin + (end - begin) * RENEW_AT - time.time())
+
+    async def run(self) -> None:
+        pause = 1.0
+        while True:
+            if due_s := self.due_s():
+                await asyncio.sleep(min(due_s, LOOK_S))
+                continue
+            try:
+                await self._renew()
+                self._trouble.over()
+                pause = 1.0
+            except (httpx.HTTPError, Refused, OSError, ValueError, KeyError, TypeError) as error:
+                self._trouble.tell(error)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LOOK_S)
+
+    async def _renew(self) -> None:
+        request = {"csr": csr(SigningKey.load(self._state / KEY), self._device)}
+        bearer = {"Authorization": f"Bearer {self._token()}"}
+        response = await self._client.post(f"/v1/devices/{self._device}/certificate", json=request, headers=bearer)
+        if response.is_error:
+            raise Refused(*_problem(response))
+        made = str(response.json()["certificate"])
+        x509.load_pem_x509_certificate(made.encode())
+        await asyncio.to_thread(durable.write, self._state / TLS / "cert.pem", made.encode())
+        _log.info("the certificate was renewed")
 
 
 class Cut(Retry):
@@ -132,7 +211,7 @@ def _problem(response: httpx.Response) -> tuple[str, str]:
         detail, hint = str(problem["detail"]), str(problem.get("hint") or "")
     except (ValueError, KeyError, TypeError, AttributeError):
         detail, hint = f"the hub answered {response.status_code} {response.reason_phrase}", ""
-    return f"enrolment was refused: {detail}", hint or hints.get(response.status_code, "")
+    return f"the hub refuses: {detail}", hint or hints.get(response.status_code, "")
 
 
 def _writable(state: Path) -> bool:

@@ -25,8 +25,9 @@ from hub import db as tables
 from hub.api import bundles, deadletters, devices, health, people, problems
 from hub.api.guard import declare_actions
 from hub.audit import Audit
-from hub.auth import GRANTS_RENEWAL_S, Auth
-from hub.broker import EmbeddedBroker
+from hub.auth import GRANTS_RENEWAL_S, Auth, TokenKeys
+from hub.broker import EmbeddedBroker, Mosquitto
+from hub.ca import DAY_S, Authority
 from hub.db import Database
 from hub.devices import Devices
 from hub.downlink import Downlink
@@ -45,13 +46,17 @@ RUNNER_PAUSE_S = 1.0
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run a hub. `broker` is "embedded" or a URL with user and password; `database` a SQLAlchemy URL."""
+    """How to run a hub. `broker` is "embedded", or a URL with user and password, or `mqtts://host` of the Mosquitto
+    whose files are in `broker_config`; `database` is a SQLAlchemy URL."""
 
     data: Path
     fleet: str = "main"
     broker: str = "embedded"
     broker_port: int = 0
     broker_ca: Path | None = None
+    broker_config: Path | None = None
+    root: Path | None = None  # where the root key is; `data/root` if not given
+    longest_outage_days: float = 30.0
     database: str = ""
     admin_password: str | None = None
     on_generated_password: Callable[[str], None] = lambda password: print(f"admin password (shown once): {password}")
@@ -92,16 +97,21 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
     url = settings.database or f"sqlite:///{settings.data / 'hub.db'}"
     database = await asyncio.to_thread(Database, url)
     stack.callback(database.close)
-    auth = Auth(database, key)
+    auth = Auth(database, key, TokenKeys(settings.data / "tokens"))
     await auth.issue_grants()
+    root, outage_s = settings.root or settings.data / "root", settings.longest_outage_days * DAY_S
+    authority = Authority(settings.data / "ca", root, settings.fleet, outage_s)
     broker, ca = await _broker(settings, stack)
+    trusted, mosquitto = settings.broker_ca, Mosquitto(settings.broker_config, authority)
+    if settings.broker.startswith("mqtts://") and "@" not in settings.broker:
+        trusted, ca = mosquitto.identity(), ca or authority.root_pem
     connected = asyncio.Event()
     try:
         check_name(settings.fleet, "fleet")
         session = MqttSession(
             broker.url_with_credentials if broker else settings.broker,
             await _client_id(database, settings.fleet),
-            ca=settings.broker_ca,
+            ca=trusted,
             subscriptions=Ingest.filters(settings.fleet),
             on_connect=lambda _present: connected.set(),
         )
@@ -111,7 +121,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
     address = BrokerAddress(str(at), at.username or "", at.password or "", ca)
     downlink = Downlink(session, key, settings.fleet)
     devices_, twin, jobs = (
-        Devices(database, settings.fleet),
+        Devices(database, authority),
         Twin(database, downlink.desired),
         Jobs(database, downlink.job),
     )
@@ -121,6 +131,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         key=key,
         db=database,
         broker=broker,
+        mosquitto=mosquitto,
         address=address,
         session=session,
         downlink=downlink,
@@ -185,6 +196,7 @@ async def _running(services: Services, ingest: Ingest, connected: asyncio.Event)
         while True:
             await connected.wait()
             connected.clear()
+            await services.tell_broker()
             await services.downlink.grants(services.auth.grants_text)
             await services.twin.send_all()
 
@@ -198,8 +210,11 @@ async def _running(services: Services, ingest: Ingest, connected: asyncio.Event)
     async def renew_grants() -> None:
         while True:
             await asyncio.sleep(GRANTS_RENEWAL_S)
+            if services.auth.keys.due:
+                await services.auth.rotate_keys("hub")
             await services.auth.issue_grants()
             await services.downlink.grants(services.auth.grants_text)
+            services.mosquitto.identity()
 
     runners = {"ingest": ingest.run, "greet": greet, "jobs": tend_jobs, "grants": renew_grants}
     tasks = [asyncio.create_task(_for_ever(name, run), name=name) for name, run in runners.items()]

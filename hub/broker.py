@@ -1,21 +1,33 @@
-"""The embedded MQTT 5 broker: rumqttd (package `iotcore`) as a child process on loopback.
+"""The brokers: a Mosquitto configuration for production, and the embedded one for trying out.
 
-Invariants: user, password and port are made once and kept 0600 in the data directory, so devices enrolled before a
-restart still find it; a crashed child is started again; the child holds the read end of a pipe whose write end only
-this process has, so it ends with the hub, `kill -9` included. Sessions live in the broker's memory: it is for trying
-out and tests. A message it forgets is sent again by the device, because only the hub's own ack empties an outbox.
+Mosquitto: who a client is comes from its certificate alone, and is its client id too; a device may write its own `up`
+and `presence` and read its own down topics and the fleet's grants; everything has a limit. The hub keeps the list of
+revoked certificates and the topic rules in the folder up to date, and has Mosquitto read them again.
+
+Embedded: rumqttd (package `iotcore`) as a child process on loopback. User, password and port are made once and kept
+0600 in the data directory, so devices enrolled before a restart still find it; a crashed child is started again; the
+child holds the read end of a pipe whose write end only this process has, so it ends with the hub, `kill -9` included.
+Sessions live in the broker's memory. Whatever a broker forgets is sent again, because only the hub's own ack empties
+an outbox.
 """
 
 import logging
+import os
 import secrets
+import shutil
+import signal
 import socket
 import threading
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import iotcore
 import msgspec
 
 from edge_agent.wire import durable
+from edge_agent.wire.topics import Topic, TopicKind
+from hub.ca import Authority
 from hub.errors import Fatal
 
 log = logging.getLogger(__name__)
@@ -45,6 +57,137 @@ dynamic_filters = true
 [v5.1.connections.auth]
 {username} = "{password}"
 """
+
+MOSQUITTO = """\
+# Written by `outrider broker config`. Start it with: mosquitto -c {folder}/mosquitto.conf
+user {user}
+pid_file {folder}/mosquitto.pid
+per_listener_settings false
+allow_anonymous false
+acl_file {folder}/acl
+
+listener {port} {bind}
+socket_domain {domain}
+cafile {folder}/ca.pem
+certfile {folder}/server.pem
+keyfile {folder}/server.key
+crlfile {folder}/crl.pem
+tls_version tlsv1.3
+require_certificate true
+use_identity_as_username true
+use_username_as_clientid true
+max_connections {connections}
+max_qos 1
+
+max_packet_size {packet}
+max_inflight_messages 64
+max_inflight_bytes 8388608
+max_queued_messages 10000
+max_queued_bytes 16777216
+queue_qos0_messages false
+max_keepalive 300
+memory_limit {memory}
+set_tcp_nodelay true
+
+# Nothing depends on it: a device sends again what the hub has not acked, the hub publishes again what is retained.
+persistence true
+persistence_location {folder}/data/
+autosave_interval 300
+persistent_client_expiration 14d
+sys_interval 60
+log_dest stderr
+log_type error
+log_type warning
+log_type notice
+connection_messages true
+"""
+
+
+def hub_user(fleet: str) -> str:
+    """The hub's name at the broker; the colon keeps it from being a device's."""
+    return f"hub:{fleet}"
+
+
+def topic_rules(fleet: str, revoked: Iterable[str] = ()) -> str:
+    """Mosquitto's ACL file. A revoked device that is still connected reads and writes nothing from now on."""
+    ups = (TopicKind.UP, TopicKind.PRESENCE)
+    rules = [f"user {hub_user(fleet)}"]
+    rules += [f"topic {'read' if kind in ups else 'write'} {Topic.filter(kind, fleet)}" for kind in TopicKind]
+    rules += [line for name in sorted(revoked) for line in (f"user {name}", "topic deny #")]
+    rules += [f"pattern {'write' if kind in ups else 'read'} {Topic.filter(kind, fleet, '%u')}" for kind in TopicKind]
+    return "\n".join(rules) + "\n"
+
+
+def write_config(
+    folder: Path, authority: Authority, names: Sequence[str], port: int = 8883, bind: str = "0.0.0.0", user: str = ""
+) -> None:
+    """Everything Mosquitto needs to serve these host names, for the user it runs as. Raises Fatal."""
+    folder = folder.resolve()
+    user = user or ("mosquitto" if os.getuid() == 0 else "")
+    certificate, key = authority.server(names)
+    settings = MOSQUITTO.format(
+        folder=folder,
+        user=user or "mosquitto",
+        port=port,
+        bind=bind,
+        domain="ipv6" if ":" in bind else "ipv4",
+        packet=MAX_PAYLOAD + 4096,
+        connections=10_000,
+        memory=1 << 30,
+    )
+    try:
+        (folder / "data").mkdir(parents=True, exist_ok=True, mode=0o750)
+        files = {"mosquitto.conf": settings.encode(), "ca.pem": authority.trusted_pem.encode()}
+        files |= {"server.pem": certificate.encode(), "server.key": key, "crl.pem": authority.crl([])}
+        for name, content in (files | {"acl": topic_rules(authority.fleet).encode()}).items():
+            durable.write(folder / name, content, 0o600 if name == "server.key" else 0o640)
+        for path in [folder, *folder.iterdir()] if os.getuid() == 0 and user else []:
+            shutil.chown(path, user)
+    except (OSError, LookupError) as error:
+        hint = "is the folder writable, and does Mosquitto's user exist? name it with --user"
+        raise Fatal(f"the broker's configuration cannot be written to {folder}: {error}", hint) from error
+
+
+class Mosquitto:
+    """The files of a running Mosquitto that say whom to refuse. Without a folder there is nobody to tell."""
+
+    def __init__(self, folder: Path | None, authority: Authority) -> None:
+        self._folder, self._authority = folder, authority
+        self._told: object = None
+        self._when = 0.0
+        self._lock = threading.Lock()
+
+    def identity(self) -> Path:
+        """The folder with the hub's own certificate for the broker, a new one at each call."""
+        self._authority.client(self._authority.folder / "hub", hub_user(self._authority.fleet))
+        return self._authority.folder / "hub"
+
+    def tell(self, serials: list[tuple[str, float]], revoked: list[str]) -> None:
+        """Revoked certificates and devices. Where the hub may not signal Mosquitto, a systemd unit does."""
+        with self._lock:
+            if self._folder is None or self._told == (serials, revoked):
+                return
+            # of two lists OpenSSL takes the later, and their times are whole seconds
+            time.sleep(max(0.0, self._when + 1.0 - time.time()) if self._told else 0.0)
+            self._when = time.time()
+            try:
+                rules = topic_rules(self._authority.fleet, revoked).encode()
+                _replace(self._folder, {"crl.pem": self._authority.crl(serials), "acl": rules})
+                self._told = (serials, revoked)
+                pid = int((self._folder / "mosquitto.pid").read_text())
+                if Path(f"/proc/{pid}/comm").read_text().strip() == "mosquitto":  # the file outlives a kill -9
+                    os.kill(pid, signal.SIGHUP)
+            except (OSError, ValueError) as error:
+                log.warning("Mosquitto was not told to read %s again: %s", self._folder, error)
+
+
+def _replace(folder: Path, files: dict[str, bytes]) -> None:
+    """Owners stay, so that Mosquitto's user can read them."""
+    for name, content in files.items():
+        known = (folder / name).stat()
+        durable.write(folder / name, content, 0o640)
+        if os.getuid() == 0:
+            os.chown(folder / name, known.st_uid, known.st_gid)
 
 
 class Credentials(msgspec.Struct):

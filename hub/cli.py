@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from hub.errors import HubError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Root = Annotated[Path | None, typer.Option(help="Folder of the root key, which may be offline (DATA/root).")]
 Url = Annotated[str | None, typer.Option("--hub", help="The hub's URL; else OUTRIDER_HUB, else the last login's.")]
 
 
@@ -34,15 +35,71 @@ class RunByDefault(TyperGroup):
 
 
 app = typer.Typer(cls=RunByDefault, help="Run a hub, and talk to one.", no_args_is_help=True)
+broker = typer.Typer(help="The MQTT broker of a site.", no_args_is_help=True)
+
+
+@broker.callback()
+def _broker() -> None:
+    """A group, though it has one verb."""
+
+
+@broker.command()
+def config(
+    data: Annotated[Path, typer.Option(help="The hub's data directory, which holds the certificate authority.")],
+    out: Annotated[Path, typer.Option(help="Folder to write mosquitto.conf and its files to.")],
+    name: Annotated[list[str], typer.Option(help="Host name or address that devices use; may be given again.")],
+    port: int = 8883,
+    bind: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
+    user: Annotated[str, typer.Option(help="User that Mosquitto runs as, when started as root.")] = "mosquitto",
+    fleet: Annotated[str, typer.Option(help="Name of the fleet.")] = "main",
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Write a Mosquitto configuration: mutual TLS, topic rules for each device, limits, revoked certificates."""
+    from hub.broker import write_config
+    from hub.ca import Authority
+
+    with _errors():
+        write_config(out, Authority(data / "ca", root or data / "root", fleet), name, port, bind, user)
+        url = f"mqtts://{name[0]}:{port}"
+        _print(
+            {"config": str(out / "mosquitto.conf"), "url": url},
+            as_json,
+            lambda made: (
+                f"{made['config']} is written. Start Mosquitto with it, then: "
+                f"outrider hub --data {data} --broker {url} --broker-config {out}"
+            ),
+        )
+
+
+@app.command("renew-ca")
+def renew_ca(
+    data: Annotated[Path, typer.Option(help="The hub's data directory.")],
+    fleet: str = "main",
+    root: Root = None,
+) -> None:
+    """Sign the hub's issuing certificate for another ten years; needs the root key."""
+    from hub.ca import renew_issuing
+
+    with _errors():
+        renew_issuing(data / "ca", root or data / "root", fleet)
+        typer.echo("renewed: start the hub again, and write the broker's configuration again")
 
 
 @app.command()
 def run(
     data: Annotated[Path, typer.Option(help="Where the hub keeps everything.")],
     http: Annotated[str, typer.Option(help="Address to serve HTTP on.")] = "127.0.0.1:8080",
-    broker: Annotated[str, typer.Option(help="embedded, or mqtt(s)://user:password@host:port")] = "embedded",
+    broker: Annotated[
+        str, typer.Option(help="embedded, mqtt(s)://user:password@host:port, or mqtts://host of our own Mosquitto")
+    ] = "embedded",
     broker_port: Annotated[int, typer.Option(help="Port of the embedded broker; 0 picks one once.")] = 0,
     broker_ca: Annotated[Path | None, typer.Option(help="PEM file of the CA that signed the broker.")] = None,
+    broker_config: Annotated[
+        Path | None, typer.Option(help="Folder of `outrider broker config`, kept up to date.")
+    ] = None,
+    root: Root = None,
+    longest_outage_days: Annotated[float, typer.Option(help="A device's certificate outlives this in any case.")] = 30,
     database: Annotated[str, typer.Option(help="SQLAlchemy URL; SQLite in --data if not given.")] = "",
     fleet: Annotated[str, typer.Option(help="Name of the fleet.")] = "main",
     dashboard: Annotated[bool, typer.Option(help="Serve the dashboard at /.")] = True,
@@ -62,6 +119,9 @@ def run(
             broker=broker,
             broker_port=broker_port,
             broker_ca=broker_ca,
+            broker_config=broker_config,
+            root=root,
+            longest_outage_days=longest_outage_days,
             database=database,
             admin_password=os.environ.get("OUTRIDER_ADMIN_PASSWORD"),
             on_generated_password=lambda password: typer.echo(f"user admin, password {password} (shown once)"),
@@ -126,6 +186,14 @@ def devices(hub: Url = None, as_json: Json = False) -> None:
     """List devices with their true presence."""
     with _hub(hub) as client:
         _print(client.get("/v1/devices"), as_json, _device_line)
+
+
+@app.command("revoke-device")
+def revoke_device(device: str, hub: Url = None) -> None:
+    """Void a device's key and certificates; a token made for its name lets it enrol again."""
+    with _hub(hub) as client:
+        client.delete(f"/v1/devices/{device}")
+        typer.echo(f"{device} is revoked")
 
 
 @app.command()

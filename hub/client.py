@@ -58,6 +58,9 @@ class HubClient:
     def post(self, path: str, body: dict[str, Any]) -> Any:
         return _answer(self._http, "POST", path, json=body)
 
+    def delete(self, path: str) -> Any:
+        return _answer(self._http, "DELETE", path)
+
     def publish(
         self, folder: Path, name: str, version: str, kind: str, license: str, meta: dict[str, Any]
     ) -> dict[str, Any]:
@@ -113,4 +116,4 @@ def _answer(http: httpx.Client, method: str, path: str, **more: Any) -> Any:
         except ValueError:
             said = {"detail": response.text[:200]}
         raise HubError(f"{response.status_code}: {said.get('detail', '')}", said.get("hint", ""))
-    return response.json()
+    return response.json() if response.content else None

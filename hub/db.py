@@ -41,6 +41,32 @@ users = sa.Table(
     sa.Column("revoked", sa.Float),
 )
 
+roles = sa.Table(
+    "roles",
+    metadata,
+    sa.Column("name", sa.String(63), primary_key=True),
+    sa.Column("permissions", sa.JSON, nullable=False),
+)
+
+refresh_tokens = sa.Table(
+    "refresh_tokens",
+    metadata,
+    sa.Column("token_hash", sa.String(64), primary_key=True),
+    sa.Column("family", sa.String(32), nullable=False),
+    sa.Column("user", sa.String(63), nullable=False),
+    sa.Column("expires", sa.Float, nullable=False),
+    sa.Column("used", sa.Float),
+)
+
+certificates = sa.Table(
+    "certificates",
+    metadata,
+    sa.Column("serial", sa.String(40), primary_key=True),
+    sa.Column("device", sa.String(63), nullable=False),
+    sa.Column("expires", sa.Float, nullable=False),
+    sa.Column("revoked", sa.Float),
+)
+
 enrolments = sa.Table(
     "enrolments",
     metadata,
@@ -69,6 +95,7 @@ devices = sa.Table(
     sa.Column("desired_version", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("desired", sa.JSON, nullable=False),
     sa.Column("reported", sa.JSON, nullable=False),
+    sa.Column("revoked", sa.Float),
 )
 
 telemetry = sa.Table(

@@ -1,8 +1,9 @@
 """Enrolment and the list of devices.
 
 Invariants: an enrolment token is single-use, kept only as a hash and expires; a name belongs to the first key that
-enrolled with it, and another key takes it over only with a token made for that name, which is audited; what is shown
-as online has proven it (see `liveness`).
+enrolled with it, and another key takes it over only with a token made for that name, which is audited; certificates
+are for the enrolled key and each is on record; a revoked device has a key that nobody holds, so that nothing signed
+for it counts, and its certificates are on the broker's list; what is shown as online has proven it (see `liveness`).
 """
 
 import hashlib
@@ -13,10 +14,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from edge_agent.wire.messages import Presence
-from edge_agent.wire.signing import VerifyKey
+from edge_agent.wire.signing import SigningKey, VerifyKey
 from edge_agent.wire.topics import check_name
 from hub import audit
-from hub.db import Database, devices, enrolments, row_dict
+from hub.ca import Authority
+from hub.db import Database, certificates, devices, enrolments, row_dict
 from hub.errors import Refused
 from hub.liveness import Heard, Liveness
 
@@ -24,11 +26,12 @@ MAX_TOKEN_LIFETIME_S = 30 * 86400.0
 
 
 class Devices:
-    """Enrolment, list and detail, presence."""
+    """Enrolment, certificates, list and detail, presence."""
 
-    def __init__(self, db: Database, fleet: str) -> None:
+    def __init__(self, db: Database, authority: Authority) -> None:
         self._db = db
-        self.fleet = fleet
+        self._authority = authority
+        self.fleet = authority.fleet
         self.liveness = Liveness()
         self.doubled = 0  # records that came again and were skipped, since this process started
 
@@ -49,8 +52,8 @@ class Devices:
         await self._db.write(change)
         return token
 
-    async def enrol(self, token: str, name: str, public_key: str) -> None:
-        """Bind a name to a key.
+    async def enrol(self, token: str, name: str, public_key: str, csr: str = "") -> str:
+        """Bind a name to a key: its certificate chain when a CSR came.
 
         Raises:
             Refused: 403 for an unknown or expired token or another name's, 409 for a used one or a taken name, 422.
@@ -61,7 +64,7 @@ class Devices:
         except ValueError as error:
             raise Refused(422, f"public_key: {error}", "send the device's Ed25519 public key as base64url") from None
 
-        def change(connection: sa.Connection) -> None:
+        def change(connection: sa.Connection) -> str:
             now = time.time()
             named = self._use_token(connection, token, name, now)
             known = connection.execute(sa.select(devices.c.public_key).where(devices.c.name == name)).scalar()
@@ -72,12 +75,52 @@ class Devices:
                 if not named:
                     hint = f"choose another name, or replace the device: outrider hub enrol-token --name {name}"
                     raise Refused(409, f"the name {name} belongs to another key", hint)
-                changed = devices.update().where(devices.c.name == name).values(public_key=public_key, enrolled=now)
-                connection.execute(changed)
+                _void(connection, name, now)
+                values = {"public_key": public_key, "enrolled": now, "revoked": None}
+                connection.execute(devices.update().where(devices.c.name == name).values(**values))
                 audit.append(connection, name, "rekey:device", {"old": known, "new": public_key})
             audit.append(connection, name, "enrol:device", {"public_key": public_key})
+            return self._certify(connection, csr, name, public_key) if csr else ""
+
+        return await self._db.write(change)
+
+    async def renew(self, name: str, csr: str) -> str:
+        """A new certificate chain for the enrolled key. Raises Refused 404, 422."""
+        key = (await self.row(name)).public_key
+        return await self._db.write(lambda c: self._certify(c, csr, name, key))
+
+    def _certify(self, connection: sa.Connection, csr: str, name: str, public_key: str) -> str:
+        made = self._authority.certify(csr, name, public_key)
+        expires = made.not_valid_after_utc.timestamp()
+        connection.execute(certificates.delete().where(certificates.c.expires < time.time()))
+        row = {"serial": f"{made.serial_number:x}", "device": name, "expires": expires}
+        connection.execute(certificates.insert().values(**row))
+        audit.append(connection, name, "issue:certificate", {"serial": row["serial"], "expires": expires})
+        return self._authority.chain(made)
+
+    async def revoke(self, name: str, by: str) -> None:
+        """Void a device's key and certificates. A token made for its name lets it enrol again. Raises Refused 404."""
+
+        def change(connection: sa.Connection) -> None:
+            nobodys, now = SigningKey.generate().public.text, time.time()
+            done = devices.update().where(devices.c.name == name).values(public_key=nobodys, revoked=now)
+            if connection.execute(done).rowcount == 0:
+                raise Refused(404, f"no device {name}", "see GET /v1/devices")
+            _void(connection, name, now)
+            audit.append(connection, by, "revoke:device", {"device": name})
 
         await self._db.write(change)
+
+    async def void(self) -> tuple[list[tuple[str, float]], list[str]]:
+        """What a broker must refuse: serials of revoked certificates and when each was, names of revoked devices."""
+        serials = sa.select(certificates.c.serial, certificates.c.revoked).where(certificates.c.revoked.is_not(None))
+        names = sa.select(devices.c.name).where(devices.c.revoked.is_not(None))
+
+        def look(connection: sa.Connection) -> tuple[list[tuple[str, float]], list[str]]:
+            listed = connection.execute(serials.order_by(certificates.c.serial)).all()
+            return [(row.serial, row.revoked) for row in listed], list(connection.execute(names).scalars())
+
+        return await self._db.read(look)
 
     def _use_token(self, connection: sa.Connection, token: str, name: str, now: float) -> bool:
         """Whether the token was made for this very name."""
@@ -131,6 +174,11 @@ class Devices:
         age = None if device["last_seen"] is None else max(0.0, time.time() - device["last_seen"])
         bundles = device["desired"].get("bundles", {})
         return device | {"online": self.online(row.name), "heartbeat_age_s": age, "bundles": bundles}
+
+
+def _void(connection: sa.Connection, device: str, now: float) -> None:
+    good = sa.and_(certificates.c.device == device, certificates.c.revoked.is_(None))
+    connection.execute(certificates.update().where(good).values(revoked=now))
 
 
 def _hash(token: str) -> str:

@@ -1,5 +1,6 @@
 """What the API and the dashboard call: one object with the hub's domain services, on `app.state.services`."""
 
+import asyncio
 from dataclasses import dataclass
 
 from edge_agent.sync.transport import MqttSession
@@ -7,7 +8,7 @@ from edge_agent.wire.messages import Desired
 from edge_agent.wire.signing import SigningKey
 from hub.audit import Audit
 from hub.auth import Auth
-from hub.broker import EmbeddedBroker
+from hub.broker import EmbeddedBroker, Mosquitto
 from hub.db import Database
 from hub.devices import Devices
 from hub.downlink import Downlink
@@ -35,6 +36,7 @@ class Services:
     key: SigningKey
     db: Database
     broker: EmbeddedBroker | None
+    mosquitto: Mosquitto
     address: BrokerAddress
     session: MqttSession
     downlink: Downlink
@@ -55,4 +57,17 @@ class Services:
     async def revoke_user(self, name: str, by: str) -> None:
         """Void somebody's tokens here at once, and on devices with the next grants they get."""
         await self.auth.revoke(name, by)
+        await self.publish_grants()
+
+    async def publish_grants(self) -> None:
+        """Devices that are there have the newest grants a moment later."""
         await self.downlink.grants(self.auth.grants_text)
+
+    async def revoke_device(self, name: str, by: str) -> None:
+        """Void a device's key and certificates, here and at the broker at once. Raises Refused 404."""
+        await self.devices.revoke(name, by)
+        await self.tell_broker()
+
+    async def tell_broker(self) -> None:
+        """Have the broker refuse what is void."""
+        await asyncio.to_thread(self.mosquitto.tell, *await self.devices.void())

@@ -195,8 +195,9 @@ class Gate:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Problem(401, "a bearer token is missing", "log in at the hub: POST /v1/login")
+        grants = _grants(self.device)
         try:
-            return verify_access_token(_grants(self.device).jwks, token.strip(), now=self.clock())
+            return verify_access_token(grants.jwks, token.strip(), now=self.clock(), floor=grants.issued_at)
         except WireError as error:
             raise Problem(401, str(error), "log in at the hub again") from error
 

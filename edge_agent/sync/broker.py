@@ -68,18 +68,38 @@ class Message:
     ack: Callable[[], None] = field(repr=False)
 
 
-def tls_context(ca: Path | None) -> ssl.SSLContext:
-    """Trust one CA (PEM), or the system's. Raises Refused when the file cannot be read."""
+_NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME
+
+
+def tls_context(trust: Path | None) -> ssl.SSLContext:
+    """TLS 1.3. Trust one CA (a PEM file), or the system's, or what a folder holds: `ca.pem`, `cert.pem`, `key.pem`.
+
+    A folder is our own PKI with a pinned root. How long the broker's certificate is valid is then not asked for: a
+    device whose clock is wrong still knows its broker. Raises Refused when something cannot be read.
+    """
+    ours = trust is not None and trust.is_dir()
+    file = trust / "ca.pem" if ours and trust else trust
     try:
-        return ssl.create_default_context(cafile=str(ca) if ca else None)
+        known = file is not None and not (ours and not file.exists())
+        context = ssl.create_default_context(cafile=str(file) if known else None)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        if ours and trust:
+            if known:
+                context.verify_flags |= _NO_CHECK_TIME
+            if (trust / "cert.pem").exists():
+                key = trust / "key.pem"
+                context.load_cert_chain(trust / "cert.pem", key if key.exists() else None)
+        return context
     except (OSError, ssl.SSLError) as error:
-        raise Refused(f"cannot read the broker's CA file {ca}: {error}", "give the PEM file of the CA") from None
+        hint = "give the PEM file of the CA, or the folder that enrolment made"
+        raise Refused(f"cannot read the broker's CA file or our certificate in {trust}: {error}", hint) from None
 
 
-def dial(address: Address, tls: ssl.SSLContext | None, timeout: float) -> socket.socket:
-    """A connected socket, after the TLS handshake where there is one; blocks. Raises OSError."""
+def dial(address: Address, tls: Callable[[], ssl.SSLContext] | None, timeout: float) -> socket.socket:
+    """A connected socket, after the TLS handshake where there is one; blocks. Raises OSError, Refused."""
+    context = tls() if tls else None
     plain = socket.create_connection((address.host, address.port), timeout)
-    return tls.wrap_socket(plain, server_hostname=address.host) if tls else plain
+    return context.wrap_socket(plain, server_hostname=address.host) if context else plain
 
 
 def refusal(code: int, reason: str, address: Address) -> OutriderError:

@@ -65,7 +65,9 @@ class MqttSession:
     ) -> None:
         self.address = Address.parse(url, username, password)
         self.client_id, self.subscriptions, self.will = client_id, list(subscriptions), will
-        self.tls = tls_context(ca) if self.address.tls else None
+        self.tls = partial(tls_context, ca) if self.address.tls else None  # anew for each connection: it is renewed
+        if self.tls:
+            self.tls()
         self.session_expiry, self.keepalive, self.inflight, self.inbound = session_expiry, keepalive, inflight, inbound
         self.on_connect, self.on_disconnect = on_connect, on_disconnect
         self.error: OutriderError | None = None  # why the last connection failed or ended
@@ -388,7 +390,7 @@ class _Link:
         if self._accepted.done():
             self._end(Retry(f"the connection to {self.session.address} was lost: {reason}"))
         else:
-            hint = "check user and password; it must be an MQTT 5 broker"
+            hint = "check user and password, or the certificate; it must be an MQTT 5 broker"
             self._end(Retry(f"{self.session.address} hung up before it accepted the connection", hint))
 
 

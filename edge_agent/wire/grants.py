@@ -1,7 +1,8 @@
 """Who may do what, as the hub signed it: the same function answers at the hub and on a device with no network.
 
 Invariants: deny by default; a lower epoch is refused; what a revoked subject got before the time of revocation is
-void; past `hard_expiry` only permissions to read remain. The envelope is a compact JWS (RFC 7515, RFC 9864).
+void; past `hard_expiry` only permissions to read remain; it is never earlier than the grants were issued. The envelope
+is a compact JWS (RFC 7515, RFC 9864).
 """
 
 from __future__ import annotations
@@ -22,9 +23,18 @@ _TYPE = "outrider-grants"
 
 SHIPPED_ROLES: dict[str, list[str]] = {
     "admin": ["*:*"],
-    "developer": ["read:*", "call:tool", "run:task", "run:model", "publish:bundle", "assign:bundle"],
+    "developer": [
+        "read:*",
+        "call:tool",
+        "run:task",
+        "run:model",
+        "publish:bundle",
+        "assign:bundle",
+        "create:offline-token",
+    ],
     "operator": [
         "call:tool",
+        "create:offline-token",
         "run:task",
         "run:model",
         *(f"read:{noun}" for noun in ("tool", "task", "device", "job", "telemetry", "bundle", "grants")),
@@ -86,7 +96,11 @@ def verify_grants(key: VerifyKey, text: str, known_epoch: int = 0) -> Grants:
 
 
 def allowed(grants: Grants, subject: Subject, action: str, resource: str = "", *, now: float) -> bool:
-    """May the subject do `verb:noun` to the resource at `now`? No unless a permission says so."""
+    """May the subject do `verb:noun` to the resource at `now`? No unless a permission says so.
+
+    When the grants were issued is signed, so a clock that stands before that is wrong and is not believed.
+    """
+    now = max(now, grants.issued_at)
     if subject.issued_at <= grants.revoked.get(subject.name, float("-inf")):
         return False
     verb, _, noun = action.partition(":")

@@ -30,13 +30,26 @@ def issue_access_token(
     return _issue(key, "at+jwt", ISSUER, subject, audience, now, lifetime_s, {"roles": roles})
 
 
-def verify_access_token(jwks: list[dict[str, str]], token: str, *, now: float, audience: str = AUDIENCE) -> Subject:
-    """Who shows it. Raises BadSignature with the reason."""
+def verify_access_token(
+    jwks: list[dict[str, str]],
+    token: str,
+    *,
+    now: float,
+    audience: str = AUDIENCE,
+    device: str = "",
+    floor: float = float("-inf"),
+) -> Subject:
+    """Who shows it. Raises BadSignature with the reason.
+
+    On a `device` its offline tokens are good too. `floor` is a time the hub signed: a clock that stands before it is
+    wrong, and then the token's own signed `iat` is the better witness.
+    """
     try:
         keys = KeySet([OKPKey.import_key(dict(jwk)) for jwk in jwks])
     except (JoseError, ValueError) as error:
         raise BadSignature(f"the hub's keys cannot be read: {error}") from None
-    claims = _verify(keys, token, "at+jwt", ISSUER, audience, now)
+    audiences = [audience, f"{audience}/{device}"] if device else [audience]
+    claims = _verify(keys, token, "at+jwt", ISSUER, audiences, now, floor)
     roles = claims.get("roles")
     if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
         raise BadSignature("the token has no roles")
@@ -63,7 +76,7 @@ def device_of(token: str) -> str:
 
 def verify_device_token(key: VerifyKey, token: str, *, fleet: str, device: str, now: float) -> None:
     """Raises BadSignature with the reason."""
-    claims = _verify(OKPKey.import_key(key.key), token, "device+jwt", device, fleet, now)
+    claims = _verify(OKPKey.import_key(key.key), token, "device+jwt", device, [fleet], now)
     if claims["sub"] != device:
         raise BadSignature(f"the token is for {claims['sub']}, not {device}")
 
@@ -77,13 +90,20 @@ def _issue(
     return jwt.encode(header, claims, OKPKey.import_key(key.key), algorithms=[ALGORITHM])
 
 
-def _verify(key: OKPKey | KeySet, token: str, typ: str, iss: str, aud: str, now: float) -> dict[str, Any]:
+def _verify(
+    key: OKPKey | KeySet, token: str, typ: str, iss: str, aud: list[str], now: float, floor: float = float("-inf")
+) -> dict[str, Any]:
     try:
         decoded = jwt.decode(token, key, algorithms=[ALGORITHM])
         if decoded.header.get("typ") != typ:
             raise BadSignature(f"a token of type {decoded.header.get('typ')!r}; this needs {typ!r}")
+        if isinstance(key, KeySet) and "kid" not in decoded.header:
+            raise BadSignature("the token does not say which key signed it")
         rules: dict[str, Any] = {name: {"essential": True} for name in _REQUIRED}
-        rules |= {"iss": {"essential": True, "value": iss}, "aud": {"essential": True, "value": aud}}
+        rules |= {"iss": {"essential": True, "value": iss}, "aud": {"essential": True, "values": aud}}
+        if now < floor:
+            issued = decoded.claims.get("iat")
+            now = max(floor, issued) if isinstance(issued, int | float) else floor
         jwt.JWTClaimsRegistry(now=int(now), leeway=LEEWAY_S, **rules).validate(decoded.claims)
     except (JoseError, ValueError) as error:
         raise BadSignature(f"the token is refused: {error}") from None

@@ -3,12 +3,13 @@
 import time
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Response
 from pydantic import BaseModel, Field
 
 from edge_agent.wire.grants import Subject
 from edge_agent.wire.messages import JobKind, JobState
 from hub.api.guard import Hub, May
+from hub.errors import Refused
 from hub.jobs import MAX_TEXT
 
 router = APIRouter(prefix="/v1", tags=["devices"])
@@ -26,6 +27,11 @@ class Enrol(BaseModel):
     token: str = Field(max_length=256)
     name: str
     public_key: str = Field(max_length=64, description="the device's Ed25519 public key, base64url")
+    csr: str = Field("", max_length=4096, description="PKCS#10 in PEM, signed by that key, for a certificate")
+
+
+class Renewal(BaseModel):
+    csr: str = Field(max_length=4096, description="PKCS#10 in PEM, signed by the enrolled key")
 
 
 class NewTask(BaseModel):
@@ -50,7 +56,8 @@ async def create_enrolment(
 
 @router.post("/enrol", status_code=201, summary="Enrol a device with a token: no login needed")
 async def enrol(body: Enrol, hub: Hub) -> dict[str, Any]:
-    await hub.devices.enrol(body.token, body.name, body.public_key)
+    certificate = await hub.devices.enrol(body.token, body.name, body.public_key, body.csr)
+    await hub.tell_broker()
     return {
         "fleet": hub.fleet,
         "device": body.name,
@@ -61,9 +68,25 @@ async def enrol(body: Enrol, hub: Hub) -> dict[str, Any]:
             "password": hub.address.password,
             "ca": hub.address.ca,
         },
+        "certificate": certificate,
         "grants": hub.auth.grants_text,
         "clock": time.time(),
     }
+
+
+@router.post("/devices/{device}/certificate", summary="A new certificate, for the device itself")
+async def renew(
+    device: str, body: Renewal, hub: Hub, who: Annotated[Subject, Depends(May("renew:certificate", device=True))]
+) -> dict[str, Any]:
+    if who.name != device:
+        raise Refused(409, f"{who.name} is not {device}", "a device renews its own certificate")
+    return {"certificate": await hub.devices.renew(device, body.csr)}
+
+
+@router.delete("/devices/{device}", status_code=204, summary="Revoke a device: its key and certificates are void")
+async def revoke_device(device: str, hub: Hub, who: Annotated[Subject, Depends(May("revoke:device"))]) -> Response:
+    await hub.revoke_device(device, by=who.name)
+    return Response(status_code=204)
 
 
 @router.get("/broker", summary="Where devices find the broker")

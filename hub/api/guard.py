@@ -18,7 +18,7 @@ from edge_agent.wire.signing import VerifyKey
 from hub.errors import Fatal, Refused
 from hub.services import Services
 
-OPEN = frozenset({"/v1/login", "/v1/enrol"})
+OPEN = frozenset({"/v1/login", "/v1/token", "/v1/jwks", "/v1/enrol"})
 _bearer = HTTPBearer(auto_error=False, description="An access token from POST /v1/login, or a device's own token.")
 
 
@@ -49,7 +49,11 @@ class May:
             if not self.device:
                 raise
             return await _device(services, shown.credentials)
-        services.auth.require(subject, self.action, request.path_params.get("device", ""))
+        try:
+            services.auth.require(subject, self.action, request.path_params.get("device", ""))
+        except Refused:
+            await services.auth.tell_refused(subject.name, "refuse:request", {"action": self.action})
+            raise
         return subject
 
 

@@ -18,17 +18,76 @@ class Login(BaseModel):
     password: str = Field(max_length=1024)
 
 
+class Refresh(BaseModel):
+    refresh_token: str = Field(max_length=128)
+
+
+class Role(BaseModel):
+    permissions: list[str] = Field(max_length=200, description="verb:noun or verb:noun:scope, * for any")
+
+
+class OfflineToken(BaseModel):
+    ttl_s: float = Field(7 * 86400, description="seconds it should be good for; the grants' hard expiry ends it too")
+
+
 class NewUser(BaseModel):
     name: str
     password: str = Field(description="8 to 1024 characters")
-    roles: list[str] = Field(description="of admin, developer, operator, auditor, viewer")
+    roles: list[str] = Field(description="of GET /v1/roles")
 
 
 @router.post("/login", summary="Exchange user and password for an access token")
 async def login(body: Login, request: Request, hub: Hub) -> dict[str, Any]:
     client = request.client.host if request.client else "unknown"
     token, lifetime = await hub.auth.login(body.user, body.password, client)
-    return {"access_token": token, "token_type": "Bearer", "expires_in": lifetime}
+    following = await hub.auth.refresh_token(body.user)
+    return {"access_token": token, "token_type": "Bearer", "expires_in": lifetime, "refresh_token": following}
+
+
+@router.post("/token", summary="Exchange a refresh token, good once, for an access token and the next refresh token")
+async def refresh(body: Refresh, hub: Hub) -> dict[str, Any]:
+    token, following, lifetime = await hub.auth.refresh(body.refresh_token)
+    return {"access_token": token, "token_type": "Bearer", "expires_in": lifetime, "refresh_token": following}
+
+
+@router.get("/jwks", summary="The keys that sign access tokens: in use, next, and last (RFC 7517)")
+async def jwks(hub: Hub) -> dict[str, Any]:
+    return {"keys": hub.auth.grants.jwks}
+
+
+@router.post("/keys/rotate", status_code=204, summary="Sign access tokens with the next key from now on")
+async def rotate(hub: Hub, who: Annotated[Subject, Depends(May("rotate:key"))]) -> Response:
+    await hub.auth.rotate_keys(by=who.name)
+    await hub.publish_grants()
+    return Response(status_code=204)
+
+
+@router.get("/roles", summary="Every role and its permissions")
+async def roles(hub: Hub, _: Annotated[Subject, Depends(May("read:grants"))]) -> dict[str, list[str]]:
+    return hub.auth.grants.roles
+
+
+@router.put("/roles/{role}", status_code=204, summary="Make or change a custom role")
+async def set_role(role: str, body: Role, hub: Hub, who: Annotated[Subject, Depends(May("manage:role"))]) -> Response:
+    await hub.auth.set_role(role, body.permissions, by=who.name)
+    await hub.publish_grants()
+    return Response(status_code=204)
+
+
+@router.delete("/roles/{role}", status_code=204, summary="Remove a custom role: who has it may do that no more")
+async def remove_role(role: str, hub: Hub, who: Annotated[Subject, Depends(May("manage:role"))]) -> Response:
+    await hub.auth.set_role(role, None, by=who.name)
+    await hub.publish_grants()
+    return Response(status_code=204)
+
+
+@router.post("/devices/{device}/offline-token", status_code=201, summary="A token for one device, for a long cut")
+async def offline_token(
+    device: str, body: OfflineToken, hub: Hub, who: Annotated[Subject, Depends(May("create:offline-token"))]
+) -> dict[str, Any]:
+    await hub.devices.row(device)
+    token, until = await hub.auth.offline_token(who, device, body.ttl_s)
+    return {"access_token": token, "token_type": "Bearer", "expires": until}
 
 
 @router.get("/users", summary="Everybody who can log in, and who was revoked")

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 from fastapi import FastAPI
 
+from edge_agent import enrol
 from edge_agent.sync.transport import MqttSession
 from edge_agent.wire.batch import Batch, Header, encode_batch
 from edge_agent.wire.messages import Ack, Desired, Job, Presence, PresenceState, Record, encode
@@ -100,14 +102,24 @@ class Device:
         self.presences = 0
         self.seq = 0
         self.session: MqttSession
+        self.tls: Path | None = None
 
     @staticmethod
-    async def enrol(http: httpx.AsyncClient, name: str, token: str, key: SigningKey | None = None) -> "Device":
+    async def enrol(
+        http: httpx.AsyncClient, name: str, token: str, key: SigningKey | None = None, state: Path | None = None
+    ) -> "Device":
+        """With a state directory it has its certificate there."""
         key = key or SigningKey.generate()
-        body = {"token": token, "name": name, "public_key": key.public.text}
+        body = {"token": token, "name": name, "public_key": key.public.text, "csr": enrol.csr(key, name)}
         answer = await http.post("/v1/enrol", json=body)
         assert answer.status_code == 201, answer.text
-        return Device(name, key, answer.json())
+        device = Device(name, key, answer.json())
+        if state is not None:
+            await asyncio.to_thread(state.mkdir)
+            key.save(state / enrol.KEY)
+            enrolled = msgspec.convert(answer.json(), enrol.Enrolled)
+            device.tls = enrol.tls(state, enrol.Identity("", enrolled), enrolled.certificate)
+        return device
 
     def topic(self, kind: TopicKind) -> str:
         return str(Topic(self.fleet, kind, self.name))
@@ -119,8 +131,9 @@ class Device:
         self.session = MqttSession(
             self.broker["url"],
             f"device-{self.name}",
-            username=self.broker["username"],
-            password=self.broker["password"],
+            username=self.broker["username"] or None,
+            password=self.broker["password"] or None,
+            ca=self.tls,
             subscriptions=[self.topic(kind) for kind in kinds],
             on_connect=lambda _: came_up.set(),
             backoff=(0.05, 0.2),
@@ -178,8 +191,8 @@ class Device:
         return (self.acks[-1].epoch, self.acks[-1].seq) if self.acks else (0, 0)
 
 
-async def enrolled(hub: Hub, name: str) -> Device:
-    return await Device.enrol(hub.http, name, await hub.services.devices.create_enrolment("admin"))
+async def enrolled(hub: Hub, name: str, state: Path | None = None) -> Device:
+    return await Device.enrol(hub.http, name, await hub.services.devices.create_enrolment("admin"), state=state)
 
 
 def ledger(records: list[dict[str, Any]]) -> list[tuple[int, str]]:
