@@ -1,4 +1,4 @@
-"""`outrider eval`: how often the tool caller is right, on BFCL and on the plant.
+"""`outrider eval`: how often the tool caller is right, on BFCL, on the plant and on a site's own requests.
 
 Invariant: the model runs as on a device (its engine, prompt, grammar, two threads); rows are JSON lines with `--json`.
 """
@@ -19,7 +19,9 @@ from edge_agent.engines.base import LanguageModel
 from edge_agent.errors import Refused
 
 DEFAULT = "toolcaller"
-app = typer.Typer(no_args_is_help=True, help="How often the tool caller is right: BFCL and the plant set.")
+app = typer.Typer(
+    no_args_is_help=True, help="How often the tool caller is right: BFCL, the plant set, a site's own calls."
+)
 Model = Annotated[Path | None, typer.Option(help="A genai folder; default: smollm2, built when it is not there.")]
 Adapter = Annotated[str, typer.Option(help="An adapter: one that ships by name, a folder, or none.")]
 Threads = Annotated[int, typer.Option(help="Threads of the engine.")]
@@ -104,13 +106,50 @@ def plant(
     show(({**row, "model": digest, "adapter": loaded} for row in plant_eval.rows(outcomes)), as_json)
 
 
+@app.command()
+def calls(
+    file: Annotated[Path, typer.Argument(help="Tools and requests as in docs/toolcaller.md, not what was trained on.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="One that ships, a folder or none; may be repeated: they take turns.")
+    ] = None,
+    model: Model = None,
+    threads: Threads = 2,
+    wrong: Annotated[Path | None, typer.Option(help="Where wrong decisions go, as JSON lines.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A site's own requests, asked of one adapter or of several that switch at every request."""
+    from contextlib import ExitStack
+
+    import msgspec
+
+    from bench.rows import show
+    from models.toolcaller.data.written import WrittenError, of_site
+    from models.toolcaller.evaluate import own
+
+    try:
+        groups = of_site(file)
+    except (OSError, UnicodeError, WrittenError) as error:
+        raise Refused(f"{file} cannot be used:\n{error}", "docs/toolcaller.md tells the form") from error
+    names = adapter or [DEFAULT]
+    with ExitStack() as stack:
+        engine = stack.enter_context(_opened(model, threads, 2048, len(names)))
+        loaded = [stack.enter_context(_adapted(engine, model, name)) for name in dict.fromkeys(names)]
+        total = len(loaded) * sum(len(group.requests) for group in groups)
+        step = stack.enter_context(_progress(total, "calls"))
+        outcomes = list(own.evaluate(engine, groups, loaded, step))
+    if wrong:
+        _write(wrong, (msgspec.to_builtins(outcome) for outcome in outcomes if not outcome.right))
+    show(own.rows(outcomes), as_json)
+
+
 @contextmanager
-def _opened(folder: Path | None, threads: int, context: int) -> Iterator[LanguageModel]:
+def _opened(folder: Path | None, threads: int, context: int, generators: int = 1) -> Iterator[LanguageModel]:
     from edge_agent.engines.genai import GenaiModel
     from models.fetch import default_cache
     from models.package import build
 
-    model = GenaiModel(folder or build("smollm2", default_cache()), threads=threads, context=context, generators=1)
+    folder = folder or build("smollm2", default_cache())
+    model = GenaiModel(folder, threads=threads, context=context, generators=generators)
     try:
         yield model
     finally:
