@@ -13,7 +13,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -99,7 +99,7 @@ def parse(body: bytes | bytearray, length: int) -> Asked:
         if size is not None and (not isinstance(size, int) or not 0 <= size <= len(body) - at):
             left = f"{len(body) - at} bytes are left in the body"
             raise Refused(f"binary_data_size of {given.name} is {size!r}, {left}", "send all of its data")
-        data = None if size is None else bytes(view[at : at + size])
+        data = None if size is None else cast(bytes, view[at : at + size])
         inputs[given.name] = _tensor(given, data)
         at += size or 0
     if at != len(body):

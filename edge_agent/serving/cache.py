@@ -42,7 +42,7 @@ class Cache:
         with self._lock:
             if of in self._kept or _size(outputs) > self._limit:
                 return
-            self._kept[of] = outputs
+            self._kept[of] = {n: Tensor(t.dtype, t.shape, bytes(t.data)) for n, t in outputs.items()}  # views pass
             self._size += _size(outputs)
             while self._size > self._limit:
                 self._size -= _size(self._kept.popitem(last=False)[1])

@@ -5,16 +5,20 @@ too big a message is Refused before a byte of it is written, so the channel stay
 cannot be decoded is BadFrame, after which the channel is closed. Requests carry an id of the side that asks, answers
 (`*Result`, `Loaded`, `Adapted`, `PieceMsg`, `Error`) repeat it. The end of the socket is the end of the child: no
 orphan stays. Tool specs and arguments travel as plain data, so nothing here knows the agent above.
+The data of larger tensors lies in an `Arena` that an engine's worker shares with the daemon, which hands out its rooms:
+one belongs to one request until that is answered, and its answer lies where its inputs lay, if there is room.
 """
 
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import socket
 import struct
 import threading
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -24,7 +28,10 @@ from edge_agent.serving.schedule import NORMAL, Serving
 from edge_agent.wire.tensor import Tensor
 
 MAX_FRAME = 64 * 1024 * 1024
-FD_VARIABLE = "OUTRIDER_FD"
+FD_VARIABLE, ARENA_VARIABLE = "OUTRIDER_FD", "OUTRIDER_ARENA_FD"
+ARENA = 64 * 1024 * 1024
+_INLINE = 16 * 1024  # bytes of data that a message carries itself
+_ALIGN = 64
 _BUFFER = 1024 * 1024
 _LENGTH = struct.Struct(">I")
 
@@ -85,7 +92,8 @@ class Adapted(_Message, frozen=True):
 class Infer(_Message, frozen=True):
     """Run a network once; a tool runner sends it to the daemon too. Answered by InferResult or Error.
 
-    `priority` is 0 (first) to 3; what does not begin `within_s` is not run.
+    `priority` is 0 (first) to 3; what does not begin `within_s` is not run. `room` is a place in the arena and its
+    size; with `sizes` the data of the inputs lies there.
     """
 
     id: int
@@ -93,11 +101,16 @@ class Infer(_Message, frozen=True):
     inputs: dict[str, Tensor]
     priority: int = 2
     within_s: float = 0.0
+    room: tuple[int, int] = (0, 0)
+    sizes: list[int] = []
 
 
 class InferResult(_Message, frozen=True):
+    """With `sizes` the data lies in the request's room."""
+
     id: int
     outputs: dict[str, Tensor]
+    sizes: list[int] = []
 
 
 class GenerateReq(_Message, frozen=True):
@@ -183,6 +196,7 @@ class Served(msgspec.Struct, frozen=True):
     rows: int = 0
     busy_s: float = 0.0
     ewma_ms: float = 0.0
+    lanes: int = 1
     batch: int = 1
 
 
@@ -226,6 +240,73 @@ def _length(header: bytes | bytearray) -> int:
     if length > MAX_FRAME:
         raise BadFrame(f"a frame of {length} bytes is announced, the limit is {MAX_FRAME}")
     return int(length)
+
+
+class Arena:
+    """Memory that both ends see (its pages are taken when first written); the daemon's event loop gives out rooms."""
+
+    def __init__(self, fd: int) -> None:
+        self._view = memoryview(mmap.mmap(fd, ARENA))
+        self._taken: dict[int, int] = {}  # the end of each room by its place
+
+    @classmethod
+    def new(cls) -> tuple[Arena, int]:
+        """One, and the descriptor to pass down and close."""
+        fd = os.memfd_create("outrider-arena")
+        os.ftruncate(fd, ARENA)
+        return cls(fd), fd
+
+    @classmethod
+    def inherited(cls) -> Arena | None:
+        """The one that the daemon passed down, if it did."""
+        fd = os.environ.get(ARENA_VARIABLE)
+        return cls(int(fd)) if fd else None
+
+    def take(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """The first room that is free for their data; of size 0 when there is none, or the data is small."""
+        size, at = _size(tensors), 0
+        for begin, end in sorted(self._taken.items()):
+            if begin - at >= size:
+                break
+            at = end
+        if size <= _INLINE or at + size > ARENA:
+            return 0, 0
+        self._taken[at] = at + size
+        return at, size
+
+    def give(self, room: tuple[int, int]) -> None:
+        if room[1]:
+            del self._taken[room[0]]
+
+    def put(self, room: tuple[int, int], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+        """What a message says of the tensors whose data is in the room; all, and no sizes, when it does not fit."""
+        if not _INLINE < _size(tensors) <= room[1]:
+            return tensors, []
+        at, sizes = room[0], [len(tensor.data) for tensor in tensors.values()]
+        for tensor, size in zip(tensors.values(), sizes, strict=True):
+            self._view[at : at + size] = tensor.data
+            at += _aligned(size)
+        return {name: Tensor(tensor.dtype, tensor.shape, b"") for name, tensor in tensors.items()}, sizes
+
+    def get(self, room: tuple[int, int], tensors: dict[str, Tensor], sizes: list[int]) -> dict[str, Tensor]:
+        """The tensors of a message, with views of the room as their data. Raises BadFrame."""
+        if not sizes:
+            return tensors
+        if len(sizes) != len(tensors) or sum(map(_aligned, sizes)) > room[1]:
+            raise BadFrame(f"{len(tensors)} tensors of {sizes} bytes do not lie in a room of {room[1]}")
+        at, got = room[0], dict[str, Tensor]()
+        for (name, tensor), size in zip(tensors.items(), sizes, strict=True):
+            got[name] = Tensor(tensor.dtype, tensor.shape, cast(bytes, self._view[at : at + size]))
+            at += _aligned(size)
+        return got
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(_aligned(len(tensor.data)) for tensor in tensors.values())
 
 
 class Channel:

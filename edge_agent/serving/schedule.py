@@ -3,7 +3,8 @@
 Invariants: pure, time is given. Better classes go first (0 before 3), and a request gains a class for every `AGING_S`
 it waits, so none starves; those that waited behind a barrier (an adapter that changes) never run before it. A batch
 has one key (model, names, types and shapes behind the first dimension), and at most its pace's rows. What waits is
-bounded in number and bytes; what is past its deadline is given back, not run.
+bounded in number and bytes; what is past its deadline is given back, not run. How many runs go at the same time and how
+many rows each has follows the measured time a byte of input takes, as no constant is right for every network.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from edge_agent.errors import Retry
 AGING_S = 1.0
 WAITING, WAITING_BYTES = 64, 256 * 1024 * 1024
 LOWEST = 3
-_WEIGHT = 0.2  # of the newest latency in its average
+_WEIGHT = 0.2  # of the newest value in an average
+_SPELL, _REST = 8, 20.0  # runs of a way that is tried, and how many times as long the best one is kept then
 T = TypeVar("T")
 
 
@@ -45,22 +47,88 @@ NORMAL = Serving()
 
 
 @dataclass
+class Lanes:
+    """The runs that go on, and a clock of their shares: of two at the same time, each takes half of the time."""
+
+    active: int = 0
+    _limit: int = 1
+    _shares: float = 0.0
+    _at: float = 0.0
+
+    def free(self, lanes: int) -> bool:
+        """Whether a run that goes beside at most `lanes - 1` others may begin."""
+        return self.active < min(lanes, self._limit) or not self.active
+
+    def begin(self, now: float, lanes: int) -> tuple[float, float]:
+        """What `end` wants to know."""
+        began = now, self._tick(now)
+        self._limit = lanes
+        self.active += 1
+        return began
+
+    def end(self, now: float, began: tuple[float, float]) -> tuple[float, float]:
+        """Seconds that the run took, and its share of them."""
+        shares = self._tick(now)
+        self.active -= 1
+        return now - began[0], shares - began[1]
+
+    def _tick(self, now: float) -> float:
+        if self.active:
+            self._shares += (now - self._at) / self.active
+        self._at = now
+        return self._shares
+
+
+Way = tuple[int, int]
+"""Runs at the same time, rows of each."""
+
+
+@dataclass
 class Pace:
-    """How many rows of a model run together: one more while its latency is within the target, half when it is not."""
+    """In which way a model runs while requests wait: a way beside the best one is tried for some runs, then again after
+    a rest, and what takes the least time a byte is kept; a way that is later than the target is none."""
 
     serving: Serving = NORMAL
+    lanes: int = 1  # runs at the same time that the engine allows
     ewma_ms: float = 0.0
-    rows: int = 0
+    way: Way = (1, 1)
+    _best: Way = (1, 1)
+    _seen: dict[Way, tuple[float, float]] = field(default_factory=dict)  # averages of seconds a byte and of ms a run
+    _tried: list[Way] = field(default_factory=list)  # the last one at the end
+    _runs: int = 0
+    _spent: float = 0.0
+    _rest: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.rows = 1 if self.serving.target_ms else self.serving.max_batch
+    def ran(self, rows: int, size: int, took_s: float, share_s: float, waiting: bool = True) -> None:
+        """Take a run into account; `waiting`: others did while it ran."""
+        self.ewma_ms = _average(self.ewma_ms, took_s * 1000)
+        seen = round(took_s / share_s) if share_s else 1, rows
+        if seen[0] in (1, self.lanes):
+            cost, ms = self._seen.get(seen, (0.0, 0.0))
+            self._seen[seen] = _average(cost, share_s / max(1, size)), _average(ms, took_s * 1000)
+        if not (waiting or seen > (1, 1)):
+            return
+        self._runs, self._spent = self._runs + 1, self._spent + share_s
+        if self._runs < _SPELL or (self.way == self._best and self._spent < self._rest):
+            return
+        if self.way == self._best:
+            untried = [way for way in self._beside() if way not in self._tried]
+            self.way = next(iter(untried or [way for way in self._tried if way in self._beside()]), self._best)
+            self._tried = [*(way for way in self._tried if way != self.way), self.way]
+        else:
+            fit = {way: cost for way, (cost, ms) in self._seen.items() if ms <= (self.serving.target_ms or math.inf)}
+            self._best = self.way = min(fit, key=lambda way: fit[way], default=(1, 1))
+            self._rest = _REST * self._spent if set(self._beside()) <= set(self._tried) else 0.0
+        self._runs, self._spent = 0, 0.0
 
-    def ran(self, ms: float) -> None:
-        """Take the latency of a run into account."""
-        self.ewma_ms = ms if not self.ewma_ms else self.ewma_ms + _WEIGHT * (ms - self.ewma_ms)
-        if self.serving.target_ms:
-            late = self.ewma_ms > self.serving.target_ms
-            self.rows = max(1, self.rows // 2) if late else min(self.serving.max_batch, self.rows + 1)
+    def _beside(self) -> list[Way]:
+        lanes, rows = self._best
+        ways = (1 if lanes > 1 else self.lanes, rows), (lanes, rows * 2), (lanes, rows // 2)
+        return [way for way in ways if way != self._best and 1 <= way[1] <= self.serving.max_batch]
+
+
+def _average(before: float, now: float) -> float:
+    return before + _WEIGHT * (now - before) if before else now
 
 
 @dataclass(eq=False)
@@ -111,13 +179,13 @@ class Schedule(Generic[T]):
             return [], None
         if head.key is None:
             return self._out([head]), None
-        batch, rows = [head], head.rows
+        batch, rows, most = [head], head.rows, pace.way[1]
         for entry in sorted(self.waiting, key=lambda e: _rank(e, now)):
-            if entry is not head and entry.key == head.key and entry.era == head.era and rows + entry.rows <= pace.rows:
+            if entry is not head and entry.key == head.key and entry.era == head.era and rows + entry.rows <= most:
                 batch.append(entry)
                 rows += entry.rows
         left = pace.serving.max_delay_ms / 1000 - (now - head.since)
-        if rows < pace.rows and left > 0:
+        if rows < most and left > 0:
             return [], left
         return self._out(batch), None
 

@@ -24,7 +24,7 @@ from typing import Any
 from edge_agent.engines.base import EngineInfo, Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.serving import frames
-from edge_agent.serving.frames import AsyncChannel, BadFrame, Message
+from edge_agent.serving.frames import Arena, AsyncChannel, BadFrame, Message
 from edge_agent.serving.schedule import NORMAL, Serving
 from edge_agent.wire.tensor import Tensor
 
@@ -42,6 +42,7 @@ class WorkerProcess:
         argv: Sequence[str],
         *,
         answer: Answer | None = None,
+        shares: bool = False,
         env: Mapping[str, str] | None = None,
         start_s: float = 120.0,
         ping_s: float = 5.0,
@@ -50,6 +51,7 @@ class WorkerProcess:
         backoff_s: tuple[float, float] = (0.25, 30.0),
     ) -> None:
         self.name, self._argv, self._answer, self._env = name, list(argv), answer, dict(env or {})
+        self._shares = shares  # memory with the child; only an engine's worker is trusted with it
         self._start_s, self._ping_s, self._hang_s, self._grace_s = start_s, ping_s, hang_s, grace_s
         self._backoff_s = backoff_s
         self._log = logging.getLogger(f"outrider.{name}")
@@ -57,6 +59,8 @@ class WorkerProcess:
         self._pending: dict[int, asyncio.Queue[Message | OutriderError]] = {}
         self._ready = asyncio.Event()
         self._channel: AsyncChannel | None = None
+        self._arena: Arena | None = None
+        self._rooms: dict[int, tuple[int, int]] = {}  # in the arena, by the request
         self._process: asyncio.subprocess.Process | None = None
         self._alive_at = 0.0
         self._loading, self._load_lock = "", asyncio.Lock()  # what is loaded again after a restart
@@ -71,7 +75,7 @@ class WorkerProcess:
     @classmethod
     def engine(cls, role: str, **options: Any) -> WorkerProcess:
         """The worker of an engine group: `language` or `network`."""
-        return cls(role, [sys.executable, "-m", "edge_agent.serving.worker", role], **options)
+        return cls(role, [sys.executable, "-m", "edge_agent.serving.worker", role], shares=True, **options)
 
     @property
     def pid(self) -> int | None:
@@ -141,7 +145,15 @@ class WorkerProcess:
     ) -> dict[str, Tensor]:
         """Run a network; class 0 goes first, 3 last. Raises Refused, Retry."""
         await self.ready(timeout_s)
-        answer = await self._one(lambda id: frames.Infer(id, model, inputs, priority, timeout_s), timeout_s)
+
+        def make(id: int) -> Message:
+            if self._arena is None:
+                return frames.Infer(id, model, inputs, priority, timeout_s)
+            room = self._rooms[id] = self._arena.take(inputs)
+            shown, sizes = self._arena.put(room, inputs)
+            return frames.Infer(id, model, shown, priority, timeout_s, room, sizes)
+
+        answer = await self._one(make, timeout_s)
         if not isinstance(answer, frames.InferResult):
             raise Retry(f"the {self.name} process answered {type(answer).__name__} to an inference")
         return answer.outputs
@@ -198,6 +210,7 @@ class WorkerProcess:
                 await channel.send(make(id))
             except Refused:
                 finished = True
+                self._done(id)
                 raise
             while not finished:
                 try:
@@ -210,9 +223,7 @@ class WorkerProcess:
                     raise answer
                 yield answer
         finally:
-            if finished:
-                self._pending.pop(id, None)
-            elif id in self._pending:
+            if not finished and id in self._pending:
                 if self._grace_s:
                     asyncio.get_running_loop().call_later(self._grace_s, self._kill_if_unanswered, id, process)
                     with contextlib.suppress(Retry):
@@ -230,13 +241,19 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         environment = {k: v for k, v in os.environ.items() if k in _KEPT_ENV or k.startswith("PYTHON")}
         environment |= self._env | {frames.FD_VARIABLE: str(theirs.fileno()), "PYTHONUNBUFFERED": "1"}
-        with theirs:
+        with theirs, contextlib.ExitStack() as passed:
+            fds = [theirs.fileno()]
+            if self._shares:
+                self._arena, fd = Arena.new()
+                passed.callback(os.close, fd)
+                environment[frames.ARENA_VARIABLE] = str(fd)
+                fds.append(fd)
             process = await asyncio.create_subprocess_exec(
                 *self._argv,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
+                pass_fds=fds,
                 env=environment,
             )
         self._process, self._alive_at, self.starts = process, time.monotonic(), self.starts + 1
@@ -265,6 +282,7 @@ class WorkerProcess:
         for answers in self._pending.values():
             answers.put_nowait(Retry(f"the {self.name} process died", "it is being restarted"))
         self._pending.clear()
+        self._rooms.clear()
         try:
             async with asyncio.timeout(2.0):  # wait_for of Python 3.11 can lose a cancellation
                 await process.wait()
@@ -291,8 +309,14 @@ class WorkerProcess:
                     await inner.acquire()
                     group.create_task(self._serve(message, channel)).add_done_callback(lambda _: inner.release())
                 case frames.Error(id=id):
+                    self._done(id, message.exception())
+                case frames.PieceMsg(id=id, piece=piece) if not piece.done:
                     if id in self._pending:
-                        self._pending[id].put_nowait(message.exception())
+                        self._pending[id].put_nowait(message)
+                case frames.InferResult(id=id, outputs=outputs, sizes=sizes) if sizes and self._arena:
+                    found = self._arena.get(self._rooms.get(id, (0, 0)), outputs, sizes)
+                    found = {name: Tensor(t.dtype, t.shape, bytes(t.data)) for name, t in found.items()}
+                    self._done(id, frames.InferResult(id, found))
                 case (
                     frames.Loaded(id=id)
                     | frames.Adapted(id=id)
@@ -300,10 +324,17 @@ class WorkerProcess:
                     | frames.PieceMsg(id=id)
                     | frames.CallResult(id=id)
                 ):
-                    if id in self._pending:
-                        self._pending[id].put_nowait(message)
+                    self._done(id, message)
                 case _:
                     pass
+
+    def _done(self, id: int, answer: Message | OutriderError | None = None) -> None:
+        """A request has its last answer, whether somebody still waits for it or not."""
+        if self._arena is not None:
+            self._arena.give(self._rooms.pop(id, (0, 0)))
+        asked = self._pending.pop(id, None)
+        if asked is not None and answer is not None:
+            asked.put_nowait(answer)
 
     async def _restore(self) -> None:
         for model, (path, serving) in list(self._loads.items()):

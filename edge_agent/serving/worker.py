@@ -1,7 +1,8 @@
 """The worker process: `python -m edge_agent.serving.worker language|network|endpoint`.
 
-Invariants: the main thread only reads frames (ping, cancel, enqueue), one execution thread runs every model, so an
-engine sees one thread, and a loader thread makes new ones beside those that serve; what waits is bounded and one too
+Invariants: the main thread only reads frames (ping, cancel, enqueue) and a loader thread makes new models beside those
+that serve; execution threads run one thing at a time, but for a network whose engine has lanes: that many of its runs
+go at the same time while its pace says so, and nothing else goes beside them; what waits is bounded and one too
 many answers Retry at once; every request is answered exactly once with its last frame; requests that ran together are
 answered as if each had run alone, and a run that fails is repeated one by one, so nobody pays for a neighbour; a model
 that fails to load is an Error and the worker lives; when the socket ends the process exits at once, in whatever C code
@@ -29,6 +30,7 @@ from edge_agent.serving import batching, cache, frames
 from edge_agent.serving.frames import (
     Adapt,
     Adapted,
+    Arena,
     Cancel,
     Channel,
     GenerateReq,
@@ -40,7 +42,8 @@ from edge_agent.serving.frames import (
     Ready,
     Served,
 )
-from edge_agent.serving.schedule import LOWEST, Entry, Pace, Schedule
+from edge_agent.serving.schedule import LOWEST, Entry, Lanes, Pace, Schedule
+from edge_agent.wire.tensor import Tensor
 
 Loader = Callable[[Path], LanguageModel | Network]
 
@@ -60,8 +63,9 @@ class _Hosted:
         """Add to what was served; from any thread."""
         with self._lock:
             sums = {name: getattr(self.served, name) + value for name, value in more.items()}
-            batch = self.pace.rows if self.together else 1
-            self.served = msgspec.structs.replace(self.served, **sums, ewma_ms=round(self.pace.ewma_ms, 3), batch=batch)
+            lanes, batch = self.pace.way
+            now = {"ewma_ms": round(self.pace.ewma_ms, 3), "lanes": lanes, "batch": batch if self.together else 1}
+            self.served = msgspec.structs.replace(self.served, **sums, **now)
 
 
 @dataclass
@@ -78,19 +82,21 @@ _Work = Load | Adapt | Infer | GenerateReq | _Switch
 class Worker:
     """Serves one channel with the models a loader makes."""
 
-    def __init__(self, channel: Channel, role: str, loader: Loader) -> None:
-        self._channel, self._role, self._loader = channel, role, loader
+    def __init__(self, channel: Channel, role: str, loader: Loader, arena: Arena | None = None) -> None:
+        self._channel, self._role, self._loader, self._arena = channel, role, loader, arena
         self._schedule: Schedule[_Work] = Schedule()
         self._wake = threading.Condition()
         self._loads: queue.Queue[Load] = queue.Queue()
         self._models: dict[str, _Hosted] = {}
+        self._threads = 0
+        self._lanes = Lanes()
         self._running: set[int] = set()
         self._cancelled: set[int] = set()
 
     def run(self) -> None:
         """Serve until the daemon closes the socket."""
-        for work in (self._execute, self._load):
-            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+        threading.Thread(target=self._load, name="load", daemon=True).start()
+        self._staff(1)
         self._channel.send(Hello(self._role, os.getpid()))
         self._channel.send(Ready())
         while (message := self._channel.receive()) is not None:
@@ -111,14 +117,22 @@ class Worker:
                 case _:
                     raise frames.BadFrame(f"a {self._role} worker takes no {type(message).__name__}")
 
+    def _staff(self, lanes: int) -> None:
+        for number in range(self._threads, lanes):
+            threading.Thread(target=self._execute, name=f"execute-{number}", daemon=True).start()
+        self._threads = max(self._threads, lanes)
+
     def _infer(self, message: Infer) -> None:
+        if message.sizes and self._arena is not None:
+            inputs = self._arena.get(message.room, message.inputs, message.sizes)
+            message = msgspec.structs.replace(message, inputs=inputs)
         hosted, entry = self._models.get(message.model), _entry(message)
         if hosted is not None and hosted.pace.serving.cache_mb:
             entry.digest = cache.key(message.inputs)
             known = hosted.cache.get(entry.digest)
             if known is not None:
                 hosted.count(requests=1, cached=1)
-                self._channel.send(frames.InferResult(message.id, known))
+                self._tell(message, known)
                 return
         if hosted is not None and hosted.together and hosted.pace.serving.max_batch > 1:
             entry.key, entry.rows = batching.alike(message.model, message.inputs)
@@ -154,37 +168,50 @@ class Worker:
 
     def _execute(self) -> None:
         while True:
-            self._try(self._next())
+            batch, began = self._next()
+            right = self._try(batch)
             with self._wake:
-                self._running.clear()
-                self._cancelled.clear()
+                took, share = self._lanes.end(time.monotonic(), began)
+                ids = {entry.id for entry in batch}
+                self._running -= ids
+                self._cancelled -= ids
+                waiting = bool(self._schedule.waiting) or len(batch) > 1
+            if right and isinstance(batch[0].request, Infer) and (hosted := self._models.get(batch[0].request.model)):
+                rows, size = sum(entry.rows for entry in batch), sum(entry.size for entry in batch)
+                hosted.pace.ran(rows, size, took, share, waiting)
 
-    def _try(self, batch: list[Entry[_Work]]) -> None:
+    def _try(self, batch: list[Entry[_Work]]) -> bool:
         try:
             self._answer(batch)
         except Exception as error:  # noqa: BLE001 - whatever an engine raises is the answer to its request
             if len(batch) == 1:
                 self._fail(batch[0], error)
-                return
-            for entry in batch:
-                self._try([entry])
+                return False
+            return all([self._try([entry]) for entry in batch])
+        return True
 
-    def _next(self) -> list[Entry[_Work]]:
+    def _next(self) -> tuple[list[Entry[_Work]], tuple[float, float]]:
         while True:
             with self._wake:
                 now = time.monotonic()
-                late = self._schedule.expired(now)
-                head = self._schedule.head(now)
-                hosted = self._models.get(getattr(head.request, "model", "")) if head else None
-                batch, wait = self._schedule.take(now, hosted.pace if hosted else Pace())
-                self._running = {entry.id for entry in batch}
-                if not batch and not late:
+                late, wait = self._schedule.expired(now), None
+                head, batch = self._schedule.head(now), list[Entry[_Work]]()
+                hosted = self._models.get(head.request.model) if head and isinstance(head.request, Infer) else None
+                pace = hosted.pace if hosted else Pace()
+                if head is not None and self._lanes.free(pace.way[0]):
+                    batch, wait = self._schedule.take(now, pace)
+                if batch:
+                    began = self._lanes.begin(now, pace.way[0])
+                    self._running |= {entry.id for entry in batch}
+                    if self._schedule.waiting:
+                        self._wake.notify()
+                elif not late:
                     self._wake.wait(wait)
             for entry in late:
                 self._count(entry, expired=1)
                 self._fail(entry, Retry("its time was over before its turn came", "the device is busy: ask less often"))
             if batch:
-                return batch
+                return batch, began
 
     def _fail(self, entry: Entry[_Work], error: BaseException) -> None:
         if not isinstance(error, OutriderError):
@@ -223,8 +250,9 @@ class Worker:
 
     def _take(self, switch: _Switch) -> None:
         serving, name = switch.load.serving, switch.load.model
-        before = self._models.get(name)
-        self._models[name] = _Hosted(switch.model, Pace(serving), cache.Cache(int(serving.cache_mb * 2**20)))
+        before, lanes = self._models.get(name), getattr(switch.model, "lanes", 1)
+        self._staff(lanes)
+        self._models[name] = _Hosted(switch.model, Pace(serving, lanes), cache.Cache(int(serving.cache_mb * 2**20)))
         if before is not None:
             before.model.close()
         self._channel.send(frames.Loaded(switch.load.id, name, switch.model.info))
@@ -243,15 +271,20 @@ class Worker:
         except Refused:
             hosted.together = False
             raise
-        hosted.pace.ran(took * 1000)
         hosted.count(requests=len(batch), runs=1, rows=sum(rows), busy_s=took)
         for entry, answer in zip(batch, answers, strict=True):
             if entry.digest:
                 hosted.cache.put(entry.digest, answer)
-            try:
-                self._channel.send(frames.InferResult(entry.id, answer))
-            except Refused as error:
-                self._channel.send(frames.Error.of(entry.id, error))
+            self._tell(cast(Infer, entry.request), answer)
+
+    def _tell(self, asked: Infer, answer: dict[str, Tensor]) -> None:
+        sizes: list[int] = []
+        if self._arena is not None:
+            answer, sizes = self._arena.put(asked.room, answer)
+        try:
+            self._channel.send(frames.InferResult(asked.id, answer, sizes))
+        except Refused as error:
+            self._channel.send(frames.Error.of(asked.id, error))
 
     def _generate(self, message: GenerateReq) -> None:
         hosted = self._hosted(message.model)
@@ -261,7 +294,7 @@ class Worker:
         for piece in model.generate(message.request, lambda: message.id in self._cancelled):
             if piece.done:
                 took = time.monotonic() - began
-                hosted.pace.ran(took * 1000)
+                hosted.pace.ran(1, 0, took, took, waiting=False)
                 hosted.count(requests=1, runs=1, rows=1, busy_s=took)
             self._channel.send(frames.PieceMsg(message.id, piece))
             if piece.done:
@@ -308,7 +341,7 @@ def main(role: str, loader: Loader | None = None) -> None:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     status = 1
     try:
-        Worker(Channel.inherited(), role, loader).run()
+        Worker(Channel.inherited(), role, loader, Arena.inherited()).run()
         status = 0
     except OSError:
         status = 0

@@ -5,6 +5,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ class Echo:
     def __init__(self, path: Path) -> None:
         self._take(path)
         self.adapters: dict[str, str] = {}
+        self.lanes = 2 if path.name == "twins" else 1
+        self._pair = threading.Barrier(2)
         self.info = EngineInfo("echo", "cpu", path.name, "0" * 64, 0.0)
 
     @staticmethod
@@ -74,7 +77,15 @@ class Echo:
             raise Refused("it takes no input `bad`", "it takes x")
         if "slow" in inputs:
             time.sleep(0.3)
-        if "rows" in inputs:  # each row says how many ran together
+        if "pair" in inputs:  # says whether another run came while this one waited
+            try:
+                self._pair.wait(0.1)
+            except threading.BrokenBarrierError:
+                self._pair.reset()
+            else:
+                return {"pair": Tensor("uint8", [1], b"y")}
+        if "rows" in inputs:  # each row says how many ran together, and they take no longer than one
+            time.sleep(0.005)
             rows = inputs["rows"].shape[0]
             if 13 in inputs["rows"].data:
                 raise Refused("an unlucky number")

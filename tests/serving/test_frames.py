@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import itertools
+import os
 import socket
 import struct
 from typing import Any
@@ -23,6 +25,7 @@ plain = st.recursive(
     max_leaves=8,
 )
 ids = st.integers(0, 2**31)
+ZEROS = bytes(frames.ARENA)
 tensors = st.builds(
     Tensor, st.sampled_from(["float32", "uint8"]), st.lists(st.integers(0, 9), max_size=4), st.binary(max_size=64)
 )
@@ -48,6 +51,39 @@ def test_a_message_survives_the_round_trip(message: frames.Message) -> None:
 def test_bytes_from_anywhere_decode_or_are_a_bad_frame(payload: bytes) -> None:
     with contextlib.suppress(BadFrame):
         frames.decode(payload)
+
+
+@given(st.lists(st.integers(0, 2 * 10**7) | st.none(), max_size=30), st.randoms(use_true_random=False))
+def test_rooms_lie_apart_and_what_is_given_back_is_free_again(sizes: list[int | None], dice: Any) -> None:
+    arena, fd = frames.Arena.new()
+    os.close(fd)
+    rooms = list[tuple[int, int]]()
+    for size in sizes:
+        if size is None and rooms:
+            arena.give(rooms.pop(dice.randrange(len(rooms))))
+        elif size is not None:
+            room = arena.take({"x": Tensor("uint8", [size], memoryview(ZEROS)[:size])})  # type: ignore[arg-type]
+            assert room[1] == 0 or (room[1] >= size and sum(room) <= frames.ARENA)
+            rooms.append(room)
+        taken = sorted(room for room in rooms if room[1])
+        assert all(sum(one) <= other[0] for one, other in itertools.pairwise(taken))
+    for room in rooms:
+        arena.give(room)
+    assert arena.take({"x": Tensor("uint8", [frames.ARENA], ZEROS)}) == (0, frames.ARENA)
+
+
+def test_data_in_a_room_is_what_was_put_there_and_a_wrong_size_is_a_bad_frame() -> None:
+    arena, fd = frames.Arena.new()
+    os.close(fd)
+    tensors = {"a": Tensor("uint8", [3], b"abc"), "b": Tensor("uint8", [20_000], b"b" * 20_000)}
+    room = arena.take(tensors)
+    shown, sizes = arena.put(room, tensors)
+    assert arena.get(room, shown, sizes) == tensors
+    assert [tensor.data for tensor in shown.values()] == [b"", b""]
+    assert arena.put((0, 0), tensors) == (tensors, [])
+    for wrong in ([3], [3, 30_000]):
+        with pytest.raises(BadFrame, match="room"):
+            arena.get(room, shown, wrong)
 
 
 async def test_both_ends_talk_and_large_tensors_pass() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -11,10 +13,10 @@ from hypothesis import strategies as st
 from edge_agent.errors import Refused, Retry
 from edge_agent.serving import batching
 from edge_agent.serving.cache import Cache, key
-from edge_agent.serving.schedule import AGING_S, LOWEST, WAITING, Entry, Pace, Schedule, Serving
+from edge_agent.serving.schedule import AGING_S, LOWEST, WAITING, Entry, Lanes, Pace, Schedule, Serving, Way
 from edge_agent.wire.tensor import Tensor
 
-BATCH = Pace(Serving(max_batch=4))
+BATCH = Pace(Serving(max_batch=4), way=(1, 4))
 
 
 def schedule(*entries: Entry[str]) -> Schedule[str]:
@@ -63,7 +65,7 @@ def test_a_request_of_many_rows_counts_as_many_and_one_too_large_runs_alone() ->
 
 
 def test_the_first_waits_for_others_no_longer_than_it_may() -> None:
-    pace = Pace(Serving(max_batch=2, max_delay_ms=10))
+    pace = Pace(Serving(max_batch=2, max_delay_ms=10), way=(1, 2))
     waiting = schedule(Entry("one", 1, 0.0, key="a"))
     taken, wait = waiting.take(0.004, pace)
     assert (taken, wait) == ([], pytest.approx(0.006))
@@ -96,17 +98,70 @@ def test_too_many_or_too_large_is_a_retry_and_a_barrier_always_has_room(monkeypa
         waiting.add(Entry("x", 2, 0.0, size=1))
 
 
-def test_the_rows_adapt_to_the_target() -> None:
-    pace = Pace(Serving(max_batch=8, target_ms=10))
-    for _ in range(20):
-        pace.ran(2.0)
-    assert pace.rows == 8
-    for _ in range(20):
-        pace.ran(50.0)
-    assert pace.rows == 1
+def settled(pace: Pace, took: Callable[[int, int], float], runs: int = 600) -> Counter[Way]:
+    """How often a busy model ran in which way at last, where each run takes `took(lanes, rows)`."""
+    ways = Counter[Way]()
+    for run in range(runs):
+        lanes, rows = pace.way
+        ways[pace.way] += run > runs / 2
+        pace.ran(rows, rows * 100, took(lanes, rows), took(lanes, rows) / lanes)
+    return ways
+
+
+def test_a_busy_model_runs_in_the_way_that_takes_the_least_time_a_row() -> None:
+    def fixed(lanes: int, rows: int) -> float:
+        return 0.010 * lanes
+
+    def dearer(lanes: int, rows: int) -> float:
+        return 0.010 * rows**1.1 * lanes
+
+    def idle(lanes: int, rows: int) -> float:
+        return 0.010 * rows * (1.6 if lanes == 2 else 1.0)
+
+    for took, best in ((fixed, 8), (dearer, 1)):
+        ways = settled(Pace(lanes=2), took)
+        assert {rows for (_, rows), _ in ways.most_common(1)} == {best}
+        assert settled(Pace(), took).most_common(1)[0][0] == (1, best)
+    ways = settled(Pace(lanes=2), idle)
+    assert sum(count for (lanes, _), count in ways.items() if lanes == 2) > 0.8 * ways.total()
+
+
+def test_a_model_follows_the_load_and_tries_other_ways_seldom() -> None:
+    pace = Pace()
+    assert settled(pace, lambda lanes, rows: 0.010).most_common(1)[0][0] == (1, 8)
+    pace_now = settled(pace, lambda lanes, rows: 0.010 * rows**1.2, 4000)
+    assert pace_now.most_common(1)[0] == ((1, 1), pytest.approx(2000, rel=0.1))
+
+
+def test_a_way_that_is_later_than_the_target_is_none() -> None:
+    pace = Pace(Serving(max_batch=8, target_ms=25))
+    ways = settled(pace, lambda lanes, rows: 0.018 + 0.001 * rows)
+    assert ways.most_common(1)[0][0] == (1, 4)
+    assert settled(pace, lambda lanes, rows: 0.050, 3000).most_common(1)[0][0] == (1, 1)
     assert pace.ewma_ms == pytest.approx(50, rel=0.05)
     with pytest.raises(ValueError, match="max_batch"):
         Serving(max_batch=0)
+
+
+def test_a_model_that_nobody_waits_for_keeps_its_way() -> None:
+    pace = Pace(lanes=2)
+    for _ in range(100):
+        pace.ran(1, 100, 0.01, 0.01, waiting=False)
+    assert pace.way == (1, 1)
+
+
+def test_runs_at_the_same_time_share_it() -> None:
+    lanes = Lanes()
+    assert lanes.free(1)
+    one = lanes.begin(10.0, 2)
+    assert (lanes.free(2), lanes.free(1)) == (True, False)
+    two = lanes.begin(11.0, 2)
+    assert not lanes.free(3)
+    assert lanes.end(13.0, one) == (3.0, 2.0)
+    assert lanes.end(14.0, two) == (3.0, 2.0)
+    alone = lanes.begin(20.0, 1)
+    assert not lanes.free(2)
+    assert lanes.end(21.0, alone) == (1.0, 1.0)
 
 
 entries = st.builds(
@@ -126,7 +181,7 @@ entries = st.builds(
 @given(st.lists(entries, max_size=40), st.integers(1, 8))
 def test_every_request_leaves_exactly_once_and_in_the_order_of_barriers(given: list[Entry[str]], rows: int) -> None:
     waiting = schedule(*given)
-    now, left, pace = 10.0, list[Entry[str]](), Pace(Serving(max_batch=rows))
+    now, left, pace = 10.0, list[Entry[str]](), Pace(Serving(max_batch=rows), way=(1, rows))
     while waiting.waiting:
         left += waiting.expired(now)
         taken, wait = waiting.take(now, pace)

@@ -27,24 +27,54 @@ async def busy(worker: WorkerProcess) -> asyncio.Task[dict[str, Tensor]]:
     return running
 
 
+async def batches(worker: WorkerProcess) -> list[int]:
+    """Callers that never pause, until the model runs rows of several together; how many did, by request."""
+    together = list[int]()
+
+    async def ask(*values: int) -> None:
+        while not together or max(together) < 4:
+            answer = await worker.infer("m", rows(*values))
+            assert answer["rows"].data == bytes(values)
+            together.append(answer["together"].data[0])
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(ask(n) for n in range(1, 8)), ask(8, 9))
+    return together
+
+
 async def test_requests_that_wait_together_run_together_and_get_their_own_rows(tmp_path: Path) -> None:
     async with child() as worker:
         await worker.load("m", tmp_path, serving=Serving(max_batch=4))
-        running = await busy(worker)
-        answers = await asyncio.gather(
-            *(worker.infer("m", rows(n)) for n in range(1, 7)), worker.infer("m", rows(7, 8))
-        )
-        assert [answer["rows"].data for answer in answers] == [bytes([n]) for n in range(1, 7)] + [bytes([7, 8])]
-        assert [answer["together"].data[0] for answer in answers] == [4, 4, 4, 4, 4, 4, 4]
-        assert await running == SLOW
-        await until(lambda: "m" in worker.served and worker.served["m"].requests == 8)
+        together = await batches(worker)
+        assert max(together) == 4
+        await until(lambda: "m" in worker.served and worker.served["m"].requests == len(together))
         served = worker.served["m"]
-        assert (served.runs, served.rows, served.failed) == (3, 9, 0)
+        assert (served.failed, served.batch) == (0, 4)
+        assert served.runs < served.requests < served.rows
+
+
+async def test_runs_go_at_the_same_time_where_that_is_faster_and_a_switch_waits_for_them(tmp_path: Path) -> None:
+    paired, left = list[bytes](), False
+
+    async def ask() -> None:
+        while not left:
+            paired.append((await worker.infer("m", {"pair": Tensor("uint8", [1], b"n")}))["pair"].data)
+
+    async with child() as worker:
+        await worker.load("m", twins(tmp_path))
+        asking = [asyncio.create_task(ask()) for _ in range(4)]
+        await until(lambda: paired[-4:] == [b"y"] * 4, 60)
+        assert paired[:8].count(b"n") >= 7
+        await worker.load("m", tmp_path)  # one run at a time
+        left = True
+        await asyncio.gather(*asking)
+        assert (worker.starts, paired[-1]) == (1, b"n")
 
 
 async def test_one_bad_request_does_not_fail_its_neighbours(tmp_path: Path) -> None:
     async with child() as worker:
         await worker.load("m", tmp_path)
+        await batches(worker)
         await busy(worker)
         answers = await asyncio.gather(*(worker.infer("m", rows(n)) for n in (12, 13, 14)), return_exceptions=True)
         assert isinstance(answers[1], Refused)
@@ -57,6 +87,7 @@ async def test_one_bad_request_does_not_fail_its_neighbours(tmp_path: Path) -> N
 async def test_a_network_whose_outputs_have_no_rows_is_served_one_by_one(tmp_path: Path) -> None:
     async with child() as worker:
         await worker.load("m", tmp_path)
+        await batches(worker)
         for _ in range(2):
             await busy(worker)
             asked = [{"sum": Tensor("uint8", [1], bytes([n]))} for n in (1, 2, 3)]
@@ -88,9 +119,9 @@ async def test_one_too_many_is_a_retry_at_once(tmp_path: Path) -> None:
     async with child() as worker:
         await worker.load("m", tmp_path, serving=Serving(max_batch=WAITING))
         await busy(worker)
-        asked = [worker.infer("m", rows(1)) for _ in range(WAITING + 3)]
+        asked = [worker.infer("m", rows(1)) for _ in range(2 * WAITING)]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        assert sum(isinstance(answer, Retry) for answer in answers) == 3
+        assert 0 < sum(isinstance(answer, Retry) for answer in answers) <= WAITING
 
 
 async def test_equal_inputs_are_answered_from_the_cache_until_the_model_changes(tmp_path: Path) -> None:
@@ -114,7 +145,7 @@ async def test_a_model_that_replaces_another_leaves_it_serving_until_it_is_ready
         while not loading.done():
             await worker.infer("m", rows(1))
             answered += 1
-        assert answered > 10
+        assert answered > 3
         assert (await loading).model == "heavy"
         assert worker.starts == 1
 
@@ -136,6 +167,21 @@ async def test_a_new_version_that_kills_its_worker_leaves_the_old_one(tmp_path: 
             await worker.load("m", tmp_path / "poison")
         assert (await worker.infer("m", rows(1)))["rows"].data == b"\x01"
         assert worker.starts == 2
+
+
+async def test_large_tensors_pass_through_shared_memory_which_is_given_back(tmp_path: Path) -> None:
+    async with child() as worker:
+        await worker.load("m", tmp_path)
+        large = [{"x": Tensor("uint8", [4_000_000], bytes([n]) * 4_000_000), "y": rows(n)["rows"]} for n in range(20)]
+        for _ in range(2):  # more than fits in it at a time
+            assert await asyncio.gather(*(worker.infer("m", inputs) for inputs in large)) == large
+        assert worker._arena is not None
+        assert worker._arena.take(large[0]) == (0, 4_000_064)
+
+
+def twins(folder: Path) -> Path:
+    (folder / "twins").mkdir()
+    return folder / "twins"
 
 
 def heavy(folder: Path) -> Path:

@@ -23,7 +23,8 @@ X = {"x": Tensor("uint8", [3], b"abc")}
 
 @asynccontextmanager
 async def child(kind: str = "echo", **options: Any) -> AsyncIterator[WorkerProcess]:
-    worker = WorkerProcess(kind, [*CHILD, kind], backoff_s=(0.05, 0.2), ping_s=0.2, **options)
+    shared = {"backoff_s": (0.05, 0.2), "ping_s": 0.2, "shares": kind == "echo"}
+    worker = WorkerProcess(kind, [*CHILD, kind], **(shared | options))
     running = asyncio.create_task(worker.run())
     try:
         yield worker
@@ -103,13 +104,14 @@ async def test_a_request_that_does_not_let_go_costs_the_process_its_life(tmp_pat
         assert await say(worker, "back") == "back "
 
 
-async def test_leaving_a_stream_cancels_it_in_the_child(tmp_path: Path) -> None:
-    async with child(grace_s=5) as worker:
+async def test_leaving_a_stream_cancels_it_in_the_child_which_lives_on(tmp_path: Path) -> None:
+    async with child(grace_s=0.5) as worker:
         await worker.load("m", tmp_path)
         stream = worker.generate("m", Generate("", "FOREVER"))
         assert (await anext(stream)).text == "again "
         await stream.aclose()
         assert await say(worker, "next") == "next "
+        await asyncio.sleep(1.0)
         assert worker.starts == 1
 
 
