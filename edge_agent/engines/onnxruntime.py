@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -40,9 +40,10 @@ ort.disable_telemetry_events()
 
 
 class OnnxNetwork:
-    """An ONNX model in an InferenceSession. One thread at a time."""
+    """An ONNX model in an InferenceSession. `lanes` threads may use it at a time."""
 
     info: EngineInfo
+    lanes: int
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class OnnxNetwork:
         started = time.perf_counter()
         file = _model_file(path)
         threads = threads or cpu_count()
+        self.lanes = threads if list(providers) == [CPU] else 1
         with tempfile.TemporaryDirectory(prefix="outrider-onnx-") as scratch:
             self._session = _session(file, list(providers), threads, Path(scratch))
             self.inputs = {i.name: _binding(i) for i in self._session.get_inputs()}
@@ -138,7 +140,6 @@ def _session(file: Path, providers: list[str], threads: int, scratch: Path) -> o
     options.log_severity_level = 4
     options.enable_profiling = True
     options.profile_file_prefix = str(scratch / "probe")
-    options.enable_cpu_mem_arena = False  # inputs vary in size: the arena would keep the largest of each
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the language model needs the cores too
     if CPU not in providers:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -168,7 +169,8 @@ def _nodes_by_provider(profile: Path) -> Counter[str]:
 def _tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, np.ndarray) or value.dtype.name not in _DTYPES.values():
         raise Refused(f"output {name} is no numeric tensor")
-    return Tensor(value.dtype.name, list(value.shape), value.tobytes())
+    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data  # no copy: it may be large
+    return Tensor(value.dtype.name, list(value.shape), cast(bytes, data))
 
 
 def _reason(error: Exception) -> str:
