@@ -95,7 +95,8 @@ class Daemon:
         )
         self._renewal = enrol.Renewal(state, identity.enrolled.device, self._http, self._token)
         self._session = self._connect(inbox)
-        self._api = LocalApi(self, settings.api, max_body=settings.request_mb << 20)
+        own = identity.enrolled.device
+        self._api = LocalApi(self, settings.api, max_body=settings.request_mb << 20, name=own)
 
     @classmethod
     async def open(cls, settings: Settings, identity: enrol.Identity) -> Daemon:
@@ -213,8 +214,9 @@ class Daemon:
         return [sys.executable, "-m", "edge_agent.agent.toolrunner", *where, *options]
 
     def _token(self) -> str:
-        enrolled = self._identity.enrolled
-        return issue_device_token(self._key, enrolled.fleet, enrolled.device, now=time.time())
+        enrolled, grants = self._identity.enrolled, self._cache.grants
+        now = max(time.time(), grants.issued_at if grants else 0.0)
+        return issue_device_token(self._key, enrolled.fleet, enrolled.device, now=now)
 
     async def _switch(self, name: str, installed: Installed) -> None:
         await self._hosting.switch(name, installed)

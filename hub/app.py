@@ -41,6 +41,7 @@ from hub.twin import Twin
 
 log = logging.getLogger(__name__)
 JOB_TICK_S = 15.0
+ANCHOR_S = 10.0
 RUNNER_PAUSE_S = 1.0
 
 
@@ -216,7 +217,12 @@ async def _running(services: Services, ingest: Ingest, connected: asyncio.Event)
             await services.downlink.grants(services.auth.grants_text)
             services.mosquitto.identity()
 
-    runners = {"ingest": ingest.run, "greet": greet, "jobs": tend_jobs, "grants": renew_grants}
+    async def anchor() -> None:
+        while True:
+            await asyncio.sleep(ANCHOR_S)
+            await services.audit.anchor()
+
+    runners = {"ingest": ingest.run, "greet": greet, "jobs": tend_jobs, "grants": renew_grants, "anchor": anchor}
     tasks = [asyncio.create_task(_for_ever(name, run), name=name) for name, run in runners.items()]
     try:
         yield

@@ -188,6 +188,59 @@ def devices(hub: Url = None, as_json: Json = False) -> None:
         _print(client.get("/v1/devices"), as_json, _device_line)
 
 
+@app.command("audit-verify")
+def audit_verify(
+    file: Annotated[Path | None, typer.Argument(help="An export as JSON Lines, checked with no hub.")] = None,
+    hub: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Check that no entry of the audit logs was changed or taken out; exits 1 when one was."""
+    if file is not None:
+        from hub.audit import broken_line
+
+        with _errors():
+            try:
+                with file.open("rb") as lines:
+                    found: dict[str, Any] = {"first_broken": broken_line(lines), "devices": {}}
+            except (OSError, ValueError) as error:
+                raise HubError(
+                    f"{file} cannot be read: {error}", "give an export as JSON Lines, from its start"
+                ) from error
+    else:
+        with _hub(hub) as client:
+            found = client.get("/v1/audit/verify")
+    wrong = [name for name, chain in found["devices"].items() if chain["wrong"]]
+    _print(found, as_json, _chains)
+    raise typer.Exit(bool(wrong) or found["first_broken"] is not None)
+
+
+def _chains(found: dict[str, Any]) -> str:
+    own = "whole" if found["first_broken"] is None else f"broken from entry {found['first_broken']} on"
+    lines = [f"{name}: {c['entries']} entries, {c['wrong'] or 'whole'}" for name, c in found["devices"].items()]
+    return "\n".join([f"hub: {own}", *lines])
+
+
+@app.command("audit-export")
+def audit_export(
+    form: Annotated[str, typer.Option("--format", help="jsonl, or cef for a SIEM")] = "jsonl",
+    after: Annotated[int, typer.Option(help="Only entries with an id above this.")] = 0,
+    hub: Url = None,
+) -> None:
+    """Print the audit log, oldest first, one entry a line."""
+
+    import msgspec
+
+    from hub.audit import cef
+
+    with _hub(hub) as client:
+        if form not in ("jsonl", "cef"):
+            raise HubError(f"format {form!r} is not known", "jsonl or cef")
+        while entries := client.get("/v1/audit", after=after, limit=1000)["entries"]:
+            for entry in entries:
+                typer.echo(cef(entry) if form == "cef" else msgspec.json.encode(entry))
+            after = entries[-1]["id"]
+
+
 @app.command("revoke-device")
 def revoke_device(device: str, hub: Url = None) -> None:
     """Void a device's key and certificates; a token made for its name lets it enrol again."""

@@ -169,8 +169,8 @@ Handler = Callable[[Caller], Awaitable[Response]]
 class Gate:
     """Makes routes that only the allowed pass, and counts what is held behind them."""
 
-    def __init__(self, device: Device, clock: Callable[[], float], max_body: int) -> None:
-        self.device, self.clock, self.max_body = device, clock, max_body
+    def __init__(self, device: Device, clock: Callable[[], float], max_body: int, name: str = "") -> None:
+        self.device, self.clock, self.max_body, self.name = device, clock, max_body, name
         self.metrics = Metrics()
         self.held = 0
 
@@ -197,7 +197,8 @@ class Gate:
             raise Problem(401, "a bearer token is missing", "log in at the hub: POST /v1/login")
         grants = _grants(self.device)
         try:
-            return verify_access_token(grants.jwks, token.strip(), now=self.clock(), floor=grants.issued_at)
+            now, floor = self.clock(), grants.issued_at
+            return verify_access_token(grants.jwks, token.strip(), now=now, floor=floor, device=self.name)
         except WireError as error:
             raise Problem(401, str(error), "log in at the hub again") from error
 

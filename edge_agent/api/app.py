@@ -39,9 +39,11 @@ class ToolRequest(msgspec.Struct, frozen=True):
     args: dict[str, Any] = {}
 
 
-def create_app(device: Device, clock: Callable[[], float] = time.time, max_body: int = MAX_BODY_MB << 20) -> Starlette:
-    """The routes over a device."""
-    gate = Gate(device, clock, max_body)
+def create_app(
+    device: Device, clock: Callable[[], float] = time.time, max_body: int = MAX_BODY_MB << 20, name: str = ""
+) -> Starlette:
+    """The routes over a device; offline tokens for its `name` are good here."""
+    gate = Gate(device, clock, max_body, name)
 
     async def healthz(_: Request) -> Response:
         healthy = device.healthy()
@@ -121,6 +123,7 @@ class LocalApi:
         where: str,
         clock: Callable[[], float] = time.time,
         max_body: int = MAX_BODY_MB << 20,
+        name: str = "",
     ) -> None:
         host, port = address(where)
         try:
@@ -134,7 +137,7 @@ class LocalApi:
             text = f"the local API cannot listen on {where}: {error}"
             raise (Refused if never else Retry)(text, "choose another --api HOST:PORT, or end what has it") from error
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
-        app = create_app(device, clock, max_body)
+        app = create_app(device, clock, max_body, name)
         config = uvicorn.Config(
             app, lifespan="off", log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2
         )

@@ -122,3 +122,9 @@ async def audit(
 ) -> dict[str, Any]:
     checked = {"first_broken": await hub.audit.first_broken()} if verify else {}
     return {"entries": await hub.audit.entries(after, limit), **checked}
+
+
+@router.get("/audit/verify", summary="Walk the hub's chain and every device's, with the heads that were anchored")
+async def verify_audit(hub: Hub, _: Annotated[Subject, Depends(May("read:audit"))]) -> dict[str, Any]:
+    await hub.audit.anchor()
+    return {"first_broken": await hub.audit.first_broken(), "devices": await hub.audit.devices()}
