@@ -25,6 +25,7 @@ from edge_agent.wire.errors import WireError
 _VERBS = {
     "agent": ("Run the daemon of a device.", "edge"),
     "task": ("Give a device a task through its local API and watch it work.", "edge"),
+    "workflow": ("Check workflows, and try them without a device.", "edge"),
     "doctor": ("Check what a device needs: extras, state, hub, broker, models by a real inference.", "edge"),
     "hub": ("Run the hub: devices, jobs, models, dashboard.", "hub"),
     "broker": ("The MQTT broker of a site: write its configuration.", "hub"),

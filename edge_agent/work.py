@@ -2,8 +2,11 @@
 
 Invariants: work is journaled in the inbox before it is run, a local task too, and its end is reported until the store
 takes it, so kill -9 at any moment loses nothing: after a restart a task goes on from its transcript, an idempotent tool
-call is made again, any other is reported failed with its effect unknown. What a job may do is decided here, on the
-device, by the cached grants.
+call is made again, any other is reported failed with its effect unknown, and a run of a workflow goes on from its
+journal. What a job may do is decided here, on the device, by the cached grants.
+
+A workflow is run as the tool `run_workflow(name, inputs)`: by a job, at the local API, or by its own triggers. Of one
+workflow no trigger starts a run while one that a trigger started waits or runs.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from edge_agent.agent import policy
 from edge_agent.agent.calls import Call, CallError, render, validate
 from edge_agent.agent.loop import AgentLoop, Tools, request
 from edge_agent.agent.tool import ToolError, ToolSpec
-from edge_agent.agent.transcript import Task
+from edge_agent.agent.transcript import Task, Transcripts
+from edge_agent.agent.workflow_run import Runner
+from edge_agent.agent.workflow_triggers import Library, Triggers
 from edge_agent.api.access import Denied
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.trouble import Trouble
@@ -29,6 +34,7 @@ from edge_agent.wire.grants import Subject
 from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobState
 
 LOCAL_TTL_S = 86400.0
+RUN_WORKFLOW = "run_workflow"
 MAX_RESULT = 8 * 1024
 MAX_ERROR = 2000  # characters
 _log = logging.getLogger("outrider.work")
@@ -43,13 +49,6 @@ class Inbox(Protocol):
     async def next(self) -> Job: ...
     async def interrupted(self) -> list[Job]: ...
     async def report(self, id: str, state: JobState, result: dict[str, Any] | None = None, error: str = "") -> None: ...
-
-
-class Transcripts(Protocol):
-    """agent.transcript.Transcripts."""
-
-    async def get(self, id: str) -> Task | None: ...
-    async def latest(self, limit: int = 50) -> list[Task]: ...
 
 
 class Audit(Protocol):
@@ -71,10 +70,19 @@ class Work:
     ) -> None:
         self._inbox, self._agent, self._transcripts, self._tools = inbox, agent, transcripts, tools
         self._audit, self._allowed, self._clock = audit, allowed, clock
+        self._library = Library(transcripts.folder / "workflows")
+        self._runner = Runner(tools, transcripts, allowed, clock=clock)
+        self._triggers = Triggers(self._library, tools, allowed, self._trigger, clock)
+        self._triggered: dict[str, str] = {}  # the workflow of each run that a trigger started
         self.current = ""
 
     async def run(self) -> None:
-        """Finish what the last process left, then take what comes until cancelled."""
+        """Finish what the last process left, then take what comes until cancelled, and watch for triggers."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._queue(), name="jobs")
+            group.create_task(self._triggers.run(), name="triggers")
+
+    async def _queue(self) -> None:
         for job in await _until_stored(self._inbox.interrupted):
             await self._job(job, again=True)
         while True:
@@ -102,13 +110,48 @@ class Work:
         """The newest tasks, with no steps."""
         return await self._transcripts.latest()
 
-    async def call(self, name: str, args: dict[str, Any], subject: Subject) -> Any:
-        """Call one tool for a subject. Raises Denied, Refused, Retry; an ordinary ToolError is Refused."""
+    async def _start(self, id: str, subject: Subject, args: dict[str, Any], created: float) -> None:
+        """Queue a run. Raises Denied, Refused, Retry."""
+        self._installed(args, subject)
+        body, now = {"tool": RUN_WORKFLOW, "args": args}, self._clock()
+        await self._audit.append("workflow", subject.name, id=id, workflow=args["name"])
+        job = Job(id, JobKind.TOOL, body, subject.name, subject.roles, created, now + LOCAL_TTL_S)
+        if await self._inbox.accept(job) not in (JobState.DELIVERED, None):
+            raise Retry("too many tasks wait on this device", "try again when some are done")
+
+    async def _trigger(self, name: str, subject: Subject, id: str, inputs: dict[str, Any], event: Any) -> None:
+        if name in self._triggered.values() or await self._inbox.state(id) is not None:
+            return
+        await self._start(id, subject, {"name": name, "inputs": inputs, "event": event}, subject.issued_at)
+        self._triggered[id] = name
+
+    def _installed(self, args: Any, subject: Subject) -> str:
+        """The text of the workflow to run. Raises Denied, Refused."""
+        name, inputs = (args.get("name"), args.get("inputs", {})) if isinstance(args, dict) else (None, {})
+        known = self._library.all()
+        if not isinstance(name, str) or name not in known or not isinstance(inputs, dict):
+            here = ", ".join(known) or "none"
+            raise Refused(f"there is no workflow {name!r:.60} to run with a dict of inputs", f"installed: {here}")
+        self._may_run(subject)
+        return known[name].text
+
+    def _may_run(self, subject: Subject) -> None:
+        if not self._allowed(subject, "run:task", ""):
+            raise Denied(f"{subject.name} may not run:task on this device", "its grants do not say so")
+
+    async def call(self, name: str, args: dict[str, Any], subject: Subject, key: str = "") -> Any:
+        """Call one tool for a subject, or start a workflow. Raises Denied, Refused, Retry; a ToolError is Refused."""
+        if name == RUN_WORKFLOW:
+            id = f"local-{uuid.uuid4().hex[:16]}"
+            await self._start(id, subject, args, self._clock())
+            return {"id": id}
         spec, call = await self._checked(name, args, subject)
         if spec.risk != "read":
             await self._audit.append("call", subject.name, call=render(call))
         try:
-            return await self._tools.call(call.name, call.args, spec.timeout_s)
+            return await self._tools.call(
+                call.name, spec.keyed_args(call.args, key or uuid.uuid4().hex), spec.timeout_s
+            )
         except ToolError as error:
             raise Refused(f"{name}: {error}", "the tool itself refused") from error
 
@@ -141,24 +184,43 @@ class Work:
         error = error[:MAX_ERROR]
         _log.info("job %s: %s %s", job.id, state, error)
         await _until_stored(lambda: self._inbox.report(job.id, state, result, error))
+        self._triggered.pop(job.id, None)
+        kind, name, args = "task", "", job.body.get("args")
+        args = args if isinstance(args, dict) else {}
+        if job.body.get("tool") == RUN_WORKFLOW:
+            kind, name = "workflow", str(args.get("name"))
+        if kind == "workflow" or job.kind is JobKind.TASK:
+            depth = args["event"].get("depth", 0) if isinstance(args.get("event"), dict) else 0
+            await self._triggers.event(f"{kind}.{state}", name, {"id": job.id, "error": error, "depth": depth + 1})
 
     async def _do(self, job: Job, again: bool) -> tuple[JobState, dict[str, Any], str]:
         subject = Subject(job.subject, job.roles, job.created)
         match job.kind:
             case JobKind.TASK:
-                if not self._allowed(subject, "run:task", ""):
-                    raise Denied(f"{subject.name} may not run:task on this device", "its grants do not say so")
+                self._may_run(subject)
                 await self._agent.accept(job.id, str(job.body.get("text", "")), subject)
                 task = await self._agent.run(job.id)
                 return JobState(task.state), summary(task), task.error
             case JobKind.TOOL:
                 name, args = str(job.body.get("tool", "")), job.body.get("args")
                 args = {} if args is None else args
-                if again and not (await self._checked(name, args, subject))[0].idempotent:
+                if name == RUN_WORKFLOW:
+                    return await self._workflow(job.id, args, subject, again)
+                if again and not (await self._checked(name, args, subject))[0].repeatable:
                     raise Refused(f"interrupted: effect unknown of {name}", "look at the device before you ask again")
-                return JobState.SUCCEEDED, {"result": bounded(await self.call(name, args, subject))}, ""
+                return JobState.SUCCEEDED, {"result": bounded(await self.call(name, args, subject, job.id))}, ""
             case _:
                 raise Refused("this agent does not know that kind of job", "update the agent")
+
+    async def _workflow(
+        self, id: str, args: Any, subject: Subject, again: bool
+    ) -> tuple[JobState, dict[str, Any], str]:
+        before = await self._transcripts.get(id) if again else None
+        if before is None or not before.steps:
+            text = self._installed(args, subject)
+            await self._runner.accept(id, text, args.get("inputs", {}), subject, args.get("event"))
+        task = await self._runner.run(id)
+        return JobState(task.state), summary(task), task.error
 
 
 def summary(task: Task) -> dict[str, Any]:

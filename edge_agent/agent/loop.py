@@ -1,9 +1,10 @@
 """The agent: one request, one linear transcript, one step at a time: decide → policy → act → validate → finish.
 
 Invariants: every step is saved before the next begins and the intent of a call before its effect; a call whose effect
-is unknown is made again only when the tool is idempotent, by `resume` after a crash, and never otherwise; whatever the
-model says becomes an effect, a text for the model, or an `Ended`, never a crash; budgets of steps, tokens and time
-always end a task. Nothing here picks a tool: the call is the model's or there is none.
+is unknown is made again by `resume` after a crash, only when the tool is idempotent or takes the call's key (the same
+both times), and never otherwise; whatever the model says becomes an effect, a text for the model, or an `Ended`, never
+a crash; budgets of steps, tokens and time always end a task. Nothing here picks a tool: the call is the model's or
+there is none.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ class AgentLoop:
         if last is None or last.role != "intent" or last.call is None:
             return
         spec = next((spec for spec in specs if spec.name == last.call.name), None)
-        if spec is None or not spec.idempotent:
+        if spec is None or not spec.repeatable:
             await self._unknown(task, last.call)
         else:
             try:
@@ -223,12 +224,13 @@ class AgentLoop:
         value, text, ok = None, "", True
         try:
             limit = max(0.1, min(spec.timeout_s, deadline - started))
-            value = await self._tools.call(call.name, call.args, limit)
+            key = f"{task.id}:{sum(step.role == 'intent' for step in task.steps)}"
+            value = await self._tools.call(call.name, spec.keyed_args(call.args, key), limit)
             text = prompt.result_text(value)
         except (ToolError, Refused) as error:
             text, ok = str(error), False
         except OutriderError as error:
-            if not spec.idempotent:
+            if not spec.repeatable:
                 await self._unknown(task, call)
             text, ok = f"{call.name} did not finish: {error}", False
         ms = (time.monotonic() - started) * 1e3

@@ -3,14 +3,15 @@
 Invariants: a `ToolSpec` is plain data that crosses processes and is the only thing prompt, grammar, policy and
 validation read; `Tool` adds the function itself and exists only in the process that runs it. A parameter is an
 int, a float, a bool, a str, a choice of literals, a list of one of these, or a dict (with declared fields, or with
-free keys); anything else is refused when the tool is declared.
+free keys); anything else is refused when the tool is declared. A function with a parameter `key` does its effect once
+for each value of it: the device makes a call whose effect is unknown again with the same key.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints, is_typeddict
 
 import msgspec
 
@@ -66,7 +67,10 @@ class Param(msgspec.Struct, frozen=True):
 
 
 class ToolSpec(msgspec.Struct, frozen=True):
-    """The declaration of a tool, without its function."""
+    """The declaration of a tool, without its function.
+
+    `returns` is what it gives, as far as the function says; `keyed`: it takes the key of a call.
+    """
 
     name: str
     description: str
@@ -75,6 +79,17 @@ class ToolSpec(msgspec.Struct, frozen=True):
     idempotent: bool = True
     timeout_s: float = 10.0
     examples: list[tuple[str, dict[str, Any]]] = []
+    returns: Param | None = None
+    keyed: bool = False
+
+    @property
+    def repeatable(self) -> bool:
+        """A call of unknown effect may be made again."""
+        return self.idempotent or self.keyed
+
+    def keyed_args(self, args: dict[str, Any], key: str) -> dict[str, Any]:
+        """The arguments of a call, with its key if the tool takes one."""
+        return args | {"key": key} if self.keyed else args
 
 
 class Tool(msgspec.Struct, frozen=True):
@@ -117,9 +132,14 @@ def declare(
     params = [
         _param(function.__name__, name, hints.get(name), p.default)
         for name, p in signature.parameters.items()
-        if name not in ("ctx", "self")
+        if name not in ("ctx", "self", "key")
     ]
-    spec = ToolSpec(function.__name__, doc, params, risk, idempotent, timeout_s, examples or [])
+    try:
+        returns = _param(function.__name__, "result", hints.get("return"), inspect.Parameter.empty)
+    except TypeError:
+        returns = None  # anything
+    spec = ToolSpec(function.__name__, doc, params, risk, idempotent, timeout_s, examples or [], returns)
+    spec = msgspec.structs.replace(spec, keyed="key" in signature.parameters)
     return Tool(spec, function, "ctx" in signature.parameters)
 
 
@@ -136,6 +156,11 @@ def _param(tool_name: str, name: str, hint: Any, default: Any) -> Param:
     if get_origin(hint) is list:
         items = _param(tool_name, name, get_args(hint)[0], inspect.Parameter.empty)
         return Param(name, "list", required=required, default=fallback, items=items)
+    if is_typeddict(hint):
+        typed = get_type_hints(hint, include_extras=True)
+        fields = [_param(tool_name, key, of, inspect.Parameter.empty) for key, of in typed.items()]
+        fields = [msgspec.structs.replace(f, required=f.name in hint.__required_keys__) for f in fields]
+        return Param(name, "dict", required=required, default=fallback, fields=fields)
     if hint is dict or get_origin(hint) is dict:
         return Param(name, "dict", required=required, default=fallback)
     kind = _KINDS.get(hint)

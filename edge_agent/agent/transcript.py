@@ -6,6 +6,7 @@ is on disk before what follows it; finished tasks beyond KEEP are removed, the o
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -23,10 +24,11 @@ migrations = Migrations("agent")
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     """`model`: what it said; `intent`: the call about to be made; `tool`: what came back; times in ms.
 
-    `digest` and `adapter` (name and version) say which model it was.
+    `digest` and `adapter` (name and version) say which model it was. A run of a workflow begins with its `plan`, and
+    `at` is the step (and item) of it.
     """
 
-    role: Literal["model", "intent", "tool"]
+    role: Literal["model", "intent", "tool", "plan"]
     text: str = ""
     call: Call | None = None
     result: Any = None
@@ -39,6 +41,7 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: int = 0
     digest: str = ""
     adapter: str = ""
+    at: str = ""
 
 
 class Task(msgspec.Struct):
@@ -75,6 +78,11 @@ class Transcripts:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+
+    @property
+    def folder(self) -> Path:
+        """Where the device keeps its state."""
+        return self._store.path.parent
 
     async def add(self, task: Task) -> Task:
         """Save a new task, or return the one that has its id."""

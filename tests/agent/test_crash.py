@@ -1,5 +1,6 @@
 """kill -9 between an effect and its result: an idempotent call is made again, any other never."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +26,16 @@ def test_kill_9_after_the_effect(tmp_path: Path, tool: str, effects: int, state:
     ended, reason, runs = (tmp_path / "end").read_text().split("\n")
     assert (ended, runs) == (state, "2")
     assert reason.startswith(error)
+
+
+@pytest.mark.parametrize(("kind", "points"), [("workflow", 38), ("task", 50)])
+def test_kill_9_at_every_point_of_six_steps_leaves_each_effect_exactly_once(
+    tmp_path: Path, kind: str, points: int
+) -> None:
+    argv = [sys.executable, "-m", "tests.agent.kill_points", str(tmp_path), kind]
+    done = subprocess.run(argv, cwd=Path(__file__).parents[2], timeout=170, check=True, capture_output=True)
+    found = json.loads(done.stdout)
+    assert [run["killed"] for run in found] == [-9] * points
+    assert all(run["end"] == "succeeded" for run in found), found
+    assert all(run["effects"] == ["1", "2", "3", "4", "5", "6"] for run in found), found
+    assert sum(run["calls"] > 6 for run in found) >= 12, "no call was made again: the key was not put to the test"

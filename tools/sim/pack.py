@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypedDict, cast
 
 from edge_agent.agent.tool import Context, Range, Tool, ToolError, declare
 from tools.sim import camera as lens
@@ -26,32 +26,76 @@ _FIELDS = {
 }
 
 
+class Reading(TypedDict):
+    """What a sensor of a line shows."""
+
+    line: int
+    sensor: plant.Sensor
+    value: float
+    unit: str
+
+
+class Motion(TypedDict):
+    """How a line runs after an action."""
+
+    line: int
+    running: bool
+    target_percent: int
+
+
+class Label(TypedDict, total=False):
+    """What could be read of a label."""
+
+    camera: int
+    product: int
+    lot: str
+    serial: str
+    expiry: str
+    confidence: float
+
+
+class Alarm(TypedDict):
+    """A sensor at or above its limit."""
+
+    line: int
+    sensor: plant.Sensor
+    value: float
+    limit: float
+    unit: str
+
+
+class Alarms(TypedDict):
+    """All there are."""
+
+    alarms: list[Alarm]
+
+
 class Plant:
     """The tools, over one journal."""
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
 
-    def read_sensor(self, sensor: plant.Sensor, line: LineNumber, ctx: Context) -> dict[str, Any]:
+    def read_sensor(self, sensor: plant.Sensor, line: LineNumber, ctx: Context) -> Reading:
         """Read one sensor of a production line: vibration, temperature, speed or wear."""
         value = plant.reading(self.journal.seed, self._line(line, ctx), sensor)
         return {"line": line, "sensor": sensor, "value": value, "unit": plant.UNITS[sensor]}
 
-    def set_speed(self, line: LineNumber, percent: Percent, ctx: Context) -> dict[str, Any]:
+    def set_speed(self, line: LineNumber, percent: Percent, ctx: Context) -> Motion:
         """Make a running line faster or slower: set its speed in percent of full speed."""
         if not self._line(line, ctx).running:
             raise ToolError(f"line {line} is stopped; start it first")
         return self._act(line, "set_speed", ctx, percent)
 
-    def stop_line(self, line: LineNumber, ctx: Context) -> dict[str, Any]:
+    def stop_line(self, line: LineNumber, ctx: Context) -> Motion:
         """Stop a production line."""
         return self._act(line, "stop", ctx)
 
-    def start_line(self, line: LineNumber, ctx: Context) -> dict[str, Any]:
+    def start_line(self, line: LineNumber, ctx: Context) -> Motion:
         """Start a stopped production line again, at its last set speed."""
         return self._act(line, "start", ctx)
 
-    def read_label(self, camera: LineNumber, ctx: Context) -> dict[str, Any]:
+    def read_label(self, camera: LineNumber, ctx: Context) -> Label:
         """Look through a camera and read the printed product label: lot, serial number, expiry date."""
         product = self._line(camera, ctx).product
         lines = read_text(ctx, lens.frame(self.journal.seed, camera, product), side=384)
@@ -60,9 +104,10 @@ class Plant:
         if not fields:
             raise ToolError(f"camera {camera}: no readable label in the picture")
         confidence = round(min(line.confidence for line in lines), 3)
-        return {"camera": camera, "product": product, **fields, "confidence": confidence}
+        label = {"camera": camera, "product": product, **fields, "confidence": confidence}
+        return cast(Label, label)
 
-    def list_alarms(self, ctx: Context) -> dict[str, Any]:
+    def list_alarms(self, ctx: Context) -> Alarms:
         """List the active alarms of all lines: what is wrong right now."""
         found = plant.alarms(self.journal.lines(ctx.now()).values())
         return {
@@ -78,7 +123,7 @@ class Plant:
             raise ToolError(f"there is no line {number}; lines are 1 to {len(lines)}")
         return lines[number]
 
-    def _act(self, number: int, verb: plant.Verb, ctx: Context, percent: float = 0.0) -> dict[str, Any]:
+    def _act(self, number: int, verb: plant.Verb, ctx: Context, percent: float = 0.0) -> Motion:
         self._line(number, ctx)
         try:
             line = self.journal.act(number, verb, ctx.now(), percent)

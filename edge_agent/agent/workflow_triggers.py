@@ -1,0 +1,198 @@
+"""What starts workflows by itself: the clock, a reading past its threshold, the end of other work.
+
+Invariants: a start has an id made of its cause, so the same minute of a clock that was set back starts nothing twice; a
+stream fires once until it was quiet again; a file that is no workflow, a sample that fails and a start that is refused
+are told and stop nothing. A minute that passed while the device was off is not made up for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from cronsim import CronSim
+
+from edge_agent.agent import policy
+from edge_agent.agent.calls import Call, parse, validate
+from edge_agent.agent.loop import Tools
+from edge_agent.agent.tool import ToolError
+from edge_agent.agent.workflow import Broken, Trigger, Workflow, check, evaluate, read, runs_as
+from edge_agent.agent.workflow_run import shaped
+from edge_agent.errors import OutriderError
+from edge_agent.trouble import Trouble
+from edge_agent.wire.grants import Subject
+
+TICK_S = 0.5
+MAX_DEPTH = 4  # runs that start each other by their ends
+_log = logging.getLogger("outrider.workflows")
+
+Start = Callable[[str, Subject, str, dict[str, Any], Any], Awaitable[None]]
+"""(workflow, whom it runs as, id of the cause, inputs, event) starts a run."""
+
+
+class Installed(msgspec.Struct, frozen=True):
+    """A definition of this device and when it came here, seconds since the Unix epoch."""
+
+    flow: Workflow
+    text: str
+    since: float
+
+
+class Library:
+    """The definitions in a folder, `*.yaml`, by their names; files are read again when they change."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[Path, tuple[tuple[int, int], Installed | None]] = {}
+
+    def all(self) -> dict[str, Installed]:
+        """What is installed now."""
+        files = {}
+        for path in sorted(self._folder.glob("*.yaml")):
+            try:
+                stat = path.stat()
+                stamp = (stat.st_mtime_ns, stat.st_size)
+                known = self._files.get(path)
+                files[path] = known if known and known[0] == stamp else (stamp, _load(path, stat.st_mtime))
+            except OSError as error:
+                _log.warning("%s: %s", path.name, error)
+        self._files = files
+        return {each.flow.workflow: each for _, each in files.values() if each is not None}
+
+
+def _load(path: Path, since: float) -> Installed | None:
+    try:
+        text = path.read_text()
+        return Installed(read(text)[0], text, since)
+    except (Broken, UnicodeDecodeError) as error:
+        first = error.problems[0] if isinstance(error, Broken) else error
+        _log.error("%s is no workflow: %s", path.name, first)
+        return None
+
+
+class Threshold:
+    """Hysteresis and debounce over a reading."""
+
+    def __init__(self, trigger: Trigger) -> None:
+        self._sign = 1 if trigger.above is not None else -1
+        limit = trigger.above if trigger.above is not None else trigger.below
+        self._limit = self._sign * (limit or 0.0)
+        self._clear = self._limit if trigger.clear is None else self._sign * trigger.clear
+        self._for_s = trigger.for_s
+        self._since: float | None = None
+        self._fired = False
+
+    def feed(self, value: float, now: float) -> bool:
+        """Whether this reading, at `now` in seconds, starts something."""
+        value *= self._sign
+        if self._fired:
+            self._fired = value > self._clear
+            return False
+        if value <= self._limit:
+            self._since = None
+            return False
+        self._since = now if self._since is None else self._since
+        self._fired = now - self._since >= self._for_s
+        self._since = None if self._fired else self._since
+        return self._fired
+
+
+class Triggers:
+    """The service."""
+
+    def __init__(
+        self,
+        library: Library,
+        tools: Tools,
+        allowed: policy.Allowed,
+        start: Start,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._library, self._tools, self._allowed, self._start, self._clock = library, tools, allowed, start, clock
+        self._last = clock()
+        self._streams: dict[tuple[str, int, float], tuple[Threshold, float]] = {}
+        self._trouble: dict[str, Trouble] = {}
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            await self.look()
+            await asyncio.sleep(TICK_S)
+
+    async def look(self) -> None:
+        """One round over all triggers."""
+        now, last = self._clock(), self._last
+        self._last = now
+        streams = {}
+        for flow, n, trigger in self._all():
+            if trigger.cron and (due := _latest(trigger.cron, last, now)):
+                await self._fire(flow, f"cron-{n}-{due}", trigger, {"time": due})
+            elif trigger.stream:
+                key = (flow.flow.workflow, n, flow.since)
+                streams[key] = await self._sample(flow, n, trigger, *self._streams.get(key, (Threshold(trigger), 0.0)))
+        self._streams = streams
+
+    async def event(self, kind: str, name: str, data: dict[str, Any]) -> None:
+        """Something ended: `task.failed`, `workflow.succeeded` of a name."""
+        if data["depth"] > MAX_DEPTH:
+            _log.error("%s of %s starts nothing: %d runs have started each other", kind, name, data["depth"])
+            return
+        for flow, n, trigger in self._all():
+            if trigger.event in (kind, f"{kind}:{name}") and flow.flow.workflow != name:
+                await self._fire(flow, f"event-{n}-{data['id']}", trigger, data | {"kind": kind, "name": name})
+
+    def _all(self) -> Iterator[tuple[Installed, int, Trigger]]:
+        for each in self._library.all().values():
+            for n, trigger in enumerate(each.flow.triggers):
+                yield each, n, trigger
+
+    async def _sample(
+        self, flow: Installed, n: int, trigger: Trigger, threshold: Threshold, next_at: float
+    ) -> tuple[Threshold, float]:
+        now = self._clock()
+        if next_at - trigger.every_s <= now < next_at:
+            return threshold, next_at
+        where = f"{flow.flow.workflow}, stream {n}"
+        trouble = self._trouble.setdefault(where, Trouble(_log, where))
+        try:
+            call, specs = parse(trigger.stream), await self._tools.specs()
+            assert isinstance(call, Call)
+            call = validate(call, specs)
+            spec = next(spec for spec in specs if spec.name == call.name)
+            policy.check(spec, runs_as(flow.flow, flow.since), self._allowed)
+            result = shaped(call.name, spec.returns, await self._tools.call(call.name, call.args, spec.timeout_s))
+            value = evaluate(trigger.value or "result", {"result": result})
+            if threshold.feed(float(value), now):
+                await self._fire(flow, f"stream-{n}-{int(now * 1e3)}", trigger, {"value": value, "result": result})
+            trouble.over()
+        except (OutriderError, ToolError, ValueError, TypeError) as error:
+            trouble.tell(error)
+        return threshold, now + trigger.every_s
+
+    async def _fire(self, installed: Installed, cause: str, trigger: Trigger, event: dict[str, Any]) -> None:
+        flow = installed.flow
+        try:
+            marks = read(installed.text)[1]
+            if found := check(flow, marks, await self._tools.specs(), self._allowed):
+                _log.error("%s is not started: line %d: %s", flow.workflow, found[0].line, found[0].message)
+                return
+            subject = runs_as(flow, installed.since)
+            await self._start(flow.workflow, subject, f"{flow.workflow}-{cause}", trigger.inputs, event)
+        except OutriderError as error:
+            _log.error("%s is not started: %s", flow.workflow, error)
+
+
+def _latest(cron: str, after: float, until: float) -> int:
+    """The last time of a cron line in (after, until], seconds since the Unix epoch; 0 when there is none."""
+    found = 0
+    for due in CronSim(cron, datetime.fromtimestamp(after, UTC)):
+        if due.timestamp() > until:
+            break
+        found = int(due.timestamp())
+    return found

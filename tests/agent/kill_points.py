@@ -1,0 +1,126 @@
+"""Does the same six-step work again and again, each time killed at its next point and then resumed.
+
+`python -m tests.agent.kill_points DIR workflow|task` prints one JSON object: for each point how the work ended, what
+effects there were, how many calls were made. A point lies before and after each write of the journal and each effect.
+The children are forked, so that Python starts once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from edge_agent.agent.loop import AgentLoop, Budget
+from edge_agent.agent.tool import tool
+from edge_agent.agent.transcript import Step, Task, Transcripts, migrations
+from edge_agent.agent.workflow_run import Runner
+from edge_agent.engines.base import Generate, Piece
+from edge_agent.store import Store
+from edge_agent.wire.grants import Subject
+from tests.fakes import LocalTools
+
+STEPS = 6
+ADA = Subject("ada", ["operator"], 1.0)
+FLOW = 'workflow: press\nversion: "1"\nsteps:\n' + "".join(
+    f"  - {{id: s{n}, tool: press, args: {{number: {n}}}, depends_on: [{f's{n - 1}' if n > 1 else ''}]}}\n"
+    for n in range(1, STEPS + 1)
+)
+
+
+class Points:
+    """Kills this process at the point it is told."""
+
+    def __init__(self, at: int) -> None:
+        self._left = at
+
+    def __call__(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Journal(Transcripts):
+    def __init__(self, store: Store, point: Points) -> None:
+        super().__init__(store)
+        self._point = point
+
+    async def append(self, task: Task, step: Step) -> None:
+        self._point()
+        await super().append(task, step)
+        self._point()
+
+
+class Says:
+    """One press after the other, by what stands in the transcript."""
+
+    async def generate(self, request: Generate, timeout_s: float) -> Piece:
+        n = request.prompt.count("press(number=") + 1
+        return Piece(f"press(number={n})" if n <= STEPS else "none()", done=True, finish="stop", output_tokens=5)
+
+
+async def work(kind: str, folder: Path, at: int) -> None:
+    point = Points(at)
+
+    @tool(risk="act", idempotent=False)
+    def press(number: int, key: str) -> str:
+        """Press a button, once for each key."""
+        with (folder / "calls").open("a") as calls:
+            calls.write(f"{number}\n")
+        point()
+        file = folder / "effects"
+        done = dict(line.split() for line in file.read_text().splitlines()) if file.exists() else {}
+        if key not in done:
+            with file.open("a") as effects:
+                effects.write(f"{key} {number}\n")
+        point()
+        return f"pressed {number}"
+
+    store = Store(folder / "state.db", migrations)
+    tools, journal = LocalTools(press), Journal(store, point)
+    if kind == "task":
+        loop = AgentLoop(Says(), tools, journal, lambda *_: True, budget=Budget(steps=20))
+        await loop.accept("t", "press all", ADA)
+        task = await loop.run("t")
+    else:
+        runner = Runner(tools, journal, lambda *_: True)
+        await runner.accept("t", FLOW, {}, ADA)
+        task = await runner.run("t")
+    (folder / "end").write_text(f"{task.state} {task.error}".strip())
+    store.close()
+
+
+def forked(kind: str, folder: Path, at: int) -> int:
+    """How the child ended: 0, or minus the signal."""
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:
+            asyncio.run(work(kind, folder, at))
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def main(root: Path, kind: str) -> None:
+    found: list[dict[str, Any]] = []
+    for at in itertools.count(1):
+        folder = root / str(at)
+        folder.mkdir()
+        if not (ended := forked(kind, folder, at)):
+            break
+        again = forked(kind, folder, 0)
+        effects = [line.split()[1] for line in (folder / "effects").read_text().splitlines()]
+        calls = (folder / "calls").read_text().split()
+        end = (folder / "end").read_text()
+        found.append({"at": at, "killed": ended, "again": again, "end": end, "effects": effects, "calls": len(calls)})
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

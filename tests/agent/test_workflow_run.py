@@ -1,0 +1,204 @@
+"""A run does what its definition says, once, by the rights of whom it runs as; triggers start it when they should."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.agent.calls import Call
+from edge_agent.agent.tool import ToolError, tool
+from edge_agent.agent.transcript import Step, Task, Transcripts, migrations
+from edge_agent.agent.workflow import Trigger
+from edge_agent.agent.workflow_run import Runner
+from edge_agent.agent.workflow_triggers import Library, Threshold, Triggers
+from edge_agent.errors import Refused, Retry
+from edge_agent.store import Store
+from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, allowed
+from tests.agent import plant
+from tests.agent.test_work import rig
+from tests.agent.test_workflow import read_gauge
+from tests.fakes import LocalTools
+
+ADA = Subject("ada", ["operator"], 1.0)
+GRANTS = Grants(1, 0.0, 1e12, SHIPPED_ROLES, [])
+HEAD = 'workflow: w\nversion: "1"\nrun_as: [operator]\n'
+
+
+@tool(risk="act", idempotent=False)
+def press(number: int, key: str) -> str:
+    """Press a button."""
+    return f"pressed {number} {key}"
+
+
+def permit(subject: Subject, action: str, name: str) -> bool:
+    return allowed(GRANTS, subject, action, name, now=2.0)
+
+
+class Bench:
+    def __init__(self, store: Store) -> None:
+        self.transcripts, self.tools = Transcripts(store), LocalTools(read_gauge, press, *plant.ALL)
+        self.slept: list[float] = []
+        self.runner = Runner(self.tools, self.transcripts, permit, clock=lambda: 5.0, sleep=self.sleep)
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+    async def do(self, steps: str, subject: Subject = ADA, **inputs: Any) -> Task:
+        await self.runner.accept("r1", f"{HEAD}{steps}", inputs, subject, {"id": "e"})
+        return await self.runner.run("r1")
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    store = Store(tmp_path / "state.db", migrations)
+    yield Bench(store)
+    store.close()
+
+
+GAUGE = "steps:\n  - {id: look, tool: read_gauge, args: {line: 1}}\n"
+
+
+async def test_results_flow_into_arguments_and_conditions_choose(bench: Bench) -> None:
+    task = await bench.do(
+        GAUGE + "  - {id: off, tool: jam, depends_on: [look], when: steps.look.result.value > 9}\n"
+        "  - {id: on, tool: press, depends_on: [off], args: {number: '${steps.look.result.count + 1}'}}\n"
+        "result: steps.on.result\n"
+    )
+    assert (task.state, task.result) == ("succeeded", "pressed 2 r1:on")
+    assert [name for name, _ in bench.tools.calls] == ["read_gauge", "press"]
+    assert task.answer == "look succeeded, off skipped, on succeeded"
+
+
+async def test_for_each_item_is_its_own_call_with_its_own_key(bench: Bench) -> None:
+    task = await bench.do("steps:\n  - {id: p, tool: press, for_each: '[7, 8]', args: {number: '${item}'}}\n")
+    assert task.result == {"p": ["pressed 7 r1:p[0]", "pressed 8 r1:p[1]"]}
+
+
+async def test_a_failed_call_is_made_again_as_often_as_the_step_says(bench: Bench) -> None:
+    task = await bench.do("steps:\n  - {id: j, tool: jam, retry: {times: 2, delay_s: 3}}\n")
+    assert (task.state, len(bench.tools.calls), bench.slept) == ("failed", 3, [3.0, 3.0])
+    assert "step j: the feeder is jammed" in task.error
+
+
+@pytest.mark.parametrize(
+    ("on_error", "state", "called"),
+    [("fail", "failed", []), ("continue", "succeeded", ["press"]), ("help", "succeeded", ["stamp", "press"])],
+)
+async def test_an_error_ends_the_run_or_is_handled(bench: Bench, on_error: str, state: str, called: list[str]) -> None:
+    steps = f"steps:\n  - {{id: j, tool: jam, on_error: {on_error}}}\n"
+    steps += "  - {id: after, tool: press, depends_on: [j], args: {number: 1}}\n"
+    helper = "  - {id: help, tool: stamp, args: {text: '${steps.j.error}'}}\n"
+    task = await bench.do(steps + helper * (on_error == "help"))
+    assert (task.state, [name for name, _ in bench.tools.calls][1:]) == (state, called)
+
+
+async def test_an_effect_that_is_unknown_ends_the_run_unless_the_tool_takes_its_key(bench: Bench) -> None:
+    bench.tools._fail = {"stamp": Retry("the tools process died"), "press": Retry("the tools process died")}
+    task = await bench.do("steps:\n  - {id: s, tool: stamp, args: {text: x}, retry: {times: 3}}\n")
+    assert (task.state, len(bench.tools.calls)) == ("failed", 1)
+    assert "effect unknown of s" in task.error
+    await bench.runner.accept(
+        "r2", f"{HEAD}steps:\n  - {{id: p, tool: press, args: {{number: 1}}, retry: {{times: 2}}}}\n", {}, ADA
+    )
+    await bench.runner.run("r2")
+    assert [args["key"] for name, args in bench.tools.calls if name == "press"] == ["r2:p"] * 3
+
+
+async def test_an_intent_with_no_result_is_settled_after_a_crash(bench: Bench) -> None:
+    task = await bench.runner.accept("r1", f"{HEAD}steps:\n  - {{id: s, tool: stamp, args: {{text: x}}}}\n", {}, ADA)
+    await bench.transcripts.append(task, Step("intent", call=Call("stamp", {"text": "x"}), at="s"))
+    ended = await bench.runner.run("r1")
+    assert (ended.state, bench.tools.calls) == ("failed", [])
+    assert "effect unknown" in ended.error
+
+
+async def test_a_result_that_is_not_as_declared_fails_the_step(bench: Bench) -> None:
+    async def lies(name: str, args: dict[str, Any], timeout_s: float) -> Any:
+        return {"value": "much", "count": 1, "name": "g", "alarms": []}
+
+    bench.tools.call = lies  # type: ignore[method-assign]
+    task = await bench.do(GAUGE)
+    assert "the value of read_gauge is 'much', which is no float" in task.error
+
+
+async def test_a_run_has_the_rights_of_its_subject_at_every_call(bench: Bench) -> None:
+    with pytest.raises(Refused, match="otto may not use press"):
+        await bench.do("steps:\n  - {id: p, tool: press, args: {number: 1}}\n", Subject("otto", ["auditor"], 1.0))
+    await bench.runner.accept("r1", f"{HEAD}{GAUGE}", {}, ADA)
+    bench.runner._allowed = lambda *_: False
+    assert "may not use read_gauge" in (await bench.runner.run("r1")).error
+
+
+async def test_inputs_are_checked_and_defaults_fill_in(bench: Bench) -> None:
+    inputs = "inputs:\n  - {name: line, kind: int, low: 1, high: 3, default: 2}\n"
+    steps = "steps:\n  - {id: look, tool: read_gauge, args: {line: '${inputs.line}'}}\n"
+    with pytest.raises(Refused, match="out of range"):
+        await bench.do(inputs + steps, line=9)
+    await bench.do(inputs + steps)
+    assert bench.tools.calls == [("read_gauge", {"line": 2})]
+
+
+def test_a_stream_fires_once_after_its_debounce_until_it_was_quiet() -> None:
+    threshold = Threshold(Trigger(above=7.0, clear=5.0, for_s=2.0))
+    readings = [(0, 8), (1, 6), (2, 8), (3, 8), (4, 8), (5, 6), (6, 9), (7, 4), (8, 9), (10, 9), (11, 9)]
+    assert [at for at, value in readings if threshold.feed(value, at)] == [4, 10]
+    below = Threshold(Trigger(below=3.0))
+    assert [below.feed(value, 0.0) for value in (4, 2, 1, 3.5, 2)] == [False, True, False, False, True]
+
+
+async def test_cron_and_stream_start_runs_and_a_set_back_clock_starts_none_twice(tmp_path: Path) -> None:
+    (tmp_path / "w.yaml").write_text(
+        f"{HEAD}triggers:\n  - cron: '* * * * *'\n"
+        "  - {stream: read_gauge(line=2), value: result.value, above: 1, every_s: 5}\n" + GAUGE
+    )
+    now, started = [600.0], list[str]()
+
+    async def start(name: str, subject: Subject, id: str, inputs: dict[str, Any], event: Any) -> None:
+        assert (subject.name, subject.roles) == ("workflow:w", ["operator"])
+        started.append(id)
+
+    triggers = Triggers(Library(tmp_path), LocalTools(read_gauge), permit, start, lambda: now[0])
+    for now[0] in (601.0, 630.0, 661.0, 655.0, 662.0):
+        await triggers.look()
+    assert [id for id in started if "cron" in id] == ["w-cron-0-660", "w-cron-0-660"]
+    assert len([id for id in started if "stream" in id]) == 1
+
+
+async def test_a_device_runs_a_workflow_by_job_and_by_the_end_of_another(tmp_path: Path) -> None:
+    folder = tmp_path / "workflows"
+    folder.mkdir()
+    steps = "steps:\n  - {id: d, tool: double, args: {number: 4}}\n"
+    (folder / "a.yaml").write_text(f'workflow: a\nversion: "1"\n{steps}')
+    text = f'workflow: b\nversion: "1"\nrun_as: [operator]\ntriggers: [{{event: "workflow.succeeded:a"}}]\n{steps}'
+    (folder / "b.yaml").write_text(text)
+    async with rig(tmp_path / "s.db") as made:
+        id = (await made.work.call("run_workflow", {"name": "a"}, ADA))["id"]
+        after = f"b-event-0-{id}"
+        for each in (after, id):
+            report = await made.end_of(each)
+            assert (report.state, report.result["result"]) == ("succeeded", {"d": 8})
+        again = await made.work.task(after)
+        assert again is not None
+        assert again.subject.name == "workflow:b"
+        with pytest.raises(Refused, match="there is no workflow 'c'"):
+            await made.work.call("run_workflow", {"name": "c"}, ADA)
+
+
+async def test_a_file_that_is_no_workflow_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "bad.yaml").write_text("steps: [")
+    (tmp_path / "good.yaml").write_text(f"{HEAD}{GAUGE}")
+    library = Library(tmp_path)
+    with caplog.at_level(logging.ERROR):
+        assert list(library.all()) == ["w"]
+        library.all()
+    assert caplog.text.count("bad.yaml is no workflow") == 1
+
+
+async def test_a_tool_error_in_a_for_each_says_which_item(bench: Bench) -> None:
+    bench.tools._fail = {"press": ToolError("stuck")}
+    task = await bench.do("steps:\n  - {id: p, tool: press, for_each: '[7, 8]', args: {number: '${item}'}}\n")
+    assert [step.at for step in task.steps if not step.ok] == ["p[0]"]
