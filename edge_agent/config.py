@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -52,6 +52,7 @@ class Settings(msgspec.Struct, frozen=True):
     model: str = ""
     adapter: str = ""
     endpoints: dict[str, Endpoint] = {}
+    accelerator: list[Literal["tensorrt", "cpu", "cuda", "tensorrt-ep", "tensorrt-rtx-ep"]] = []
     sample: list[str] = []
     telemetry_s: float = 10.0
     telemetry_ttl_s: float = 7 * 86400.0

@@ -29,6 +29,7 @@ from edge_agent.agent.transcript import Transcripts
 from edge_agent.api.app import LocalApi
 from edge_agent.audit import Audit
 from edge_agent.config import Settings
+from edge_agent.engines.base import ACCELERATOR, ENGINES
 from edge_agent.errors import Fatal, OutriderError, Retry
 from edge_agent.hosting import ENDPOINT, ROLES, Hosting, endpoint
 from edge_agent.notify import notify, watchdog
@@ -70,11 +71,12 @@ class Daemon:
         self._settings, self._identity, self._key = settings, identity, SigningKey.load(state / enrol.KEY)
         self._store, self._outbox, self._twin, self._cache = store, outbox, twin, cache
         self._began, self._up, self._cold = time.time(), False, asyncio.Event()
-        self._workers = {role: WorkerProcess.engine(role) for role in ROLES.values()}
+        env = {ACCELERATOR: ",".join(settings.accelerator), ENGINES: str(state / "engines")}
+        self._workers = {role: WorkerProcess.engine(role, env=env) for role in ROLES.values()}
         if settings.endpoints:
             keys = {e.key_env: os.environ[e.key_env] for e in settings.endpoints.values() if e.key_env in os.environ}
             self._workers[ENDPOINT] = WorkerProcess.engine(ENDPOINT, env=keys)
-        self._hosting = Hosting(self._workers, settings.model, settings.adapter)
+        self._hosting = Hosting(self._workers, settings.model, settings.adapter, env)
         self._workers["tools"] = WorkerProcess("tools", self._runner(), answer=self._hosting.infer, grace_s=0)
         self._tools = RunnerTools(self._workers["tools"])
         inbox, transcripts = Inbox(store, outbox), Transcripts(store)

@@ -45,8 +45,14 @@ class Hosting:
     `preferred` names the agent's language model, `adapter` what its tasks use: empty for the first that is for tools.
     """
 
-    def __init__(self, workers: dict[str, WorkerProcess], preferred: str = "", adapter: str = "") -> None:
-        self.workers, self._preferred, self._chosen = workers, preferred, adapter
+    def __init__(
+        self,
+        workers: dict[str, WorkerProcess],
+        preferred: str = "",
+        adapter: str = "",
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.workers, self._preferred, self._chosen, self._env = workers, preferred, adapter, env or {}
         self.running: dict[str, Installed] = {}
 
     async def switch(self, name: str, installed: Installed) -> None:
@@ -74,7 +80,7 @@ class Hosting:
 
     async def probe(self, name: str, candidate: Installed) -> None:
         """Try a candidate with its golden probe in a worker of its own. Raises Refused, Retry."""
-        worker = WorkerProcess.engine(_role(candidate))
+        worker = WorkerProcess.engine(_role(candidate), env=self._env)
         running = asyncio.create_task(worker.run(), name=f"probe-{name}")
         try:
             model, adapter = name, ""
@@ -188,6 +194,8 @@ class Hosting:
             info = self.workers[_role(installed)].infos.get(base.name if base else name)
             engine = msgspec.to_builtins(info) if info else {}
             shown[name] |= {key: engine.get(key) for key in ("engine", "provider", "load_s")}
+            if (served := self.workers[_role(installed)].served.get(name)) and served.engine:
+                shown[name] |= {"engine": served.engine, "provider": served.provider}
             shown[name] |= {"kind": installed.manifest.kind} | ({"base": base.name} if base else {})
         return shown
 

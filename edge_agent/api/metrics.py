@@ -84,6 +84,7 @@ class Metrics:
             add("outrider_worker_restarts_total", max(0, worker.starts - 1), worker=name)
             add("outrider_worker_waiting", worker.waiting, worker=name)
             for model, served in sorted(worker.served.items()):
-                for what, value in msgspec.structs.asdict(served).items():
+                counts = {key: n for key, n in msgspec.structs.asdict(served).items() if not isinstance(n, str)}
+                for what, value in counts.items():
                     add("outrider_worker_served", value, model=model, what=what)
         return "\n".join(line for group in lines.values() for line in group) + "\n"

@@ -17,6 +17,9 @@ import msgspec
 from edge_agent.errors import Refused
 from edge_agent.wire.tensor import Tensor
 
+ACCELERATOR, ENGINES = "OUTRIDER_ACCELERATOR", "OUTRIDER_ENGINES"
+"""A network worker's environment: accelerators in the order they are tried in, the folder for compiled engines."""
+
 
 class EngineInfo(msgspec.Struct, frozen=True):
     """What is loaded, for logs, metrics and the dashboard."""

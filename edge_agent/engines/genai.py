@@ -32,7 +32,7 @@ from llguidance import LLMatcher, LLTokenizer
 from edge_agent.engines.adapters import read_adapter, write_parameters
 from edge_agent.engines.base import EngineInfo, Generate, Piece, check_request
 from edge_agent.engines.guess import Guesser
-from edge_agent.engines.onnxruntime import cpu_count
+from edge_agent.engines.providers import cpu_count
 from edge_agent.errors import Refused, Retry
 from edge_agent.wire.bundle import content_digest, scan
 

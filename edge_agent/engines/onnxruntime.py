@@ -1,14 +1,14 @@
 """ONNX Runtime behind the `Network` Protocol.
 
-Invariants: inputs are checked against the model's own declaration before a byte reaches the runtime. The first
-provider asked for must run nodes of a real inference at load, or the load is Refused; nodes may run on the CPU
-beside it only when the CPU provider is named too. Nothing is sent anywhere (the runtime's telemetry is off).
+Invariants: inputs are checked against the model's own declaration before a byte reaches the runtime. The first provider
+asked for must run nodes of a real inference at load, or the load is Refused with what would make it run; nodes may run
+on the CPU beside it only when the CPU provider is named too. Inputs and outputs of a GPU are bound. Nothing is sent
+anywhere (the runtime's telemetry is off).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 import time
@@ -24,17 +24,18 @@ import onnxruntime as ort
 
 from edge_agent.engines.base import EngineInfo
 from edge_agent.engines.binding import Binding
+from edge_agent.engines.providers import CPU, CUDA, RTX, TENSORRT, cpu_count, fix, give
 from edge_agent.errors import Refused
 from edge_agent.wire.bundle import FileEntry, content_digest, scan, sha256_file
 from edge_agent.wire.tensor import Tensor
 
-CPU = "CPUExecutionProvider"
 _DTYPES = {
     "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(bool)": "bool",
     "tensor(int8)": "int8", "tensor(int16)": "int16", "tensor(int32)": "int32", "tensor(int64)": "int64",
     "tensor(uint8)": "uint8", "tensor(uint16)": "uint16", "tensor(uint32)": "uint32", "tensor(uint64)": "uint64",
 }  # fmt: skip
 _PROBE_SIZES = (1, 32, 64, 512)
+_ON_GPU = (CUDA, TENSORRT, RTX)
 
 ort.disable_telemetry_events()
 
@@ -51,23 +52,25 @@ class OnnxNetwork:
         providers: Sequence[str] = (CPU,),
         threads: int = 0,
         probe: Mapping[str, Tensor] | None = None,
+        cache: Path | None = None,
     ) -> None:
-        """Load `path` (a file, or a folder with one .onnx) and run `probe`, or zeros, once.
+        """Load `path` (a file, or a folder with one .onnx) and run `probe`, or zeros, once; engines go into `cache`.
 
         Raises Refused: not a model, a provider that is missing or did not run, inputs no `Tensor` can carry.
         """
         started = time.perf_counter()
-        file = _model_file(path)
+        file = model_file(path)
         threads = threads or cpu_count()
         self.lanes = threads if list(providers) == [CPU] else 1
         with tempfile.TemporaryDirectory(prefix="outrider-onnx-") as scratch:
-            self._session = _session(file, list(providers), threads, Path(scratch))
+            self._session = _session(file, list(providers), threads, Path(scratch), cache)
+            self._bound = "cuda" if providers[0] in _ON_GPU else ""
             self.inputs = {i.name: _binding(i) for i in self._session.get_inputs()}
             self._outputs = [o.name for o in self._session.get_outputs()]
             self._prove(probe)
             nodes = _nodes_by_provider(Path(self._session.end_profiling()))
         if not nodes.get(providers[0]):
-            raise Refused(f"{file.name}: {providers[0]} ran no node of the probe", f"what ran: {dict(nodes)}")
+            raise Refused(f"{file.name}: {providers[0]} ran no node of the probe, {dict(nodes)} did", fix(providers))
         entries = scan(path) if path.is_dir() else [FileEntry(file.name, file.stat().st_size, sha256_file(file))]
         self.info = EngineInfo(
             engine=f"onnxruntime {ort.__version__}",
@@ -90,10 +93,20 @@ class OnnxNetwork:
 
     def _run(self, feeds: dict[str, np.ndarray]) -> list[Any]:
         try:
-            return list(self._session.run(None, feeds))
+            return self._run_bound(feeds) if self._bound else list(self._session.run(None, feeds))
         except Exception as error:  # the runtime's exceptions share no base but Exception
             shapes = {name: list(array.shape) for name, array in feeds.items()}
             raise Refused(f"the model cannot run {shapes}: {_reason(error)}", f"it takes {self._takes()}") from error
+
+    def _run_bound(self, feeds: dict[str, np.ndarray]) -> list[Any]:
+        """One copy to the device and one back, and no other in between."""
+        bound = self._session.io_binding()
+        for name, array in feeds.items():
+            bound.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, self._bound, 0))
+        for name in self._outputs:
+            bound.bind_output(name, self._bound)
+        self._session.run_with_iobinding(bound)
+        return list(bound.copy_outputs_to_cpu())
 
     def _prove(self, probe: Mapping[str, Tensor] | None) -> None:
         if probe is not None:
@@ -112,45 +125,34 @@ class OnnxNetwork:
         return ", ".join(map(str, self.inputs.values()))
 
 
-def cpu_count() -> int:
-    """CPUs this process may use: its affinity, and the cgroup's quota rounded up."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return count if quota == "max" else max(1, min(count, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return count
-
-
-def _model_file(path: Path) -> Path:
+def model_file(path: Path) -> Path:
+    """The one .onnx of a folder, or the file itself. Raises Refused."""
     files = sorted(path.rglob("*.onnx")) if path.is_dir() else [path]
     if len(files) != 1 or not files[0].is_file():
         raise Refused(f"{path} holds {len(files) if path.is_dir() else 'no'} .onnx files", "a bundle has exactly one")
     return files[0]
 
 
-def _session(file: Path, providers: list[str], threads: int, scratch: Path) -> ort.InferenceSession:
-    available = ort.get_available_providers()
-    missing = [p for p in providers if p not in available]
-    if missing or not providers:
-        raise Refused(f"this onnxruntime has no {', '.join(missing) or 'provider asked for'}", f"it has {available}")
+def _session(file: Path, providers: list[str], threads: int, scratch: Path, cache: Path | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    given = give(options, providers, cache)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.enable_profiling = True
     options.profile_file_prefix = str(scratch / "probe")
+    options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, INT8 products saturate otherwise
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the language model needs the cores too
     if CPU not in providers:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = ort.InferenceSession(str(file), options, providers=providers)
+        session = ort.InferenceSession(str(file), options, providers=given or None)
     except Exception as error:  # the runtime's exceptions share no base but Exception
         hint = "not an ONNX model, or cut short" if CPU in providers else f"name {CPU} too where nodes may run on it"
         raise Refused(f"{file.name} does not load: {_reason(error)}", hint) from error
     session.disable_fallback()
     if session.get_providers()[0] != providers[0]:
-        raise Refused(f"{providers[0]} could not be started", f"only {session.get_providers()} could")
+        raise Refused(f"{providers[0]} could not be started, {session.get_providers()} could", fix(providers))
     return session
 
 

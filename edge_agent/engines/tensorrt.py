@@ -21,7 +21,8 @@ from edge_agent.engines import tensorrt_build as building
 from edge_agent.engines.base import EngineInfo
 from edge_agent.engines.binding import Binding, Shape
 from edge_agent.engines.engine_cache import EngineCache, Key
-from edge_agent.engines.tensorrt_build import CURRENT, Profile, Progress
+from edge_agent.engines.qdq import for_tensorrt
+from edge_agent.engines.tensorrt_build import CURRENT, Profile, Progress, Report
 from edge_agent.errors import Fatal, Refused, Retry
 from edge_agent.wire.tensor import Tensor
 
@@ -87,12 +88,25 @@ class Gpu:
 
 
 def engine_for(
-    model: Path, digest: str, precision: str, profile: Profile, cache: EngineCache, progress: Progress
+    model: Path, digest: str, precision: str, profile: Profile, cache: EngineCache, progress: Progress, device: str = ""
 ) -> bytes:
-    """The engine of a bundle's ONNX file for this machine's GPU, built if the cache has none. Raises Refused, Retry."""
-    runtime = building.find_runtime(CURRENT)
-    key = Key(digest, precision, runtime.name, runtime.version, Gpu().name, profile)
-    return cache.get(key, lambda out: building.build(model, out, CURRENT, profile, progress))
+    """The engine of a bundle's ONNX file, built if the cache has none: for this machine's GPU, or for a `device` like
+    sm86. Raises Refused, Retry.
+    """
+    runtime = building.find_runtime(device or CURRENT)
+    key = Key(digest, precision, runtime.name, runtime.version, device or Gpu().name, profile)
+
+    def build(out: Path) -> Report:
+        form = out.with_suffix(".onnx.part")
+        try:
+            form.write_bytes(for_tensorrt(model.read_bytes()))
+            report = building.build(form, out, device or CURRENT, profile, progress)
+        finally:
+            form.unlink(missing_ok=True)
+        progress(f"built in {report.seconds:g} s, {report.peak_mb:g} MiB at most", 1, 1)
+        return report
+
+    return cache.get(key, build)
 
 
 class TensorrtNetwork:

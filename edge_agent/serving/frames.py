@@ -196,6 +196,8 @@ class Served(msgspec.Struct, frozen=True):
     rows: int = 0
     busy_s: float = 0.0
     ewma_ms: float = 0.0
+    engine: str = ""
+    provider: str = ""
     lanes: int = 1
     batch: int = 1
 

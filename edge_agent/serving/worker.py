@@ -59,6 +59,12 @@ class _Hosted:
     served: Served = field(default_factory=Served)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def now(self) -> Served:
+        """What was served, and the engine that serves: it may change by itself (see engines/choose.py)."""
+        info = self.model.info
+        return msgspec.structs.replace(self.served, engine=info.engine, provider=info.provider)
+
     def count(self, **more: float) -> None:
         """Add to what was served; from any thread."""
         with self._lock:
@@ -103,7 +109,7 @@ class Worker:
             match message:
                 case Ping(n):
                     models = list(self._models.items())
-                    self._channel.send(Pong(n, len(self._schedule.waiting), {name: m.served for name, m in models}))
+                    self._channel.send(Pong(n, len(self._schedule.waiting), {name: m.now for name, m in models}))
                 case Cancel(id):
                     self._cancel(id)
                 case Load(beside=True):
@@ -327,9 +333,9 @@ def _endpoint(path: Path) -> LanguageModel:
 
 
 def _network(path: Path) -> Network:
-    from edge_agent.engines.onnxruntime import OnnxNetwork
+    from edge_agent.engines.choose import network
 
-    return OnnxNetwork(path)
+    return network(path)
 
 
 def main(role: str, loader: Loader | None = None) -> None:

@@ -27,7 +27,13 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     ("text", "says"),
     [
         ('stat = "/var/a"', "did you mean 'state'"),
-        ("colour = 1", "known: adapter, api, broker"),
+        ("colour = 1", "known: accelerator, adapter, api, broker"),
+        ('state = "/var/a"\naccelerator = ["gpu"]', "accelerator"),
+        ('state = "/var/a"\n[endpoints.plant]\nurl = "localhost:1"\nmodel = "m"', "is not like http://"),
+        (
+            'state = "/var/a"\n[endpoints.plant]\nurl = "http://h/v1"\nmodel = "m"\nkey = "secret"',
+            "unknown field `key`",
+        ),
         ('state = "/var/a"\noutbox_mb = "much"', "outbox_mb"),
         ('state = "/var/a"\noutbox_mb = 0', "more than 0"),
         ('state = "/var/a"\napi = "8471"', "not HOST:PORT"),

@@ -13,7 +13,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_agent.engines.onnxruntime import CPU, OnnxNetwork
+from edge_agent.engines.onnxruntime import OnnxNetwork
+from edge_agent.engines.providers import CPU
 from edge_agent.errors import Refused
 from edge_agent.wire.bundle import content_digest, scan
 from edge_agent.wire.tensor import Tensor
@@ -134,7 +135,7 @@ def test_threads_follow_the_affinity_of_the_process() -> None:
     cpu = min(os.sched_getaffinity(0))
     program = (
         f"import os; os.sched_setaffinity(0, {{{cpu}}})\n"
-        "from edge_agent.engines.onnxruntime import cpu_count; print(cpu_count())"
+        "from edge_agent.engines.providers import cpu_count; print(cpu_count())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "1"
