@@ -1,10 +1,13 @@
 """Networks through the worker and the device API, against raw ONNX Runtime and LitServe: equal payloads and threads.
 
 Invariants: every figure is of rounds that take turns (raw, in process, ours over HTTP, LitServe's), the ratio is the
-median of theirs; one client in a process of its own asks both servers in the same way, whose answers are
-the raw session's. Rows, for the label reader (`rec`) and the label finder (`det`): `X.1.overhead`, milliseconds that
-the worker adds to a caller alone (peer: the raw run); `X.16.inprocess.raw`, `X.1.http.raw`, `X.16.http.raw`, requests/s
-against raw runs one after the other; `X.16.http.litserve`, requests/s against LitServe.
+median of theirs (raw: the faster of threads that spin and that do not); one client in a process of its own asks both
+servers in the same way and order, and both answer what the model does. LitServe runs with the fastest of `SETTINGS`,
+found in the same minute. Cases: the label reader with lines of one width (`rec`) and with those of a logistics label
+(`lines`), and the label finder (`det`). Rows:
+`X.1.overhead`, milliseconds that the worker adds to a caller alone (peer: the raw run); `X.16.inprocess.raw`,
+`X.1.http.raw`, `X.16.http.raw`, requests/s against raw runs one after the other; `X.16.http.litserve`, requests/s
+against LitServe that batches, `X.16.http.litserve.single` against LitServe that does not.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,11 +33,11 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnxruntime
 
 from edge_agent.engines.onnxruntime import OnnxNetwork
 from edge_agent.errors import Fatal, Refused
 from edge_agent.hosting import Hosting
-from edge_agent.serving.schedule import NORMAL
 from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.update.slots import Installed
 from edge_agent.wire.grants import SHIPPED_ROLES, Grants, public_jwk
@@ -40,143 +45,178 @@ from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.tensor import Tensor
 from edge_agent.wire.tokens import issue_access_token
 
-SHAPES = {"rec": (1, 3, 48, 320), "det": (1, 3, 480, 640)}
 ROUNDS, ROUND_S, CALLERS = 5, 3.0, 16
+SETTINGS = [(workers, batch) for workers in (1, 2) for batch in (1, 2, 4, 8)]
+"""Of LitServe: processes that share the threads, and rows of a batch."""
+LABEL = (
+    "ACME AQUACULTURE SUPPLIES B.V.", "17 HARBOUR ROAD, 1975 IJMUIDEN", "SSCC", "3 9012345 000000001 8", "CONTENT",
+    "09012345 678908", "COUNT", "48", "BATCH/LOT", "K4821-B", "USE BY", "2027-11-30", "GROSS WEIGHT (KG)", "612.5",
+    "(02)09012345678908(15)271130(37)48", "(00)390123450000000018(10)K4821-B",
+)  # fmt: skip
+"""Headings, values and codes, laid out as in GS1's guideline for logistics labels."""
 
 
 class _Case(NamedTuple):
-    """A network and one request to it."""
+    """A network and the requests to it, which come round and round."""
 
     name: str
     folder: Path
-    x: np.ndarray
-    version: str
+    xs: list[np.ndarray]
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
-        return {"x": Tensor("float32", list(self.x.shape), self.x.tobytes())}
+    def inputs(self) -> list[dict[str, Tensor]]:
+        return [{"x": Tensor("float32", list(x.shape), x.tobytes())} for x in self.xs]
 
 
 def run() -> Iterator[dict[str, Any]]:
-    """The rows; about three minutes. Raises Refused when LitServe is not installed."""
+    """The rows; about ten minutes. Raises Refused when LitServe is not installed."""
     if find_spec("litserve") is None:
         raise Refused("litserve is not installed", "pip install 'outrider[bench]'")
     from models.fetch import default_cache
-    from models.package import open_bundle, package
+    from models.package import package
 
-    for short, shape in SHAPES.items():
+    dice = np.random.default_rng(1)
+    noise = [dice.uniform(-1, 1, shape).astype(np.float32) for shape in ((1, 3, 48, 320), (1, 3, 480, 640))]
+    for name, short, xs in (("rec", "rec", noise[:1]), ("lines", "rec", _lines(dice)), ("det", "det", noise[1:])):
         bundle, _ = package(f"ppocr-{short}", default_cache())
-        x = np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
-        case = _Case(short, bundle / "files", x, open_bundle(bundle).version)
-        yield from asyncio.run(_race(case, bundle))
+        yield from asyncio.run(_race(_Case(name, bundle / "files", xs), bundle))
+
+
+def _lines(dice: np.random.Generator) -> list[np.ndarray]:
+    """Four labels line by line, each line a picture 48 pixels high and as wide as its text."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, lines = ImageFont.load_default(size=38), list[np.ndarray]()
+    for text in LABEL * 4:
+        image = Image.new("L", (int(font.getbbox(text)[2]) + int(dice.integers(8, 28)), 48), 235)
+        ImageDraw.Draw(image).text((4, 2), text, fill=20, font=font)
+        pixels = np.asarray(image, float) + dice.normal(0, 8, (48, image.width))
+        lines.append(np.repeat(pixels.clip(0, 255)[None, None] / 127.5 - 1, 3, 1).astype(np.float32))
+    return lines
 
 
 async def _race(case: _Case, bundle: Path) -> list[dict[str, Any]]:
     raw = OnnxNetwork(case.folder)
-    right = b"".join(t.data for t in raw.infer(case.inputs).values())
+    right = [b"".join(t.data for t in raw.infer(inputs).values()) for inputs in case.inputs]
+    threads, path = int(raw.info.extra["threads"]), f"/v2/models/ppocr-{case.folder.parent.name.split('-')[1]}/infer"
+    raw.close()
     worker = WorkerProcess.engine("network")
     running = asyncio.create_task(worker.run())
-    threads = str(raw.info.extra["threads"])
     try:
         await worker.load("m", case.folder)
-        with _ours(bundle) as (port, token), _litserve(case, threads) as peer:
-            ours = _Target(port, f"/v2/models/ppocr-{case.name}/infer", *_oip(case, token))
-            theirs = _Target(peer, "/predict", case.x.tobytes(), {"Content-Type": "application/octet-stream"})
-            for target in (ours, theirs):
-                await asyncio.to_thread(_await, target, right)
-            return await _rounds(case, raw, worker, ours, theirs)
+        with _ours(bundle) as (port, token):
+            ours = _Target(port, path, [_oip(x, token) for x in case.xs])
+            await asyncio.to_thread(_await, ours, right)
+            await _inside(worker, case)
+            rates = {each: await asyncio.to_thread(_try, case, each, threads, right) for each in SETTINGS}
+            best = [max((s for s in SETTINGS if (s[1] > 1) is many), key=lambda s: rates[s]) for many in (True, False)]
+            with _litserve(case, best[0], threads) as theirs, _litserve(case, best[1], threads) as single:
+                for target in (theirs, single):
+                    await asyncio.to_thread(_await, target, right)
+                return await _rounds(case, worker, (ours, theirs, single), threads, best)
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
 
-async def _rounds(case: _Case, raw: OnnxNetwork, worker: WorkerProcess, ours: _Target, theirs: _Target) -> list[Any]:
-    seen: dict[str, list[float]] = {key: [] for key in ("raw", "inside", "one", "sixteen", "peer", "added", "alone")}
+def _try(case: _Case, setting: tuple[int, int], threads: int, right: list[bytes]) -> float:
+    if setting[0] > threads:
+        return 0.0
+    with _litserve(case, setting, threads) as target:
+        _await(target, right)
+        return max(_clients(target, CALLERS) for _ in range(2))
+
+
+async def _rounds(
+    case: _Case, worker: WorkerProcess, targets: Sequence[_Target], threads: int, best: list[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    seen: dict[str, list[float]] = defaultdict(list)
+    raw, spins = _session(case, threads, "0"), _session(case, threads, "1")
     for _ in range(ROUNDS):
         added, alone = await _overhead(case, raw, worker)
         seen["added"].append(added)
         seen["alone"].append(alone)
-        seen["raw"].append(await asyncio.to_thread(_raw, raw, case))
+        seen["raw"].append(max([await asyncio.to_thread(_raw, each) for each in (raw, spins)]))
         seen["inside"].append(await _inside(worker, case))
-        for key, target, callers in (("one", ours, 1), ("sixteen", ours, CALLERS), ("peer", theirs, CALLERS)):
+        for key, target, callers in zip(
+            ("one", "sixteen", "peer", "single"), (targets[0], *targets), (1, CALLERS, CALLERS, CALLERS), strict=True
+        ):
             seen[key].append(await asyncio.to_thread(_clients, target, callers))
-    name, none = case.name, {"n": ROUNDS}
-    against = [
-        (f"{name}.{CALLERS}.inprocess.raw", "inside", "raw"),
-        (f"{name}.1.http.raw", "one", "raw"),
-        (f"{name}.{CALLERS}.http.raw", "sixteen", "raw"),
-        (f"{name}.{CALLERS}.http.litserve", "sixteen", "peer"),
-    ]
+    added, alone, shared = median(seen["added"]), median(seen["alone"]), {"n": ROUNDS, "load": os.getloadavg()[0]}
     rows: list[dict[str, Any]] = [
         {
-            "name": f"{name}.1.overhead", "value": round(median(seen["added"]), 3), "unit": "ms",
-            "peer": "onnxruntime", "peer_value": round(median(seen["alone"]), 3), "ratio": None, **none,
+            "name": f"{case.name}.1.overhead", "value": round(added, 3), "unit": "ms", "peer": "onnxruntime",
+            "peer_value": round(alone, 3), "ratio": None, **shared,
         }
     ]  # fmt: skip
-    for row, mine, other in against:
+    for row, mine, other, peer in (
+        (f"{CALLERS}.inprocess.raw", "inside", "raw", "onnxruntime"),
+        ("1.http.raw", "one", "raw", "onnxruntime"),
+        (f"{CALLERS}.http.raw", "sixteen", "raw", "onnxruntime"),
+        (f"{CALLERS}.http.litserve", "sixteen", "peer", "litserve, {} x up to {} rows".format(*best[0])),
+        (f"{CALLERS}.http.litserve.single", "sixteen", "single", "litserve, {} x {} row".format(*best[1])),
+    ):
         ratio = median(a / b for a, b in zip(seen[mine], seen[other], strict=True))
-        peer = "onnxruntime" if other == "raw" else "litserve"
         values = {"value": round(median(seen[mine]), 1), "peer_value": round(median(seen[other]), 1)}
-        rows.append({"name": row, "unit": "requests/s", "peer": peer, **values, "ratio": round(ratio, 3), **none})
+        name = f"{case.name}.{row}"
+        rows.append({"name": name, "unit": "requests/s", "peer": peer, **values, "ratio": round(ratio, 3), **shared})
     return rows
 
 
-async def _overhead(case: _Case, raw: OnnxNetwork, worker: WorkerProcess) -> tuple[float, float]:
+def _session(case: _Case, threads: int, spins: str) -> Callable[[int], object]:
+    """Runs of a plain session by the number of the request; its threads may spin while they wait, or not."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", spins)
+    session = onnxruntime.InferenceSession(next(case.folder.glob("*.onnx")), options)
+    return lambda number: session.run(None, {"x": case.xs[number % len(case.xs)]})
+
+
+async def _overhead(case: _Case, raw: Callable[[int], object], worker: WorkerProcess) -> tuple[float, float]:
     """Median milliseconds that the worker adds to a run, and of the run; raw and served take turns."""
-    raw_ms, served_ms = list[float](), list[float]()
+    added, alone, inputs = list[float](), list[float](), case.inputs
     until = time.perf_counter() + ROUND_S
-    while time.perf_counter() < until or len(raw_ms) < 10:
+    for number in itertools.count():
+        if time.perf_counter() > until and number >= 10:
+            return median(added), median(alone)
         began = time.perf_counter()
-        raw.infer(case.inputs)
+        raw(number)
         between = time.perf_counter()
-        await worker.infer("m", case.inputs)
-        raw_ms.append((between - began) * 1000)
-        served_ms.append((time.perf_counter() - between) * 1000)
-    return median(served_ms) - median(raw_ms), median(raw_ms)
+        await worker.infer("m", inputs[number % len(inputs)])
+        alone.append((between - began) * 1000)
+        added.append((time.perf_counter() - between) * 1000 - alone[-1])
 
 
-def _raw(raw: OnnxNetwork, case: _Case) -> float:
-    return _rate(lambda: raw.infer(case.inputs))
-
-
-def _rate(ask: Callable[[], object]) -> float:
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < ROUND_S:
-        ask()
-        count += 1
-    return count / (time.perf_counter() - began)
+def _raw(raw: Callable[[int], object]) -> float:
+    began = time.perf_counter()
+    for number in itertools.count():
+        if (took := time.perf_counter() - began) > ROUND_S:
+            return number / took
+        raw(number)
 
 
 async def _inside(worker: WorkerProcess, case: _Case) -> float:
-    began, count = time.perf_counter(), 0
+    began, numbers, inputs = time.perf_counter(), itertools.count(), case.inputs
 
     async def call() -> None:
-        nonlocal count
         while time.perf_counter() - began < ROUND_S:
-            await worker.infer("m", case.inputs)
-            count += 1
+            await worker.infer("m", inputs[next(numbers) % len(inputs)])
 
     await asyncio.gather(*(call() for _ in range(CALLERS)))
-    return count / (time.perf_counter() - began)
+    return next(numbers) / (time.perf_counter() - began)
 
 
 class _Target(NamedTuple):
-    """Where the client asks, and what."""
+    """Where the client asks, and what: bodies and headers."""
 
     port: int
     path: str
-    body: bytes
-    headers: dict[str, str]
+    requests: list[tuple[bytes, dict[str, str]]]
 
 
-def _oip(case: _Case, token: str) -> tuple[bytes, dict[str, str]]:
-    data = case.x.tobytes()
-    tensor = {
-        "name": "x",
-        "shape": list(case.x.shape),
-        "datatype": "FP32",
-        "parameters": {"binary_data_size": len(data)},
-    }
+def _oip(x: np.ndarray, token: str) -> tuple[bytes, dict[str, str]]:
+    data, size = x.tobytes(), {"binary_data_size": x.nbytes}
+    tensor = {"name": "x", "shape": list(x.shape), "datatype": "FP32", "parameters": size}
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
     return head + data, {
         "Authorization": f"Bearer {token}",
@@ -185,8 +225,8 @@ def _oip(case: _Case, token: str) -> tuple[bytes, dict[str, str]]:
     }
 
 
-def _ask(connection: http.client.HTTPConnection, target: _Target) -> bytes:
-    connection.request("POST", target.path, target.body, target.headers)
+def _ask(connection: http.client.HTTPConnection, target: _Target, number: int) -> bytes:
+    connection.request("POST", target.path, *target.requests[number % len(target.requests)])
     answer = connection.getresponse()
     data = answer.read()
     if answer.status != 200:
@@ -194,14 +234,15 @@ def _ask(connection: http.client.HTTPConnection, target: _Target) -> bytes:
     return data[int(answer.headers.get("Inference-Header-Content-Length", 0)) :]
 
 
-def _await(target: _Target, right: bytes) -> None:
+def _await(target: _Target, right: list[bytes]) -> None:
     """Wait until the server answers; it must answer rightly."""
     for _ in range(300):
         with contextlib.suppress(OSError, http.client.HTTPException):
-            found = _ask(http.client.HTTPConnection("127.0.0.1", target.port, timeout=60), target)
-            pair = [np.frombuffer(data, np.uint8) for data in (found, right)]
-            if len(found) != len(right) or np.mean(pair[0] == pair[1]) < 0.9:  # last bits may differ
-                raise Fatal(f"{target.path} does not answer what the model does")
+            connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=60)
+            for number, known in enumerate(right):
+                found = _ask(connection, target, number)
+                if len(found) != len(known) or np.mean(np.frombuffer(found, "V4") == np.frombuffer(known, "V4")) < 0.4:
+                    raise Fatal(f"{target.path} does not answer what the model does")  # last bits of floats may differ
             return
         time.sleep(0.2)
     raise Fatal(f"the server of {target.path} does not answer")
@@ -223,33 +264,35 @@ def _clients(target: _Target, callers: int) -> float:
 
 
 def _client(target: _Target, callers: int, told: Any) -> None:
-    counts, began = [0] * callers, time.perf_counter()
+    numbers, began = itertools.count(), time.perf_counter()
 
-    def call(index: int) -> None:
+    def call() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=60)
         while time.perf_counter() - began < ROUND_S:
-            _ask(connection, target)
-            counts[index] += 1
+            _ask(connection, target, next(numbers))
 
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(callers)]
+    threads = [threading.Thread(target=call) for _ in range(callers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    told.send(sum(counts) / (time.perf_counter() - began))
+    told.send(next(numbers) / (time.perf_counter() - began))
 
 
 @contextlib.contextmanager
-def _litserve(case: _Case, threads: str) -> Iterator[int]:
+def _litserve(case: _Case, setting: tuple[int, int], threads: int) -> Iterator[_Target]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
-    shape = ",".join(map(str, case.x.shape[1:]))
-    file = next(case.folder.glob("*.onnx"))
-    argv = [sys.executable, "-m", "bench.litserve_peer", str(file), shape, threads, str(NORMAL.max_batch), str(port)]
+    workers, batch = setting
+    given = map(
+        str, (next(case.folder.glob("*.onnx")), *case.xs[0].shape[1:3], threads // workers, workers, batch, port)
+    )
+    argv = [sys.executable, "-m", "bench.litserve_peer", *given]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        yield port
+        requests = [(x.tobytes(), {"Content-Type": "application/octet-stream"}) for x in case.xs]
+        yield _Target(port, "/predict", requests)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
