@@ -22,6 +22,7 @@ from edge_agent.errors import Refused
 class Name(StrEnum):
     """The benchmarks there are, each a module of `bench` with `run`."""
 
+    FOOTPRINT = "footprint"
     LLM = "llm"
     OFFLINE = "offline"
     SERVING = "serving"
@@ -33,9 +34,11 @@ class Name(StrEnum):
 def bench(
     name: Annotated[Name, typer.Argument(help="Which benchmark.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a row.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="How long, for `footprint` (10).")] = None,
 ) -> None:
     """Run a benchmark against its peers.
 
+    `footprint`: memory and processor time of a daemon without a model.
     `llm`: prefill, decode, call. `offline`: a million records while cut off. `serving`: requests/s of networks, in
     process and over HTTP. `swap`: requests while versions change. `toolcall`: from an utterance to its call.
     `uplink`: records/s, lost, doubled, against plain MQTT and JetStream.
@@ -43,7 +46,7 @@ def bench(
     from bench.rows import show
 
     module: Any = importlib.import_module(f"bench.{name}")
-    show(module.run(), as_json)
+    show(module.run() if minutes is None else module.run(minutes=minutes), as_json)
 
 
 def demo(
