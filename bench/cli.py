@@ -76,3 +76,33 @@ def demo(
     if broken:
         console.print(f"[bold red]broken:[/bold red] {'; '.join(broken)}")
         raise typer.Exit(1)
+
+
+def soak(
+    minutes: Annotated[float, typer.Option(help="How long faults come.")] = 10.0,
+    devices: Annotated[int, typer.Option(min=2, help="How many devices, a process each.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the faults' choice.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, the account on stderr.")] = False,
+) -> None:
+    """Cut links, kill devices, broker and hub at random, and then compare what was promised with what is committed."""
+    import tempfile
+    import time
+
+    from rich.console import Console
+
+    from bench.soak import run as run_soak
+
+    console, began = Console(stderr=as_json), time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"{time.monotonic() - began:7.1f} s  {text}", highlight=False)
+
+    with tempfile.TemporaryDirectory(prefix="outrider-soak-") as folder:
+        report = run_soak(Path(folder), minutes, devices, seed, say)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        for name, value in report.items():
+            console.print(f"{name:12} {value}", highlight=False)
+    if not report["held"]:
+        raise typer.Exit(1)

@@ -33,6 +33,7 @@ _VERBS = {
     "bench": ("Benchmarks.", "dev"),
     "eval": ("How often the tool caller is right: BFCL and the plant set.", "dev"),
     "demo": ("A fleet on this machine, a cut cable and the proof that nothing was lost.", "dev"),
+    "soak": ("Random faults for minutes, then the books: what was promised is committed once.", "dev"),
 }
 
 

@@ -1,7 +1,7 @@
 """What the device measures, at an interval: its own health and what its reading tools say.
 
 Invariants: a sample that fails is one line in the log and never stops the next; only tools of risk `read` are sampled;
-samples have a low priority and a TTL, so that they are the first to go when the outbox is full.
+samples have a low priority and a TTL, so that they are the first to go when the outbox is full. A round is one commit.
 """
 
 from __future__ import annotations
@@ -53,16 +53,19 @@ class Telemetry:
         """Sample until cancelled; a round that takes longer than the interval delays the next, none pile up."""
         while True:
             began = time.monotonic()
+            bodies = [{"health": await asyncio.to_thread(self._health)}]
             try:
-                await self._enqueue({"health": await asyncio.to_thread(self._health)})
-                await self._sample()
+                try:
+                    await self._sample(bodies)
+                finally:
+                    await asyncio.gather(*(self._outbox.append("telemetry", b, PRIORITY, self._ttl_s) for b in bodies))
             except OutriderError as error:
                 self._trouble.tell(error)
             else:
                 self._trouble.over()
             await asyncio.sleep(max(0.05, self._interval_s - (time.monotonic() - began)))
 
-    async def _sample(self) -> None:
+    async def _sample(self, bodies: list[dict[str, Any]]) -> None:
         specs = await self._tools.specs()
         calls = self._wanted or [c for spec in specs if spec.name == _SAMPLED for c in every_call(spec)]
         reading = {spec.name: spec for spec in specs if spec.risk == "read"}
@@ -77,10 +80,7 @@ class Telemetry:
                 trouble.tell(error)
                 continue
             trouble.over()
-            await self._enqueue({"tool": call.name, "args": call.args, "result": value})
-
-    async def _enqueue(self, body: dict[str, Any]) -> None:
-        await self._outbox.append("telemetry", body, PRIORITY, self._ttl_s)
+            bodies.append({"tool": call.name, "args": call.args, "result": value})
 
     def _health(self) -> dict[str, Any]:
         before, self._cpu = self._cpu, _cpu_times()

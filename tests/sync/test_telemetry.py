@@ -1,0 +1,56 @@
+"""A round of samples: one commit, and what a device knows of itself is kept whatever its tools do."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.agent.tool import ToolError, ToolSpec
+from edge_agent.errors import Retry
+from edge_agent.store import Store
+from edge_agent.sync.outbox import Outbox
+from edge_agent.telemetry import Telemetry
+from tests.sync.brokers import until
+from tools.sim.pack import pack
+
+
+class Tools:
+    """The plant's declarations; `trouble` is what happens in place of an answer."""
+
+    def __init__(self, trouble: Exception | None = None, at: str = "call") -> None:
+        self.trouble, self.at = trouble, at
+
+    async def specs(self) -> Sequence[ToolSpec]:
+        if self.trouble and self.at == "specs":
+            raise self.trouble
+        return [tool.spec for tool in pack().tools]
+
+    async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
+        if self.trouble:
+            raise self.trouble
+        return {"of": name, **args}
+
+
+async def sampled(outbox: Outbox, tools: Tools, folder: Path) -> None:
+    calls = [f'read_sensor(sensor="speed", line={line})' for line in (1, 2, 3)]
+    task = asyncio.create_task(Telemetry(tools, outbox, folder, 60, 60, calls).run())
+    await until(lambda: outbox.last_seq)
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_a_round_of_samples_is_one_commit(outbox: Outbox, store: Store, tmp_path: Path) -> None:
+    before = await store.read(lambda db: db.total_changes)
+    await sampled(outbox, Tools(), tmp_path)
+    assert outbox.last_seq == 4
+    assert await store.read(lambda db: db.total_changes) - before == 4 + 1  # the counter once
+
+
+@pytest.mark.parametrize(("trouble", "at"), [(ToolError("no"), "call"), (Retry("not up"), "specs")])
+async def test_health_is_kept_when_the_tools_fail(outbox: Outbox, tmp_path: Path, trouble: Exception, at: str) -> None:
+    await sampled(outbox, Tools(trouble, at), tmp_path)
+    part = await outbox.batch(0)
+    assert part is not None
+    assert [b'"health"' in line for line in part.lines] == [True]
