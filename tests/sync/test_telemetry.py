@@ -19,13 +19,13 @@ from tools.sim.pack import pack
 class Tools:
     """The plant's declarations; `trouble` is what happens in place of an answer."""
 
-    def __init__(self, trouble: Exception | None = None, at: str = "call") -> None:
-        self.trouble, self.at = trouble, at
+    def __init__(self, folder: Path, trouble: Exception | None = None, at: str = "call") -> None:
+        self.known, self.trouble, self.at = [tool.spec for tool in pack(folder / "plant", {})], trouble, at
 
     async def specs(self) -> Sequence[ToolSpec]:
         if self.trouble and self.at == "specs":
             raise self.trouble
-        return [tool.spec for tool in pack().tools]
+        return self.known
 
     async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
         if self.trouble:
@@ -43,14 +43,14 @@ async def sampled(outbox: Outbox, tools: Tools, folder: Path) -> None:
 
 async def test_a_round_of_samples_is_one_commit(outbox: Outbox, store: Store, tmp_path: Path) -> None:
     before = await store.read(lambda db: db.total_changes)
-    await sampled(outbox, Tools(), tmp_path)
+    await sampled(outbox, Tools(tmp_path), tmp_path)
     assert outbox.last_seq == 4
     assert await store.read(lambda db: db.total_changes) - before == 4 + 1  # the counter once
 
 
 @pytest.mark.parametrize(("trouble", "at"), [(ToolError("no"), "call"), (Retry("not up"), "specs")])
 async def test_health_is_kept_when_the_tools_fail(outbox: Outbox, tmp_path: Path, trouble: Exception, at: str) -> None:
-    await sampled(outbox, Tools(trouble, at), tmp_path)
+    await sampled(outbox, Tools(tmp_path, trouble, at), tmp_path)
     part = await outbox.batch(0)
     assert part is not None
     assert [b'"health"' in line for line in part.lines] == [True]
