@@ -108,7 +108,7 @@ class Hub:
             "hub", "run", "--data", str(self.data), "--http", f"127.0.0.1:{self.port}",
             env={"OUTRIDER_ADMIN_PASSWORD": self.password},
         )  # fmt: skip
-        await until("the hub's start", 60, self._ready)
+        await until("the hub's start", 180, self._ready)
         answer = await self.post("/v1/login", {"user": "admin", "password": self.password})
         self.token = answer["access_token"]
         self.client.headers["Authorization"] = f"Bearer {self.token}"

@@ -47,6 +47,12 @@ def m001_sync(db: Database) -> None:
     db.execute("INSERT INTO outbox_state VALUES (1, ?, 0, 0)", [int(time.time() * 1000)])
 
 
+@migrations()
+def m002_found(db: Database) -> None:
+    """The last seq that was there when a life began that the hub has not answered yet."""
+    db.execute("ALTER TABLE outbox_state ADD COLUMN found INTEGER")
+
+
 class Connection(sqlite3.Connection):
     """What the work of a transaction gets: SQLite, and what to run when it has ended."""
 

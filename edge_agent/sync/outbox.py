@@ -3,7 +3,9 @@
 Invariants: a seq that `append` returned is on disk and names one content for ever; seqs count from 1 within an epoch,
 with no holes but for records let go by quota or TTL, and a `loss` record tells of those; a record leaves only when the
 hub's ack covers it, when its TTL has passed or when the quota makes it the victim (lowest priority first, then oldest).
-A batch that was handed out is let go only when nothing else is left to go.
+A batch that was handed out is let go only when nothing else is left to go. Before anything is sent, `settle` is told
+what the hub knows; more than was there when the first process since the last answer began (`found`), and another life
+of the device wrote it (this one was restored, or its disk lied): a new epoch begins, with what was made since.
 Memory is bounded by the callers that wait; disk by `Limits` and the few `loss` records.
 """
 
@@ -70,6 +72,7 @@ class Outbox:
     def __init__(self, store: Store, epoch: int, state: _State, limits: Limits, clock: Callable[[], float]) -> None:
         self._store, self._state, self._limits, self._clock = store, state, limits, clock
         self.epoch = epoch
+        self.found: float = state.last_seq
         self.changed = asyncio.Event()  # set after each commit of new records; its consumer clears it
         self._waiting: list[tuple[Draft, asyncio.Future[int]]] = []
         self._flusher: asyncio.Task[None] | None = None
@@ -81,13 +84,16 @@ class Outbox:
     async def open(cls, store: Store, limits: Limits | None = None, clock: Callable[[], float] = time.time) -> Outbox:
         """Read where the last process stopped."""
 
-        def load(db: Connection) -> tuple[int, _State]:
-            epoch, last, acked = db.execute("SELECT epoch, last_seq, acked FROM outbox_state").fetchone()
+        def load(db: Connection) -> tuple[int, int, _State]:
+            db.execute("UPDATE outbox_state SET found = coalesce(found, last_seq)")
+            epoch, last, acked, found = db.execute("SELECT epoch, last_seq, acked, found FROM outbox_state").fetchone()
             rows, size = db.execute("SELECT count(*), coalesce(sum(length(line)), 0) FROM outbox").fetchone()
-            return epoch, _State(last, acked, rows, size)
+            return epoch, found, _State(last, acked, rows, size)
 
-        epoch, state = await store.read(load)
-        return cls(store, epoch, state, limits or Limits(), clock)
+        epoch, found, state = await store.write(load)
+        outbox = cls(store, epoch, state, limits or Limits(), clock)
+        outbox.found = found
+        return outbox
 
     @property
     def last_seq(self) -> int:
@@ -156,6 +162,23 @@ class Outbox:
             raise Refused(f"the hub has seq {seq} of epoch {self.epoch}, this device made {self.last_seq}", hint)
         if seq > self._state.acked:
             await self._store.write(lambda db: self._ack(db, seq))
+
+    async def settle(self, epoch: int, seq: int) -> str:
+        """The hub has `seq` of `epoch`: what was done about it, if that is not of this life. Raises Refused or Retry.
+
+        To be told what the hub says until it returns, before anything is sent.
+        """
+        if epoch > self.epoch and self.acked:
+            hint = "the state directory was restored or copied from an older one: enrol the device anew"
+            raise Refused(f"the hub knows epoch {epoch}, this device writes {self.epoch}", hint)
+        if epoch < self.epoch or (epoch == self.epoch and seq <= self.found):
+            if self.found != math.inf:
+                await self._store.write(lambda db: db.execute("UPDATE outbox_state SET found = NULL"))
+                self.found = math.inf
+            return ""
+        base = int(self.found) if epoch == self.epoch else 0  # else flashed anew, and its clock stood behind
+        await self._store.write(lambda db: self._renew(db, epoch + 1, base))
+        return f"a new epoch after {base} records of the one before, as the hub has {seq} of epoch {epoch}"
 
     async def expire(self) -> None:
         """Let go of what outlived its TTL. Raises Retry."""
@@ -233,6 +256,21 @@ class Outbox:
         db.execute("UPDATE outbox_state SET acked = ?", [seq])
         state.acked = max(state.acked, seq)
         self._handed_out = max(self._handed_out, seq)
+
+    def _renew(self, db: Connection, epoch: int, base: int) -> None:
+        state, epoch = self._begin(db), max(epoch, int(self._clock() * 1000))
+        self._delete(db, "seq <= ?", [base])
+        text = "CAST(line AS TEXT)"
+        line = f"CAST('{{\"seq\":' || (seq - :base) || substr({text}, instr({text}, ',')) AS BLOB)"
+        db.execute(f"UPDATE outbox SET line = {line}, seq = seq - :base", {"base": base})
+        (state.bytes,) = db.execute("SELECT coalesce(sum(length(line)), 0) FROM outbox").fetchone()
+        state.last_seq, state.acked, state.losses = state.last_seq - base, 0, {}
+        db.execute("UPDATE outbox_state SET epoch = ?, last_seq = ?, acked = 0, found = NULL", [epoch, state.last_seq])
+
+        def done() -> None:
+            self.epoch, self.found, self._handed_out = epoch, math.inf, 0
+
+        db.on_commit(done)
 
     def _delete(self, db: Connection, where: str, values: Sequence[float]) -> None:
         sums = f"SELECT count(*), coalesce(sum(length(line)), 0) FROM outbox WHERE {where}"

@@ -3,6 +3,8 @@
 Invariants: nothing that comes down is parsed before the pinned hub key has verified it, and what fails is audited and
 dropped; it is PUBACKed only when it is on disk; a batch is sent again from the acked watermark after every connection,
 every stall and every gap, and a record leaves the outbox only by the hub's ack; at most `window` batches are unacked.
+A process sends nothing before the hub has told where it stands: a device that was restored or flashed anew would write
+other records under seqs the hub knows. It begins a new epoch instead, with what it made since.
 """
 
 from __future__ import annotations
@@ -94,6 +96,7 @@ class Session:
         )
         self.counters = Counters()
         self._halted: Refused | None = None
+        self._heard = False  # where the hub stands
         self._nonce = ""
         self._beat_now = asyncio.Event()
         self._cursor = self._furthest = outbox.acked  # sent since the last rewind, and ever
@@ -152,7 +155,7 @@ class Session:
             self._patience = min(self._patience * 2, PATIENCE_S[1])
             self._rewind()
         backlog = self._outbox.last_seq - self._cursor
-        if not mqtt.connected or self._halted or backlog <= 0 or len(self._inflight) >= self._window:
+        if not mqtt.connected or not self._heard or self._halted or backlog <= 0 or len(self._inflight) >= self._window:
             return False
         if self._inflight and backlog < LINGER_ROWS:
             await asyncio.sleep(LINGER_S)
@@ -252,10 +255,20 @@ class Session:
         if ack.nonce != self._nonce:
             self._nonce = ack.nonce
             self._beat_now.set()
-        if ack.epoch > self._outbox.epoch:
-            hint = "the state directory was restored or copied from an older one: enrol the device anew"
-            self._halt(Refused(f"the hub knows epoch {ack.epoch}, this device writes {self._outbox.epoch}", hint))
-        if ack.epoch != self._outbox.epoch:
+        box = self._outbox
+        try:
+            renewed = await box.settle(ack.epoch, ack.seq)
+        except Refused as error:
+            return self._halt(error)
+        if renewed:
+            log.error("the hub knows what was not made here: %s", renewed)
+            self._furthest = 0
+            self._rewind()
+            await box.append("audit", {"action": "epoch:renewed", "reason": renewed}, 1)
+        if not self._heard:
+            self._heard = True
+            box.changed.set()
+        if ack.epoch != box.epoch:
             return
         now = time.monotonic()
         if ack.seq > self._outbox.acked:

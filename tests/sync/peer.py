@@ -10,7 +10,7 @@ import msgspec
 from edge_agent.errors import Retry
 from edge_agent.sync.transport import MqttSession
 from edge_agent.wire.batch import decode_records, verify_batch
-from edge_agent.wire.messages import Ack, Presence, Record
+from edge_agent.wire.messages import Ack, Presence, PresenceState, Record
 from edge_agent.wire.signed import seal, unseal
 from edge_agent.wire.signing import SigningKey, VerifyKey
 from edge_agent.wire.topics import Topic, TopicKind
@@ -59,6 +59,9 @@ class Hub:
             if message.topic.endswith("presence"):
                 opened = unseal(self._device_key, message.topic, message.payload, message.properties, Presence)
                 self.presence.append(opened)
+                if opened.state is PresenceState.ONLINE and opened.nonce != self.nonce:
+                    with contextlib.suppress(Retry):
+                        await self.ack()
             elif self.forget:
                 self.forget -= 1
             elif not self.deaf:

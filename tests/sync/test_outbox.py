@@ -11,7 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 import msgspec
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from edge_agent.errors import Refused, Retry
@@ -54,6 +54,88 @@ async def test_an_ack_empties_the_outbox_up_to_its_seq_and_no_further(outbox: Ou
     await outbox.ack(3)  # late
     assert (outbox.acked, outbox.depth) == (4, 6)
     assert [r.seq for r in await everything(outbox)] == [5, 6, 7, 8, 9, 10]
+
+
+@given(
+    before=st.lists(st.integers(0, 60), min_size=1, max_size=30),
+    acked=st.integers(0, 30),
+    since=st.lists(st.integers(0, 60), max_size=30),
+    cut=st.integers(0, 30),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_new_epoch_keeps_what_was_made_since_and_counts_it_from_1(
+    before: list[int], acked: int, since: list[int], cut: int
+) -> None:
+    async def live(path: Path) -> None:
+        lives = [("y", before), ("z", since[:cut]), ("z", since[cut:])]
+        for letter, sizes in lives:  # only the first one hears of the hub
+            store = Store(path)
+            outbox = await Outbox.open(store)
+            assert letter == "z" or await outbox.settle(outbox.epoch, 0) == ""
+            await outbox.append_many([outbox.draft("telemetry", {"x": letter * n}, 3) for n in sizes])
+            if letter == "y":
+                await outbox.ack(min(acked, len(before)))
+            epoch = outbox.epoch
+            store.close()
+        store = Store(path)
+        outbox = await Outbox.open(store)
+        assert await outbox.settle(epoch, len(before) + 1)
+        assert outbox.epoch > epoch
+        records = await everything(outbox)
+        assert [(r.seq, len(r.body["x"])) for r in records] == list(enumerate(since, 1))
+        assert (outbox.last_seq, outbox.acked, outbox.depth) == (len(since), 0, len(since))
+        state = (outbox.epoch, outbox.last_seq, outbox.size)
+        store.close()
+        store = Store(path)
+        again = await Outbox.open(store)
+        assert (again.epoch, again.last_seq, again.size) == state
+        assert await again.append("telemetry", {}) == len(since) + 1
+        store.close()
+
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(live(Path(folder) / "s.db"))
+
+
+@given(
+    records=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 200), st.booleans()), max_size=80),
+    handed_out=st.integers(0, 40),
+    limits=st.builds(Limits, rows=st.integers(10, 30), bytes=st.integers(1500, 6000)),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_record_goes_while_a_lower_or_an_older_equal_one_stays(
+    records: list[tuple[int, int, bool]], handed_out: int, limits: Limits
+) -> None:
+    """But for what was handed out, which goes last of all."""
+
+    async def live(path: Path) -> None:
+        store = Store(path)
+        outbox = await Outbox.open(store, limits, clock=lambda: 1000.0)
+        priorities: dict[int, int] = {}
+        sent: set[int] = set()
+        for n, (priority, size, many) in enumerate(records):
+            if n == handed_out and (part := await outbox.batch(0)):
+                sent = set(range(1, part.last + 1))
+            drafts = [outbox.draft("telemetry", {"x": "y" * size}, priority)] * (3 if many else 1)
+            before = await _waiting(store)
+            made = dict.fromkeys(await outbox.append_many(drafts), priority)
+            priorities |= made
+            after = await _waiting(store)
+            gone = {seq for seq in before | made.keys() if seq not in after}
+            stayed = {seq for seq in after if seq in priorities} - sent
+            for seq in gone - sent:
+                rank = (priorities[seq], -seq)
+                assert all((priorities[other], -other) < rank for other in stayed), (seq, rank, stayed)
+            assert not gone & sent or not stayed
+        store.close()
+
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(live(Path(folder) / "s.db"))
+
+
+async def _waiting(store: Store) -> set[int]:
+    return set(
+        await store.read(lambda db: [seq for (seq,) in db.execute("SELECT seq FROM outbox WHERE priority >= 0")])
+    )
 
 
 async def test_an_ack_of_what_was_never_sent_is_refused(outbox: Outbox) -> None:

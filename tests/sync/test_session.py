@@ -215,8 +215,61 @@ async def test_a_message_the_hub_did_not_sign_is_audited_and_changes_nothing(hub
     assert device.session.error is None
 
 
-async def test_a_restored_state_directory_stops_sending_and_says_why(hub: Hub, device: Device) -> None:
-    await until(lambda: device.session.connected)
+async def test_a_device_put_back_to_an_older_state_loses_nothing_of_either_life(
+    hub: Hub, broker: Broker, key: SigningKey, tmp_path: Path
+) -> None:
+    path, copy = tmp_path / "d" / "s.db", tmp_path / "copy" / "s.db"
+    copy.parent.mkdir()
+    async with device_of(hub, broker, key, path) as device:
+        await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n}) for n in range(10)])
+        await until(lambda: device.outbox.depth == 0)
+        hub.deaf = True
+        await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n}) for n in range(10, 20)])
+        await device.store.read(lambda db: db.execute("VACUUM INTO ?", [str(copy)]))  # the backup: 10 are not acked
+        hub.deaf = False
+        await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n}) for n in range(20, 30)])
+        device.session._patience = 0.1
+        await until(lambda: device.outbox.depth == 0)
+    store = Store(copy)
+    outbox = await Outbox.open(store)
+    await outbox.append_many([outbox.draft("telemetry", {"n": n}) for n in range(100, 130)])  # seqs the hub knows
+    store.close()
+    async with device_of(hub, broker, key, copy) as device:
+        await until(lambda: device.outbox.depth == 0)
+    told = [r for r in hub.records if r.kind == "telemetry"]
+    assert [r.body["n"] for r in told] == [*range(30), *range(100, 130)]
+
+
+async def test_a_device_flashed_anew_with_its_clock_behind_moves_past_the_known_epoch(
+    hub: Hub, broker: Broker, key: SigningKey, tmp_path: Path
+) -> None:
+    hub.epoch, hub.watermark = 10**15, 7
+    async with device_of(hub, broker, key, tmp_path / "d" / "s.db") as device:
+        await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n}) for n in range(5)])
+        await until(lambda: device.outbox.depth == 0)
+        assert device.outbox.epoch == hub.epoch == 10**15 + 1
+    assert [r.body["n"] for r in hub.records if r.kind == "telemetry"] == list(range(5))
+
+
+async def test_nothing_is_sent_before_the_hub_has_told_where_it_stands(
+    hub: Hub, broker: Broker, key: SigningKey, tmp_path: Path
+) -> None:
+    hub.nonce = ""  # a hub that does not answer a presence
+    async with device_of(hub, broker, key, tmp_path / "d" / "s.db") as device:
+        await device.outbox.append("telemetry", {})
+        await until(lambda: hub.presence)
+        await asyncio.sleep(0.3)
+        assert (device.session.counters.batches, device.outbox.depth) == (0, 1)
+        hub.epoch = device.outbox.epoch
+        await hub.ack()
+        await until(lambda: device.outbox.depth == 0)
+
+
+async def test_a_device_whose_epoch_the_hub_has_left_behind_stops_sending_and_says_why(
+    hub: Hub, device: Device
+) -> None:
+    await device.outbox.append("telemetry", {})
+    await until(lambda: device.outbox.depth == 0)
     hub.epoch = device.outbox.epoch + 1
     await hub.ack()
     await until(lambda: device.session.error is not None)
@@ -245,8 +298,9 @@ async def test_a_job_that_found_the_disk_full_is_taken_when_there_is_room(hub: H
     await device.store.read(lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchone())
     big = msgspec.structs.replace(job("big"), body={"text": "x" * 100_000})
     await hub.send(TopicKind.JOBS, big)
+    before = device.session.counters.acks
     await hub.ack()  # others go on
-    await until(lambda: device.session.counters.acks == 1)
+    await until(lambda: device.session.counters.acks > before)
     assert await device.inbox.state("big") is None
     await device.store.read(lambda db: db.execute("PRAGMA max_page_count = 1000000").fetchone())
     assert (await asyncio.wait_for(device.inbox.next(), 10)).body == big.body
