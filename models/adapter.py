@@ -19,7 +19,7 @@ from edge_agent.agent import prompt
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.engines.base import Generate, LanguageModel
 from edge_agent.errors import OutriderError
-from edge_agent.wire.bundle import BundleKind, FileEntry, Manifest, content_digest, scan
+from edge_agent.wire.bundle import BundleKind, Manifest, content_digest, scan
 from models.errors import ModelError
 from models.fetch import Progress, quiet, sources
 from models.package import PROBE_PROMPT, build, write_bundle
@@ -78,36 +78,18 @@ def package_adapter(
     files = [entry for entry in scan(folder) if entry.path in FILES]
     progress("asking the golden probe", 0, 0)
     probe = _probe(base_folder, folder, name)
-    manifest = _manifest(name, version, about, base, files, probe)
-    return write_bundle(out or cache / "bundles" / f"{name}-{manifest.version}", folder, manifest), manifest
-
-
-def _manifest(
-    name: str, version: str, about: Description, base: str, files: list[FileEntry], probe: dict[str, Any]
-) -> Manifest:
     digest = content_digest(files)
-    meta = {
-        "base": base,
-        "base_digest": about.base,
-        "task": about.task if about.task is not None else TOOLS if about.prompt == "signatures" else "",
-        "prompt": about.prompt,
-        "rank": about.rank,
-        "content_digest": digest,
-    }
-    size = sum(entry.size for entry in files)
+    task = about.task if about.task is not None else TOOLS if about.prompt == "signatures" else ""
+    meta = {"base": base, "base_digest": about.base, "task": task, "prompt": about.prompt, "rank": about.rank}
+    meta |= {"content_digest": digest}
+    precisions = {"float16": {"bytes": sum(entry.size for entry in files)}}
+    version = version or f"{about.version}+{digest[:8]}"
     try:
-        return Manifest(
-            name,
-            version or f"{about.version}+{digest[:8]}",
-            BundleKind.ADAPTER,
-            files,
-            about.license,
-            precisions={"float16": {"bytes": size}},
-            probe=probe,
-            meta=meta,
-        )
+        of = (BundleKind.ADAPTER, files, about.license)
+        manifest = Manifest(name, version, *of, precisions=precisions, probe=probe, meta=meta)
     except ValueError as error:
         raise ModelError(f"the adapter cannot be packaged: {error}") from error
+    return write_bundle(out or cache / "bundles" / f"{name}-{version}", folder, manifest), manifest
 
 
 def _base(digest: str, cache: Path, progress: Progress) -> tuple[str, Path]:

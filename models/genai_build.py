@@ -1,6 +1,6 @@
-"""Builds an onnxruntime-genai folder from a GGUF file, without torch or transformers.
+"""Builds an onnxruntime-genai folder from a checkpoint, without torch or transformers.
 
-Invariants: the same GGUF file gives the same folder, byte for byte, whose name is its content digest; the folder
+Invariants: the same checkpoint gives the same folder, byte for byte, whose name is its content digest; the folder
 appears whole or not at all (written beside, then renamed).
 """
 
@@ -9,35 +9,31 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from edge_agent.wire.bundle import content_digest, scan
+from models.fetch import Progress, quiet
 from models.genai_graph import write_graph
 from models.gguf_weights import GgufWeights
-from models.tokenizer_files import tokenizer_files
-
-Progress = Callable[[str, float], None]
+from models.weights import Weights
 
 
-def build_genai_folder(gguf: Path, out: Path, progress: Progress = lambda text, fraction: None) -> str:
+def build_genai_folder(gguf: Path, out: Path, progress: Progress = quiet) -> str:
     """Convert `gguf` to the folder `out` (replaced if it exists); returns its content digest.
 
-    progress(text, fraction 0..1). Raises UnsupportedModel when the file is not one we convert.
+    Raises UnsupportedModel when the file is not one we convert.
     """
-    progress(f"reading {gguf.name}", 0.0)
     return write_genai_folder(GgufWeights(gguf), out, progress)
 
 
-def write_genai_folder(
-    weights: GgufWeights, out: Path, progress: Progress = lambda text, fraction: None, bits: int = 4
-) -> str:
-    """Convert weights that are open, to linear layers of 4 (the file's own blocks), 8 or 32 bits."""
+def write_genai_folder(weights: Weights, out: Path, progress: Progress = quiet, bits: int = 4) -> str:
+    """Convert weights that are open, to linear layers of 4, 8 or 32 bits; returns the folder's content digest."""
+    weights.check()
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        documents = {"genai_config.json": _genai_config(weights), **tokenizer_files(weights)}
+        documents = {"genai_config.json": _genai_config(weights), **weights.tokenizer()}
         for name, document in documents.items():
             (work / name).write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         write_graph(weights, work, progress, bits)
@@ -48,19 +44,17 @@ def write_genai_folder(
         work.rename(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    progress("done", 1.0)
     return digest
 
 
-def _genai_config(weights: GgufWeights) -> dict[str, Any]:
+def _genai_config(weights: Weights) -> dict[str, Any]:
     shape = weights.shape
-    end = int(weights.meta("tokenizer.ggml.eos_token_id"))
     return {
         "model": {
             "type": "llama",
-            "bos_token_id": int(weights.meta("tokenizer.ggml.bos_token_id")),
-            "eos_token_id": sorted({end, 0}, reverse=True),
-            "pad_token_id": int(weights.meta("tokenizer.ggml.padding_token_id")),
+            "bos_token_id": weights.bos,
+            "eos_token_id": weights.ends,
+            "pad_token_id": weights.pad,
             "vocab_size": shape.vocabulary,
             "context_length": shape.context,
             "decoder": {

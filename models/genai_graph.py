@@ -1,7 +1,7 @@
-"""Writes a decoder as an ONNX graph for onnxruntime-genai, from the exact blocks of a GGUF file.
+"""Writes a decoder of the Llama or Qwen family as an ONNX graph for onnxruntime-genai.
 
-Invariants: same blocks, same bytes; no weight is rounded, unless 8 bits are asked for (dense weights, such as merged
-ones, in symmetric blocks); 32 bits are the weights in float32, for comparison. A Q4_1 block `d*q + m` is computed as
+Invariants: same weights, same bytes; with 4 bits a Q4_0 or Q4_1 block of a GGUF file is exact, with 8 bits a Q8_0
+block, and other weights are rounded once; 32 bits are the weights in float32. A Q4_1 block `d*q + m` is computed as
 `d*(q-8)` (a symmetric int4 MatMulNBits, which has fast kernels) plus `m + 8d` times the sum of the inputs over the
 block (a product 1/32 the size). Layers that share an input share those sums: q, k and v are one product, gate and up
 another. The matrix of embeddings is stored once and read as table and as output layer. Logits are those of the last
@@ -13,7 +13,6 @@ onnxruntime-genai's own model builder (GroupQueryAttention with packed QKV and r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +21,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from models.gguf_weights import BLOCK, GgufWeights
+from models.fetch import Progress
+from models.weights import BLOCK, Floats, Weights
 
 TAIL = 5
 _MICROSOFT = "com.microsoft"
@@ -63,22 +63,24 @@ class Graph:
 
 
 class DecoderGraph(Graph):
-    """The llama decoder: call `start`, `layer` for each layer in order, then `finish`."""
+    """The decoder: call `start`, `layer` for each layer in order, then `finish`."""
 
-    def __init__(self, weights: GgufWeights, data: BinaryIO, location: str, bits: int = 4) -> None:
+    def __init__(self, weights: Weights, data: BinaryIO, location: str, bits: int = 4) -> None:
         super().__init__(data, location)
         self.weights, self.shape, self.bits = weights, weights.shape, bits
+        s = self.shape
+        self._untied = weights.dims("output.weight") is not None
+        self._attended = "rows" if s.heads * s.head_size == s.width else "attended_rows"
         self._sides: list[onnx.ValueInfoProto] = []
         self._residual, self._update = "", ""
 
     def start(self) -> None:
         """Inputs, lengths, rotary tables and the embedding."""
         s = self.shape
-        quants, scale = self.weights.q8_0("token_embd.weight")
-        shifted = (quants.view(np.uint8) ^ 0x80).reshape(s.vocabulary, s.width)  # two's complement to offset 128
-        self.stored(shifted, **{"embed.q": shifted.shape, "head.q": quants.shape})
-        self.stored(scale, **{"embed.d": scale.shape, "head.d": (scale.size,)})
-        angles = np.arange(s.context)[:, None] * s.rope_base ** (-np.arange(0, s.head_size, 2) / s.head_size)
+        self._table("token_embd.weight", "embed", "" if self._untied else "head")
+        if self._untied:
+            self._table("output.weight", "", "head")
+        angles = np.arange(s.context)[:, None] * self.weights.frequencies
         self.stored(np.cos(angles).astype(np.float32), cos=angles.shape)
         self.stored(np.sin(angles).astype(np.float32), sin=angles.shape)
         for name, value in {
@@ -89,14 +91,19 @@ class DecoderGraph(Graph):
             "tail_end": [1 << 30],
             "one": [1],
             "rows": [-1, s.width],
+            self._attended: [-1, s.heads * s.head_size],
             f"blocks_{s.width}": [-1, s.width // BLOCK, BLOCK],
+            f"blocks_{s.heads * s.head_size}": [-1, s.heads * s.head_size // BLOCK, BLOCK],
             f"blocks_{s.hidden}": [-1, s.hidden // BLOCK, BLOCK],
             "qkv_width": [(s.heads + 2 * s.kv_heads) * s.head_size],
             "logits_shape": [1, 1, s.vocabulary],
         }.items():
             self.constant(name, np.array(value, dtype=np.int64))
-        gather = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        self.node("GatherBlockQuantized", ["embed.q", "input_ids", "embed.d"], "embedded", domain=_MICROSOFT, **gather)
+        if self.bits == 32:
+            self.node("Gather", ["embed.w", "input_ids"], "embedded", axis=0)
+        else:
+            how = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+            self.node("GatherBlockQuantized", ["embed.q", "input_ids", "embed.d"], "embedded", domain=_MICROSOFT, **how)
         self._residual = self.node("Reshape", ["embedded", "rows"], "embedding")
         self.node("ReduceSum", ["attention_mask", "axis_1"], "lengths", keepdims=0)
         self.node("Sub", ["lengths", "one"], "past_lengths")
@@ -112,11 +119,17 @@ class DecoderGraph(Graph):
         s, prefix = self.shape, f"blk.{index}."
         normed = self._norm(prefix + "attn_norm", _first=index == 0)
         qkv = self._linear(normed, prefix + "qkv", [f"{prefix}attn_{part}.weight" for part in "qkv"])
-        self.node("Reshape", [qkv, "qkv_shape"], prefix + "qkv_packed")
+        biases = [f"{prefix}attn_{part}.bias" for part in "qkv"]
+        if self.weights.dims(biases[0]):
+            bias = self.constant(prefix + "qkv_bias", np.concatenate([self.weights.vector(name) for name in biases]))
+            qkv = self.node("Add", [qkv, bias], prefix + "qkv_biased")
+        packed = [self.node("Reshape", [qkv, "qkv_shape"], prefix + "qkv_packed"), "", ""]
+        if self.weights.dims(prefix + "attn_q_norm.weight"):
+            packed = self._normed_heads(packed[0], prefix)
         past = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
         self.node(
             "GroupQueryAttention",
-            [prefix + "qkv_packed", "", "", *past, "seqlens_k", "total_length", "cos", "sin"],
+            [*packed, *past, "seqlens_k", "total_length", "cos", "sin"],
             prefix + "attention",
             *(f"present.{index}.{kind}" for kind in ("key", "value")),
             domain=_MICROSOFT,
@@ -125,7 +138,7 @@ class DecoderGraph(Graph):
             scale=s.head_size**-0.5,
             do_rotary=1,
         )
-        attended = self.node("Reshape", [prefix + "attention", "rows"], prefix + "attended")
+        attended = self.node("Reshape", [prefix + "attention", self._attended], prefix + "attended")
         self._update = self._linear(attended, prefix + "attn_output", [prefix + "attn_output.weight"])
         normed = self._norm(prefix + "ffn_norm")
         both = self._linear(normed, prefix + "ffn", [prefix + "ffn_gate.weight", prefix + "ffn_up.weight"])
@@ -142,7 +155,7 @@ class DecoderGraph(Graph):
         self._update = self.node("Slice", [self._update, *tail], "tail_update")
         normed = self._norm("output_norm")
         if self.bits == 32:
-            self._floats(normed, "head", ["token_embd.weight"])
+            self.node("Gemm", [normed, "head.w"], "head/base", transB=1)
         else:
             self._matmul_nbits(normed, "head", "head/base", s.vocabulary, s.width, bits=8)
         self.node("Identity", ["head/base"], "tail")
@@ -189,7 +202,11 @@ class DecoderGraph(Graph):
         rows, blocks = scale.shape
         self.stored(quants[..., 0::2] | quants[..., 1::2] << 4, **{f"{name}.q": (rows, blocks, BLOCK // 2)})
         self.stored(scale, **{f"{name}.d": (scale.size,)})
-        self.stored((least + 8 * scale).T, **{f"{name}.c": (blocks, rows)})
+        correction = (least + 8 * scale).T
+        if not correction.any():  # Q4_0
+            self._matmul_nbits(x, name, name + "/base", rows, blocks * BLOCK, bits=4)
+            return blocks * BLOCK, rows
+        self.stored(correction, **{f"{name}.c": (blocks, rows)})
         self._matmul_nbits(x, name, name + "/symmetric", rows, blocks * BLOCK, bits=4)
         blocked = self.node("Reshape", [x, f"blocks_{blocks * BLOCK}"], name + "/blocked")
         sums = self.node("ReduceSum", [blocked, "last_axis"], name + "/sums", keepdims=0)
@@ -197,15 +214,44 @@ class DecoderGraph(Graph):
         return blocks * BLOCK, rows
 
     def _eights(self, x: str, name: str, tensors: list[str]) -> tuple[int, int]:
-        dense = np.concatenate([self.weights.dense(tensor) for tensor in tensors])
-        rows, columns = dense.shape
-        blocks = dense.reshape(rows, -1, BLOCK)
-        scale = np.maximum(np.abs(blocks).max(-1) / 127, np.float32(1e-12))
-        quants = (np.rint(blocks / scale[..., None]) + 128).astype(np.uint8)
-        self.stored(quants, **{f"{name}.q": quants.shape})
-        self.stored(scale, **{f"{name}.d": (scale.size,)})
+        parts = [self.weights.q8_0(tensor) for tensor in tensors]
+        quants, scale = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        self._stored_eights(quants, scale, "", name)
+        rows, columns = len(scale), scale.shape[1] * BLOCK
         self._matmul_nbits(x, name, name + "/base", rows, columns, bits=8)
         return columns, rows
+
+    def _stored_eights(self, quants: NDArray[np.int8], scale: Floats, table: str, product: str) -> None:
+        """8-bit blocks under the names of a table to gather from, of a product, or of both."""
+        shifted = quants.view(np.uint8) ^ 0x80  # two's complement to offset 128
+        flat = (len(scale), scale.shape[1] * BLOCK)
+        q = {"q": (flat, (*scale.shape, BLOCK)), "d": (scale.shape, (scale.size,))}
+        for value, part in ((shifted, "q"), (scale, "d")):
+            self.stored(value, **{f"{n}.{part}": dims for n, dims in zip((table, product), q[part], strict=True) if n})
+
+    def _table(self, tensor: str, table: str, product: str) -> None:
+        """A matrix of the vocabulary, in the names that read it."""
+        if self.bits == 32:
+            dense = self.weights.dense(tensor)
+            self.stored(dense, **{f"{name}.w": dense.shape for name in (table, product) if name})
+        else:
+            self._stored_eights(*self.weights.q8_0(tensor), table, product)
+
+    def _normed_heads(self, packed: str, prefix: str) -> list[str]:
+        """Queries, keys and values apart, each head of the first two behind its norm."""
+        s, names = self.shape, [f"{prefix}{part}_apart" for part in "qkv"]
+        widths = [s.heads * s.head_size] + [s.kv_heads * s.head_size] * 2
+        sizes = self.constant(prefix + "apart", np.array(widths, dtype=np.int64))
+        self.node("Split", [packed, sizes], *names, axis=-1)
+        for index, (part, width) in enumerate(zip("qk", widths, strict=False)):
+            heads = self.constant(f"{names[index]}_heads", np.array([0, 0, -1, s.head_size], dtype=np.int64))
+            back = self.constant(f"{names[index]}_width", np.array([0, 0, width], dtype=np.int64))
+            weight = self.constant(f"{prefix}{part}_norm", self.weights.vector(f"{prefix}attn_{part}_norm.weight"))
+            split = self.node("Reshape", [names[index], heads], f"{names[index]}/heads")
+            how: dict[str, Any] = {"epsilon": s.epsilon, "axis": -1, "stash_type": 1}
+            normed = self.node("SimplifiedLayerNormalization", [split, weight], f"{names[index]}/normed", **how)
+            names[index] = self.node("Reshape", [normed, back], f"{names[index]}/whole")
+        return names
 
     def _floats(self, x: str, name: str, tensors: list[str]) -> tuple[int, int]:
         dense = np.concatenate([self.weights.dense(tensor) for tensor in tensors])
@@ -218,13 +264,13 @@ class DecoderGraph(Graph):
         return self.node("MatMulNBits", [x, f"{weight}.q", f"{weight}.d"], output, domain=_MICROSOFT, **form)
 
 
-def write_graph(weights: GgufWeights, folder: Path, progress: Callable[[str, float], None], bits: int = 4) -> None:
-    """Write model.onnx and model.onnx.data into `folder`; progress(text, fraction) after each layer."""
+def write_graph(weights: Weights, folder: Path, progress: Progress, bits: int = 4) -> None:
+    """Write model.onnx and model.onnx.data into `folder`."""
     with (folder / "model.onnx.data").open("wb") as data:
         graph = DecoderGraph(weights, data, "model.onnx.data", bits)
         graph.start()
         for index in range(weights.shape.layers):
+            progress("writing layers", index, weights.shape.layers)
             graph.layer(index)
-            progress(f"layer {index + 1} of {weights.shape.layers}", (index + 1) / (weights.shape.layers + 1))
         model = graph.finish()
     (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))

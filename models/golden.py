@@ -25,20 +25,14 @@ DIGITS = {
 TEXT = "4217"
 
 
-def picture(height: int, width: int) -> NDArray[np.float32]:
-    """`TEXT`, dark (-1) on light (1), in the middle of (height, width)."""
+def picture(batch: int, channels: int, height: int, width: int) -> NDArray[np.float32]:
+    """`TEXT`, dark (-1) on light (1), in the middle of each picture and channel."""
     glyphs = [np.pad(np.array([list(row) for row in DIGITS[c]], np.float32), ((0, 0), (0, 1))) for c in TEXT]
     line = np.kron(np.concatenate(glyphs, axis=1), np.ones((4, 4), np.float32))
     page = np.ones((height, width), np.float32)
     top, left = (height - line.shape[0]) // 2, (width - line.shape[1]) // 2
     page[top : top + line.shape[0], left : left + line.shape[1]] -= 2 * line
-    return page
-
-
-def golden(model: Path, shape: tuple[int, int, int, int]) -> bytes:
-    """The picture as input `x` (NCHW) and what the serving engine answers, as msgpack {inputs, outputs}."""
-    pixels = np.broadcast_to(picture(*shape[2:]), shape)
-    return answered(model, {"x": Tensor("float32", list(shape), pixels.tobytes())})
+    return np.broadcast_to(page, (batch, channels, height, width))
 
 
 def answered(model: Path, inputs: dict[str, Tensor]) -> bytes:
@@ -55,17 +49,16 @@ def tensors(arrays: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
     return {n: Tensor(a.dtype.name, list(a.shape), np.ascontiguousarray(a).tobytes()) for n, a in arrays.items()}
 
 
-def signature(model: Path) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+def signature(model: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What a network takes and gives: name, dtype (numpy's), shape (-1 is free)."""
     import onnx
-    from onnx import helper
+
+    from models.inspect import described
 
     graph = onnx.load(str(model), load_external_data=False).graph
-
-    def described(value: onnx.ValueInfoProto) -> dict[str, object]:
-        tensor = value.type.tensor_type
-        shape = [d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim]
-        return {"name": value.name, "dtype": helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, "shape": shape}
-
     weights = {initializer.name for initializer in graph.initializer}
-    return [described(v) for v in graph.input if v.name not in weights], [described(v) for v in graph.output]
+    both = ([v for v in graph.input if v.name not in weights], graph.output)
+    takes, gives = ([described(v) for v in values] for values in both)
+    for value in (*takes, *gives):
+        value["shape"] = [d if isinstance(d, int) else -1 for d in value["shape"]]
+    return takes, gives

@@ -75,14 +75,14 @@ def inspect(path: Path) -> dict[str, Any]:
     nodes = all_nodes(model.graph)
     domains = {"", "ai.onnx"} | {node.domain for node in nodes}
     weights = {w.name: math.prod(w.dims) for w in model.graph.initializer}
-    inputs = [_value(v) for v in model.graph.input if v.name not in weights]
+    inputs = [described(v) for v in model.graph.input if v.name not in weights]
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
         "opset": {o.domain or "ai.onnx": int(o.version) for o in model.opset_import if o.domain in domains},
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
         "inputs": inputs,
-        "outputs": [_value(v) for v in model.graph.output],
+        "outputs": [described(v) for v in model.graph.output],
         "dynamic": sorted({str(d) for v in inputs for d in v["shape"] if not isinstance(d, int)}),
         "parameters": sum(weights.values()),
         "weights": dict(Counter(_dtype(w.data_type) for w in model.graph.initializer).most_common()),
@@ -110,7 +110,7 @@ def _dtype(code: int) -> str:
     return str(helper.tensor_dtype_to_np_dtype(code).name) if code else "unknown"
 
 
-def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
+def described(value: onnx.ValueInfoProto) -> dict[str, Any]:
     """Name, dtype and shape; a free dimension is its name, or `?`."""
     tensor = value.type.tensor_type
     shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim]

@@ -14,100 +14,62 @@ import errno
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from importlib.metadata import version as installed
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import msgspec
 
 from edge_agent.engines.base import Generate
 from edge_agent.errors import OutriderError
+from edge_agent.wire import durable
 from edge_agent.wire.bundle import BundleKind, Manifest, content_digest, scan, sha256_file
 from models.errors import ModelError
-from models.fetch import Progress, Source, atomic_file, fetch, quiet, sources
+from models.fetch import Progress, Source, fetch, quiet, sources
 
 KEEP_BUILDS = 3
 PROBE = "probe.msgpack"
 PROBE_PROMPT = "The capital of France is"
 PROBE_TOKENS = 2
 
-Convert = Callable[[Path, Path, Progress], None]
-"""(fetched file, empty folder to fill, progress)."""
 
+class Conversion(msgspec.Struct, frozen=True):
+    """How a fetched file becomes a model folder. `convert` names a function of (file, target, progress) whose module,
+    with `modules`, is the source that the result depends on; `probe` is the picture's shape, or names a function."""
 
-class Recipe(msgspec.Struct, frozen=True):
-    """How a fetched file becomes a model folder: the conversion, the modules whose source it depends on."""
-
-    convert: Convert
+    convert: str
     modules: tuple[str, ...]
-    precision: str
-    probe_shape: tuple[int, int, int, int] | None = None
-    probe: Callable[[], dict[str, Any]] | None = None
+    probe: tuple[int, int, int, int] | str = ""
+    precision: str = "float32"
 
 
-def _genai(source: Path, out: Path, progress: Progress) -> None:
-    from models.genai_build import build_genai_folder
-
-    build_genai_folder(source, out, lambda what, done: progress(what, round(done * 100), 100))
-
-
-def _as_it_is(source: Path, out: Path, progress: Progress) -> None:
-    shutil.copy(source, out / "model.onnx")
-
-
-def _ppocr_recognition(source: Path, out: Path, progress: Progress) -> None:
-    from models.ppocr import finish
-
-    finish(source, out / "model.onnx")
-
-
-def _digits(source: Path, out: Path, progress: Progress) -> None:
-    from models.digits import make
-
-    make(out / "model.onnx", progress)
-
-
-def _digits_probe() -> dict[str, Any]:
-    from models.tasks import digits
-
-    return {"x": digits("evaluation")[0][:1]}
-
-
-def _silero(source: Path, out: Path, progress: Progress) -> None:
-    from models.silero import finish
-
-    finish(source, out / "model.onnx")
-
-
-def _silero_probe() -> dict[str, Any]:
-    from models.silero import probe
-
-    return probe()
-
-
-def _efficientnet(source: Path, out: Path, progress: Progress) -> None:
-    from models.efficientnet import make
-
-    make(source, out / "model.onnx")
-
-
-_GENAI = ("models.genai_build", "models.genai_graph", "models.gguf_weights", "models.tokenizer_files")
-RECIPES = {
-    "smollm2": Recipe(_genai, _GENAI, "int4"),
-    "ppocr-det": Recipe(_as_it_is, ("models.golden",), "float32", (1, 3, 64, 160)),
-    "ppocr-rec": Recipe(_ppocr_recognition, ("models.ppocr", "models.golden"), "float32", (1, 3, 48, 128)),
-    "digits": Recipe(_digits, ("models.digits", "models.tasks"), "float32", probe=_digits_probe),
-    "silero-vad": Recipe(_silero, ("models.silero",), "float32", probe=_silero_probe),
-    "efficientnet-lite0": Recipe(_efficientnet, ("models.efficientnet", "models.golden"), "float32", (1, 3, 224, 224)),
+CONVERSIONS = {
+    "smollm2": Conversion(
+        "models.genai_build:build_genai_folder",
+        ("models.genai_graph", "models.gguf_weights", "models.tokenizer_files", "models.weights"),
+        precision="int4",
+    ),
+    "ppocr-det": Conversion("models.package:copy", ("models.golden",), (1, 3, 64, 160)),
+    "ppocr-rec": Conversion("models.ppocr:finish", ("models.golden",), (1, 3, 48, 128)),
+    "digits": Conversion("models.digits:make", ("models.tasks",), "models.digits:probe"),
+    "silero-vad": Conversion("models.silero:finish", (), "models.silero:probe"),
+    "efficientnet-lite0": Conversion("models.efficientnet:make", ("models.golden",), (1, 3, 224, 224)),
+    "minilm": Conversion("models.minilm:make", (), "models.minilm:probe"),
 }
+
+
+def copy(source: Path, target: Path, _: Progress) -> None:
+    """Take a network as it is."""
+    shutil.copy(source, target)
 
 
 def build(name: str, cache: Path, progress: Progress = quiet) -> Path:
     """The model folder of a source, fetched and converted if the cache does not have it. Raises ModelError."""
     model = fetch(name, cache, progress)
-    recipe, source = RECIPES[name], sources()[name]
-    folder = cache / "built" / f"{name}-{_key(recipe, source)}"
+    how, source = CONVERSIONS[name], sources()[name]
+    folder = cache / "built" / f"{name}-{_key(how, source)}"
     if folder.is_dir():
         folder.touch()
         return folder
@@ -117,15 +79,12 @@ def build(name: str, cache: Path, progress: Progress = quiet) -> Path:
         try:
             work = scratch / "model"
             work.mkdir()
-            recipe.convert(model, work, progress)
-            if recipe.probe_shape:
-                from models.golden import golden
+            resolve_name(how.convert)(model, work if source.kind == "llm" else work / "model.onnx", progress)
+            if how.probe:
+                from models.golden import answered, picture, tensors
 
-                (work / PROBE).write_bytes(golden(work / "model.onnx", recipe.probe_shape))
-            if recipe.probe:
-                from models.golden import answered, tensors
-
-                (work / PROBE).write_bytes(answered(work / "model.onnx", tensors(recipe.probe())))
+                inputs = resolve_name(how.probe)() if isinstance(how.probe, str) else {"x": picture(*how.probe)}
+                (work / PROBE).write_bytes(answered(work / "model.onnx", tensors(inputs)))
             for text in source.files[1:]:
                 shutil.copy(model.parent / text.name, work / text.name)
             _publish_folder(work, folder)
@@ -154,9 +113,10 @@ def package(
     if name in shipped():
         return package_adapter(name, shipped()[name], cache, out, version, progress)
     folder = build(name, cache, progress)
-    recipe, source = RECIPES[name], sources()[name]
-    digest = content_digest(scan(folder))
-    manifest = _manifest(name, version or f"{source.version}+{digest[:8]}", folder, recipe, source, progress)
+    how, source = CONVERSIONS[name], sources()[name]
+    progress("asking the golden probe", 0, 0)
+    size = sum(entry.size for entry in scan(folder))
+    manifest = manifest_of(name, version or "+", folder, source, {how.precision: {"bytes": size}})
     return write_bundle(out or cache / "bundles" / f"{name}-{manifest.version}", folder, manifest), manifest
 
 
@@ -172,9 +132,7 @@ def write_bundle(bundle: Path, folder: Path, manifest: Manifest) -> Path:
             target.hardlink_to(folder / entry.path)
         except OSError:  # another file system
             shutil.copy(folder / entry.path, target)
-    with atomic_file(bundle / "bundle.json") as (stream, keep):
-        stream.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
-        keep()
+    durable.write(bundle / "bundle.json", msgspec.json.format(msgspec.json.encode(manifest), indent=1))
     return bundle
 
 
@@ -191,57 +149,52 @@ def open_bundle(bundle: Path) -> Manifest:
     return manifest
 
 
-def _manifest(name: str, version: str, folder: Path, recipe: Recipe, source: Source, progress: Progress) -> Manifest:
+def manifest_of(
+    name: str,
+    version: str,
+    folder: Path,
+    source: Source,
+    precisions: dict[str, Any],
+    more: dict[str, Any] | None = None,
+    atol: float = 1e-2,
+) -> Manifest:
+    """The manifest of a folder that is ready to serve; to a version with `+` source's version and digest are added.
+
+    A language model is asked for its golden probe, a network has it in the folder.
+    """
     files, kind = scan(folder), BundleKind(source.kind)
-    inputs: list[dict[str, object]] = []
-    outputs: list[dict[str, object]] = []
+    inputs: list[dict[str, Any]] = []
+    outputs: list[dict[str, Any]] = []
     if kind is BundleKind.ONNX:
         from models.golden import signature
 
         inputs, outputs = signature(folder / "model.onnx")
-        probe: dict[str, Any] = {"file": PROBE, "rtol": 1e-2, "atol": 1e-2}
+        probe: dict[str, Any] = {"file": PROBE, "rtol": 1e-2, "atol": atol}
     else:
-        progress("asking the golden probe", 0, 0)
         probe = _language_probe(folder)
-    size = sum(entry.size for entry in files)
-    meta = {
-        "source": f"{source.package}=={source.version}",
-        "source_file": source.files[0].name,
-        "source_sha256": source.files[0].sha256,
-        "origin": source.origin,
-        "content_digest": content_digest(files),
-    }
-    return Manifest(
-        name,
-        version,
-        kind,
-        files,
-        source.license,
-        inputs,
-        outputs,
-        {recipe.precision: {"bytes": size}},
-        probe,
-        "",
-        meta,
-    )
+    digest = content_digest(files)
+    if version.startswith("+"):
+        version = f"{source.version}{version}{digest[:8]}"
+    meta = {"source": pin(source), "source_file": source.files[0].name, "source_sha256": source.files[0].sha256}
+    meta |= {"origin": source.origin, "content_digest": digest, **(more or {})}
+    return Manifest(name, version, kind, files, source.license, inputs, outputs, precisions, probe, "", meta)
 
 
-def _key(recipe: Recipe, source: Source) -> str:
+def pin(source: Source) -> str:
+    """A source as pip names it."""
+    return f"{source.package}=={source.version}"
+
+
+def _key(how: Conversion, source: Source) -> str:
     """Names the input, the converter's source and the shape of the probe."""
     digest = hashlib.sha256(source.files[0].sha256.encode())
-    digest.update(repr((recipe.probe_shape, [text.sha256 for text in source.files[1:]])).encode())
-    for module in (*recipe.modules, "onnx"):
+    digest.update(repr((installed("onnx"), how.probe, [text.sha256 for text in source.files[1:]])).encode())
+    for module in (how.convert.partition(":")[0], *how.modules):
         spec = find_spec(module)
         if spec is None or spec.origin is None:
             raise ModelError(f"{module} is not installed", "pip install 'outrider[models]'")
-        digest.update(Path(spec.origin).read_bytes() if module != "onnx" else _version("onnx"))
+        digest.update(Path(spec.origin).read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _version(distribution: str) -> bytes:
-    from importlib.metadata import version
-
-    return version(distribution).encode()
 
 
 def _publish_folder(work: Path, folder: Path) -> None:

@@ -14,9 +14,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from models.errors import ModelError
+from models.fetch import Progress, quiet
 
 
-def finish(source: Path, target: Path) -> Path:
+def finish(source: Path, target: Path, _: Progress = quiet) -> Path:
     """Append arg max, its probability and the code point lookup. Raises ModelError when it is another network."""
     model = onnx.load(str(source))
     graph = model.graph

@@ -27,8 +27,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import numpy_helper, version_converter
 
+from edge_agent.wire import durable
 from models.errors import ModelError
-from models.fetch import atomic_file
 from models.inspect import inspect, load, opset
 from models.metrics import relative_error
 
@@ -296,9 +296,7 @@ class _Reader:
 
 def _save(model: onnx.ModelProto, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target) as (stream, keep):
-        stream.write(model.SerializeToString())
-        keep()
+    durable.write(target, model.SerializeToString())
     return target
 
 

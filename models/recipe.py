@@ -22,17 +22,20 @@ import msgspec
 import numpy as np
 
 from edge_agent.engines.onnxruntime import OnnxNetwork
-from edge_agent.wire.bundle import BundleKind, Manifest, content_digest, scan
+from edge_agent.wire import durable
+from edge_agent.wire.bundle import Manifest
 from edge_agent.wire.tensor import Tensor
 from models.errors import ModelError
-from models.fetch import Progress, atomic_file, quiet, sources
+from models.fetch import Progress, fetch, quiet, sources
+from models.gguf_weights import GgufWeights
 from models.golden import answered, signature, tensors
 from models.inspect import network
-from models.package import PROBE, build, open_bundle, write_bundle
+from models.package import PROBE, build, manifest_of, open_bundle, pin, write_bundle
 from models.quantize import MAX_FEEDS, OPS, Feeds, layer_errors, simplify, to_fp16, to_int8
 from models.tasks import TASKS, Array, Task
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PROSE, PERPLEXITY = "prose", "perplexity"
+PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "llm": ("fp32", "int8", "int4")}
 ROUNDS, SPEED_S, BLAMED = 300, 10.0, 5
 MARKS = ("<!-- recipe table -->", "<!-- end of recipe table -->")
 FOLDER = Path(__file__).with_name("recipes")
@@ -54,17 +57,18 @@ class Int8(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One model from source to bundle. `budget`: points (hundredths) of the metric that a precision may lose to FP32;
-    `max_size`: share of the FP32 file; `speed`: input shapes of a timed run; counts are in the task's own units.
+    """One model from source to bundle. `budget`: points (hundredths) of the metric, or per cent of perplexity, that a
+    precision may lose to FP32; `max_size`: share of the FP32 file; `speed`: input shapes of a timed run, or words
+    read and tokens written; other counts are in the task's own units.
     """
 
     name: str
     source: str
     task: str
-    calibration: int
     evaluation: int
     budget: dict[str, float]
     speed: dict[str, list[int]]
+    calibration: int = 0
     max_size: dict[str, float] = {}
     fp16: Fp16 = Fp16()
     int8: Int8 = Int8()
@@ -84,13 +88,17 @@ def read(name: str) -> Recipe:
         raise ModelError(f"no recipe {name!r}", f"a file, or one of {', '.join(shipped())}") from error
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise ModelError(f"{path.name} is no recipe: {error}", "docs/models.md says what a recipe has") from error
-    if recipe.task not in TASKS or recipe.source not in sources():
-        hint = f"tasks: {', '.join(TASKS)}; sources: {', '.join(sources())}"
-        raise ModelError(f"{path.name}: task {recipe.task!r} or source {recipe.source!r} is not known", hint)
-    if not (0 < recipe.calibration <= 100_000 and 0 < recipe.evaluation <= 100_000):
+    kind = sources()[recipe.source].kind if recipe.source in sources() else ""
+    if recipe.task not in {"onnx": list(TASKS), "llm": [PROSE]}.get(kind, []):
+        hint = f"tasks: {', '.join(TASKS)}, {PROSE} for language models; sources: {', '.join(sources())}"
+        raise ModelError(f"{path.name}: task {recipe.task!r} with source {recipe.source!r} is not known", hint)
+    counts = [recipe.evaluation] + [recipe.calibration] * (kind == "onnx")
+    if not all(0 < count <= 100_000 for count in counts):
         raise ModelError(f"{path.name}: calibration and evaluation are 1 to 100000 samples")
-    if unknown := (recipe.budget.keys() | recipe.max_size.keys()) - set(PRECISIONS):
-        raise ModelError(f"{path.name}: no precision {', '.join(sorted(unknown))}", f"precisions: {PRECISIONS}")
+    if kind == "llm" and not all(recipe.speed.get(n, [0])[0] > 1 for n in ("prompt", "decode")):
+        raise ModelError(f"{path.name}: speed lacks the counts of tokens", "prompt = [256] and decode = [64]")
+    if unknown := (recipe.budget.keys() | recipe.max_size.keys()) - set(PRECISIONS[kind]):
+        raise ModelError(f"{path.name}: no precision {', '.join(sorted(unknown))}", f"precisions: {PRECISIONS[kind]}")
     return recipe
 
 
@@ -106,39 +114,53 @@ def run(
         raise ModelError(f"{out} is not the folder of a recipe", "choose another --out")
     (out / "work").mkdir(parents=True, exist_ok=True)
     (out / "result.json").unlink(missing_ok=True)
-    source, task = build(recipe.source, cache, progress), TASKS[recipe.task]
+    source = build(recipe.source, cache, progress)
     limit = samples or max(recipe.calibration, recipe.evaluation)
     calibration, evaluation = min(recipe.calibration, limit), min(recipe.evaluation, limit)
-    made, reports, data = _make(recipe, source, out / "work", calibration, progress)
-    values = _evaluate(task, made, evaluation, data[0], progress)
-    speeds = _speeds(made, recipe.speed, progress)
-    rows: dict[str, dict[str, Any]] = {}
-    for name, file in made.items():
-        rows[name] = {"bytes": file.stat().st_size, "metric": task.metric, "value": values[name], "ms": speeds[name]}
-        rows[name] |= {"of_fp32": rows[name]["bytes"] / rows["fp32"]["bytes"], **reports.get(name, {})}
-        if reasons := judge(recipe, name, rows[name], rows["fp32"]):
+    data: list[Feeds] = []
+    if sources()[recipe.source].kind == "llm":
+        from models.language import measured
+
+        weights = GgufWeights(fetch(recipe.source, cache, progress))
+        made, rows = measured(weights, out / "work", evaluation, recipe.speed, progress)
+    else:
+        made, rows, data = _networks(recipe, source, out / "work", calibration, evaluation, progress)
+    for name, row in rows.items():
+        row["of_fp32"] = row["bytes"] / rows["fp32"]["bytes"]
+        if reasons := judge(recipe, name, row, rows["fp32"]):
             progress("finding the layers to blame", 0, 0)
-            worst = layer_errors(made["fp32"], file, data)[:BLAMED]
-            rows[name] |= {"refused": reasons, "blame": worst}
-    result = {"name": recipe.name, "source": _pin(recipe.source), "task": recipe.task, "evaluation": evaluation}
+            worst = layer_errors(made["fp32"], made[name], data)[:BLAMED] if data else []
+            row |= {"refused": reasons, "blame": worst}
+    result = {
+        "name": recipe.name,
+        "source": pin(sources()[recipe.source]),
+        "task": recipe.task,
+        "evaluation": evaluation,
+    }
     result |= {"calibration": calibration, "trial": bool(samples), "speed": recipe.speed, "precisions": rows}
     _bundle(recipe, result, source, out, made)
     shutil.rmtree(out / "work")
-    with atomic_file(out / "result.json") as (stream, keep):
-        stream.write(msgspec.json.format(msgspec.json.encode(result), indent=1))
-        keep()
+    durable.write(out / "result.json", msgspec.json.format(msgspec.json.encode(result), indent=1))
     return result | {"path": str(out)}
 
 
 def judge(recipe: Recipe, name: str, row: dict[str, Any], fp32: dict[str, Any]) -> list[str]:
     """Why a precision is not packaged; empty when it passes. A precision with no budget may lose nothing."""
-    reasons, lost = [], 100 * (fp32["value"] - row["value"])
+    reasons, lost = [], loss(row, fp32)
     budget, size = recipe.budget.get(name, 0.0), recipe.max_size.get(name)
     if not lost <= budget + 1e-9:
-        reasons.append(f"{row['metric']} is {lost:.2f} points below fp32, the budget is {budget:g}")
+        than = f"{lost:.2f} % above" if row["metric"] == PERPLEXITY else f"{lost:.2f} points below"
+        reasons.append(f"{row['metric']} is {than} fp32, the budget is {budget:g}")
     if size is not None and row["of_fp32"] > size:
         reasons.append(f"its size is {row['of_fp32']:.3f} of fp32, at most {size:g} is allowed")
     return reasons
+
+
+def loss(row: dict[str, Any], fp32: dict[str, Any]) -> float:
+    """What a precision loses to FP32: per cent of perplexity, points of any other metric."""
+    if row["metric"] == PERPLEXITY:
+        return float(100 * (row["value"] / fp32["value"] - 1))
+    return float(100 * (fp32["value"] - row["value"]))
 
 
 def results(cache: Path) -> list[dict[str, Any]]:
@@ -150,13 +172,13 @@ def results(cache: Path) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """A Markdown table of results."""
-    head = "| Recipe | Precision | Metric | Value | Loss, points | Size, MB | Of FP32 | ms | Speed | Packaged |"
+    head = "| Recipe | Precision | Metric | Value | Loss | Size, MB | Of FP32 | ms | Speed | Packaged |"
     lines = [head, "|---|---|---|---:|---:|---:|---:|---:|---:|---|"]
     for result in found:
         fp32 = result["precisions"]["fp32"]
         for name, row in result["precisions"].items():
-            lost = 100 * (fp32["value"] - row["value"])
-            numbers = f"{100 * row['value']:.2f} % | {lost:.2f} | {row['bytes'] / 1e6:.2f} | {row['of_fp32']:.3f}"
+            value = f"{row['value']:.3f}" if row["metric"] == PERPLEXITY else f"{100 * row['value']:.2f} %"
+            numbers = f"{value} | {loss(row, fp32):.2f} | {row['bytes'] / 1e6:.2f} | {row['of_fp32']:.3f}"
             speed = f"{row['ms']:.2f} | {fp32['ms'] / row['ms']:.2f}x"
             metric = f"{row['metric']}, n={result['evaluation']}"
             packaged = f"no: {'; '.join(row['refused'])}" if "refused" in row else "yes"
@@ -173,9 +195,7 @@ def replace_table(page: Path, text: str) -> None:
     _, mark, after = rest.partition(MARKS[1])
     if not mark:
         raise ModelError(f"{page} has no place for the table", f"put {MARKS[0]} and {MARKS[1]} on lines of their own")
-    with atomic_file(page) as (stream, keep):
-        stream.write(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}".encode())
-        keep()
+    durable.write(page, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}".encode())
 
 
 def packaged(
@@ -186,8 +206,9 @@ def packaged(
     Raises ModelError: not run, or refused by its gate.
     """
     folder = cache / "recipes" / name
-    if name not in shipped() or precision not in PRECISIONS:
-        hint = f"recipes: {', '.join(shipped())}; precisions: {', '.join(PRECISIONS)}"
+    kind = sources()[read(name).source].kind if name in shipped() else ""
+    if precision not in PRECISIONS.get(kind, ()):
+        hint = f"recipes: {', '.join(shipped())}; precisions: {', '.join(PRECISIONS.get(kind, PRECISIONS['onnx']))}"
         raise ModelError(f"no recipe makes {name} in {precision}", hint)
     if not (folder / "result.json").is_file():
         raise ModelError(f"{name} is not measured in {precision} yet", f"outrider models recipe run {name}")
@@ -219,24 +240,29 @@ class _Asked:
         return {n: np.frombuffer(t.data, t.dtype).reshape(t.shape) for n, t in answer.items()}
 
 
-def _make(
-    recipe: Recipe, source: Path, work: Path, count: int, progress: Progress
-) -> tuple[dict[str, Path], dict[str, Any], list[Feeds]]:
-    """The files of all precisions, what their making said, and the calibration data."""
-    made = {name: work / f"{name}.onnx" for name in PRECISIONS}
+def _networks(
+    recipe: Recipe, source: Path, work: Path, calibration: int, evaluation: int, progress: Progress
+) -> tuple[dict[str, Path], dict[str, dict[str, Any]], list[Feeds]]:
+    """The files of all precisions of a network, what was measured of them, and the calibration data."""
+    made = {name: work / f"{name}.onnx" for name in PRECISIONS["onnx"]}
     progress("simplifying", 0, 0)
     simplify(source / "model.onnx", made["fp32"])
     task, data = TASKS[recipe.task], list[Feeds]()
     engine = network(made["fp32"], probe=tensors(_shaped(made["fp32"], recipe.speed)))
-    for done, (sample, _) in enumerate(task.samples("calibration", count)):
+    for done, (sample, _) in enumerate(task.samples("calibration", calibration)):
         progress("gathering calibration data", done, 0)
         task.answers(_Asked(engine, data, keep=True), sample)
     engine.close()
     progress("converting to FP16", 0, 0)
-    reports = {"fp16": to_fp16(made["fp32"], made["fp16"], data[:8], recipe.fp16.keep)}
+    reports: dict[str, Any] = {"fp32": {}, "fp16": to_fp16(made["fp32"], made["fp16"], data[:8], recipe.fp16.keep)}
     progress("calibrating INT8", 0, 0)
     how = recipe.int8
     reports["int8"] = to_int8(made["fp32"], made["int8"], data, how.method, how.keep, how.ops, how.activations)
+    values = _evaluate(task, made, evaluation, data[0], progress)
+    speeds = _speeds(made, recipe.speed, progress)
+    for name, file in made.items():
+        facts = {"bytes": file.stat().st_size, "metric": task.metric, "value": values[name], "ms": speeds[name]}
+        reports[name] = facts | reports[name]
     return made, reports, data
 
 
@@ -283,30 +309,28 @@ def _shaped(model: Path, shapes: dict[str, list[int]]) -> Feeds:
 
 def _bundle(recipe: Recipe, result: dict[str, Any], source: Path, out: Path, made: dict[str, Path]) -> None:
     """Folder and bundle of every precision that passed."""
-    pin = sources()[recipe.source]
+    origin = sources()[recipe.source]
     passed = {n: row for n, row in result["precisions"].items() if "refused" not in row}
-    precisions = {n: {k: row[k] for k in ("bytes", "metric", "value", "ms")} for n, row in passed.items()}
-    for name in PRECISIONS:
+    told = ("bytes", "metric", "value", "ms", "prefill", "decode")
+    precisions = {n: {k: row[k] for k in told if k in row} for n, row in passed.items()}
+    for name, whole in made.items():
         folder = out / name
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(out / "bundles" / name, ignore_errors=True)
         if name not in passed:
             continue
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model.onnx", PROBE))
-        shutil.copy(made[name], folder / "model.onnx")
-        golden = msgspec.msgpack.decode((source / PROBE).read_bytes())
-        inputs = msgspec.convert(golden["inputs"], dict[str, Tensor])
-        (folder / PROBE).write_bytes(answered(folder / "model.onnx", inputs))
-        files, (takes, gives) = scan(folder), signature(folder / "model.onnx")
-        digest = content_digest(files)
-        meta = {"source": result["source"], "source_sha256": pin.files[0].sha256, "origin": pin.origin}
-        meta |= {"precision": name, "recipe": recipe.name, "content_digest": digest}
-        probe = {"file": PROBE, "rtol": 1e-2, "atol": 1e-2 if name == "fp32" else 5e-2}
-        version, kind = f"{pin.version}+{name}.{digest[:8]}", BundleKind(pin.kind)
-        manifest = Manifest(recipe.name, version, kind, files, pin.license, takes, gives, precisions, probe, "", meta)
+        if whole.is_dir():
+            whole.rename(folder)
+            for text in origin.files[1:]:
+                shutil.copy(source / text.name, folder / text.name)
+        else:
+            shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model.onnx", PROBE))
+            shutil.copy(whole, folder / "model.onnx")
+            golden = msgspec.msgpack.decode((source / PROBE).read_bytes())
+            inputs = msgspec.convert(golden["inputs"], dict[str, Tensor])
+            (folder / PROBE).write_bytes(answered(folder / "model.onnx", inputs))
+        more = {"precision": name, "recipe": recipe.name}
+        manifest = manifest_of(
+            recipe.name, f"+{name}.", folder, origin, precisions, more, 1e-2 if name == "fp32" else 5e-2
+        )
         write_bundle(out / "bundles" / name, folder, manifest)
-
-
-def _pin(source: str) -> str:
-    pin = sources()[source]
-    return f"{pin.package}=={pin.version}"

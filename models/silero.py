@@ -15,11 +15,12 @@ import onnx
 from onnx import helper, numpy_helper
 
 from models.errors import ModelError
+from models.fetch import Progress, quiet
 
 RATE, SAMPLES = 16000, 576
 
 
-def finish(source: Path, target: Path) -> Path:
+def finish(source: Path, target: Path, _: Progress = quiet) -> Path:
     """Fix the rate and the length of `input`, and fold what depends on them. Raises ModelError for another network."""
     import onnxslim
 

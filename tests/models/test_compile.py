@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from edge_agent.engines.tensorrt_build import build, contents
 from edge_agent.errors import Refused
 from edge_agent.wire.bundle import sha256_file
+from models import recipe as recipes
 from models.cli import app
 from models.cli_compile import _for_tensorrt
 
@@ -100,6 +101,27 @@ def test_int8_as_recipes_make_it_for_cpus_is_turned_into_the_form_of_tensorrt(tm
     layers = contents((tmp_path / "u8.sm86.engine").read_bytes()).layers
     assert {"points", "weights", "product"} <= set(layers)
     assert "biases" not in layers
+
+
+@real
+def test_precisions_of_a_recipe_are_compiled_from_its_bundles(tmp_path: Path) -> None:
+    result = recipes.run(recipes.read("digits"), tmp_path)
+    assert not [row for row in result["precisions"].values() if "refused" in row]
+    profile, found = "x=1x1x8x8:64x1x8x8:64x1x8x8", {}
+    for precision in ("fp32", "fp16", "int8"):
+        arguments = ("--precision", precision, "--target", "sm86", "--profile", profile, "--out", tmp_path / "engines")
+        status, said = run("digits", *arguments, "--cache", tmp_path, "--json")
+        assert status == 0, said
+        [row] = json.loads(said)
+        assert Path(row["path"]).name == f"digits-{precision}.sm86.engine"
+        found[precision] = contents(Path(row["path"]).read_bytes())
+        assert found[precision].targets == ["sm86"]
+        assert {"conv0", "conv1"} <= set(found[precision].layers)
+        assert row["profile"] == {"x": [[1, 1, 8, 8], [64, 1, 8, 8], [64, 1, 8, 8]]}
+    weights = 10 * 1536 + 96 * 48 * 9  # of the last layer and the second convolution
+    assert found["fp32"].weights["float32"] > 4 * weights
+    assert found["fp16"].weights["float16"] > 2 * weights
+    assert found["int8"].weights["int8"] > weights
 
 
 @real

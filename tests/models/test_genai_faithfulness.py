@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from models.faithfulness import PROMPTS, measure
+from tests.models.faithfulness import PROMPTS, measure
 
 
 @pytest.mark.slow

@@ -2,14 +2,12 @@
 
 Invariants: the reference is NumPy in float32 over the dequantized weights of the GGUF file, written independently of
 the graph; both sides read the same tokens (the prompt and the reference's own greedy continuation) and are compared
-at every position. `python -m models.faithfulness GGUF FOLDER` prints the figures and the folder's content digest.
+at every position.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,7 +162,3 @@ def measure(gguf: Path, folder: Path, prompts: list[str] = PROMPTS, continuation
 
     decode, prefill = agreement(1), agreement(4)
     return Faithfulness(*decode, *prefill, content_digest(scan(folder)))
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]), Path(sys.argv[2])).__dict__, indent=1))
