@@ -13,11 +13,11 @@ from edge_agent.engines.genai import GenaiModel
 from edge_agent.errors import Refused, Retry
 from edge_agent.wire.bundle import content_digest, scan
 from models.errors import ModelError
-from models.faithfulness import Reference, Sequence
 from models.genai_build import write_genai_folder
 from models.gguf_weights import GgufWeights
 from models.toolcaller.adapter import rounded, write_adapter
 from models.toolcaller.merge import MergedWeights
+from tests.models.faithfulness import Reference, Sequence
 
 SHAPES = {
     "attn_q": (576, 576),
