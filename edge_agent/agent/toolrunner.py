@@ -125,18 +125,27 @@ class Runner:
         return CallResult(call.id, True, result)
 
 
-def load(pack: str, state: Path, options: dict[str, str]) -> list[Tool]:
-    """The tools of `MODULE[:attr]`, a callable of state folder and options. Raises Fatal with the reason."""
-    name, _, attribute = pack.partition(":")
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        tools: list[Tool] = getattr(importlib.import_module(name), attribute or "pack")(state, options)
-    except Exception as error:
-        raise Fatal(f"tool pack {pack} does not load: {type(error).__name__}: {error}") from error
+def load(packs: str, state: Path, options: dict[str, str]) -> list[Tool]:
+    """The tools of `MODULE[:attr]`, or of several with commas between them; each is a callable of state folder and
+    options. An option `knowledge.days` is for `….knowledge`; one with no such name is for the first pack.
+
+    Raises Fatal with the reason.
+    """
+    tools: list[Tool] = []
+    for at, pack in enumerate(packs.split(",")):
+        name, _, attribute = pack.partition(":")
+        own = name.rpartition(".")[2] + "."
+        given = {key.removeprefix(own): value for key, value in options.items() if key.startswith(own)}
+        given |= {key: value for key, value in options.items() if at == 0 and "." not in key}
+        try:
+            state.mkdir(parents=True, exist_ok=True)
+            tools += getattr(importlib.import_module(name), attribute or "pack")(state, given)
+        except Exception as error:
+            raise Fatal(f"tool pack {pack} does not load: {type(error).__name__}: {error}") from error
     names = [tool.spec.name for tool in tools]
     bad = [name for name in names if name in RESERVED or names.count(name) > 1]
     if bad:
-        raise Fatal(f"tool pack {pack} declares {bad[0]} twice or as a reserved name", "rename it")
+        raise Fatal(f"tool pack {packs} declares {bad[0]} twice or as a reserved name", "rename it")
     return tools
 
 
