@@ -1,0 +1,176 @@
+"""The device's long-term memory as tools: documents and notes in, pieces with their sources out.
+
+Invariants: what is added is found by its words at once; its vectors are made by the network EMBEDDER where that is
+installed, a little in each call, so no call is long; without it words alone are searched, and the answer says so.
+Documents come from the folder `documents` of the options (default: beside the memory), never from elsewhere.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import numpy as np
+
+from edge_agent.agent.memory import Memory, Vectors
+from edge_agent.agent.tool import Context, Range, Tool, ToolError, declare
+from edge_agent.errors import Refused
+from edge_agent.wire.tensor import Tensor
+
+EMBEDDER = "minilm"
+MAX_TOKENS = 256
+EMBED_S = 5.0
+_OPTIONS = {"documents": "", "quota_mb": "64", "days": "0", "vocabulary": ""}
+
+
+class Passage(TypedDict):
+    """A part of a document."""
+
+    source: str
+    part: int
+    title: str
+    text: str
+
+
+class Passages(TypedDict):
+    """The best first; `by` is what they were searched by."""
+
+    passages: list[Passage]
+    by: str
+
+
+class WordPiece:
+    """BERT's uncased tokenizer (Devlin et al. 2018): text to ids, [CLS] first and [SEP] last."""
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        self._ids = {word: id for id, word in enumerate(vocabulary)}
+        self._cls, self._sep, self._unknown = (self._ids[name] for name in ("[CLS]", "[SEP]", "[UNK]"))
+
+    def ids(self, text: str, most: int = MAX_TOKENS) -> list[int]:
+        """At most `most` ids."""
+        plain = unicodedata.normalize("NFD", text.lower())
+        spaced = "".join(_spaced(c) for c in plain if unicodedata.category(c) not in ("Mn", "Cc", "Cf") or c.isspace())
+        found: list[int] = []
+        for word in spaced.split():
+            found += self._word(word)
+            if len(found) >= most - 2:
+                break
+        return [self._cls, *found[: most - 2], self._sep]
+
+    def _word(self, word: str) -> list[int]:
+        found, at = [], 0
+        while at < len(word) and len(word) <= 100:
+            for end in range(len(word), at, -1):
+                if (id := self._ids.get(("##" if at else "") + word[at:end])) is not None:
+                    break
+            else:
+                return [self._unknown]
+            found.append(id)
+            at = end
+        return found or [self._unknown]
+
+
+def _spaced(c: str) -> str:
+    cjk = "\u4e00" <= c <= "\u9fff" or "\u3400" <= c <= "\u4dbf"
+    symbol = c.isascii() and c.isprintable() and not c.isalnum() and c != " "
+    return f" {c} " if cjk or symbol or unicodedata.category(c).startswith("P") else c
+
+
+def embed(ctx: Context, words: WordPiece, texts: Sequence[str]) -> Vectors:
+    """Unit vectors, one a row. Raises ToolError where the network is not installed."""
+    rows = [words.ids(text) for text in texts]
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)] = row
+    mask = (np.arange(ids.shape[1]) < np.array([[len(row)] for row in rows])).astype(np.int64)
+    inputs = {"ids": ids, "mask": mask}
+    sent = {name: Tensor("int64", list(value.shape), value.tobytes()) for name, value in inputs.items()}
+    out = ctx.infer(EMBEDDER, sent)["vectors"]
+    return np.frombuffer(out.data, np.float32).reshape(out.shape)
+
+
+class Knowledge:
+    """The tools, over one memory."""
+
+    def __init__(self, memory: Memory, documents: Path, words: WordPiece | None) -> None:
+        self._memory, self._documents, self._words = memory, documents, words
+
+    def remember(self, topic: str, text: str, ctx: Context) -> str:
+        """Keep a short note under a topic, in place of the one before."""
+        return self._keep(f"note: {topic}", text, ctx)
+
+    def add_document(self, name: str, ctx: Context) -> str:
+        """Read a text document of the documents folder into the memory."""
+        path = (self._documents / name).resolve()
+        if not path.is_relative_to(self._documents.resolve()) or not path.is_file():
+            raise ToolError(f"there is no document {name!r} in {self._documents}")
+        try:
+            return self._keep(name, path.read_text(), ctx)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ToolError(f"{name} cannot be read: {error}") from error
+
+    def forget(self, source: str) -> str:
+        """Take a document or a note out of the memory."""
+        if not self._memory.forget(source):
+            raise ToolError(f"there is no source {source!r}")
+        return f"forgot {source}"
+
+    def search_knowledge(self, question: str, ctx: Context, count: Annotated[int, Range(1, 10)] = 3) -> Passages:
+        """Find what manuals, documents and notes say about a question."""
+        vector, by = None, "words"
+        if self._words is not None:
+            try:
+                self._memory.embed(partial(embed, ctx, self._words), 0.5)
+                vector, by = embed(ctx, self._words, [question])[0], "words and meaning"
+            except ToolError:
+                by = "words (no embedding network is installed)"
+        found = self._memory.search(question, vector, count)
+        return {
+            "passages": [{"source": f.source, "part": f.n, "title": f.title, "text": f.text} for f in found],
+            "by": by,
+        }
+
+    def list_sources(self) -> dict[str, Any]:
+        """List the documents and notes in the memory."""
+        return {"sources": [f"{source.name} ({source.pieces} parts)" for source in self._memory.sources()[:50]]}
+
+    def _keep(self, name: str, text: str, ctx: Context) -> str:
+        try:
+            count = self._memory.add(name, text)
+        except Refused as refused:
+            raise ToolError(str(refused)) from refused
+        if self._words is not None:
+            try:
+                left = self._memory.embed(partial(embed, ctx, self._words), EMBED_S)
+            except ToolError as error:
+                return f"kept {name} in {count} parts, found by words alone: {error}"
+            return f"kept {name} in {count} parts" + (
+                f"; {left} parts are found by words alone until later" if left else ""
+            )
+        return f"kept {name} in {count} parts"
+
+
+def pack(state: Path, options: dict[str, str]) -> list[Tool]:
+    """The memory's tools. Options: `documents` (folder), `quota_mb` (64), `days` a source is kept (0: for ever),
+    `vocabulary` (the vocab.txt of the embedding network; without it words alone are searched).
+
+    Raises ValueError for a wrong option, OSError for a vocabulary that cannot be read.
+    """
+    if unknown := options.keys() - _OPTIONS.keys():
+        raise ValueError(f"the memory has no option {', '.join(sorted(unknown))}; it has {', '.join(_OPTIONS)}")
+    given = _OPTIONS | options
+    documents = Path(given["documents"] or state / "documents")
+    documents.mkdir(parents=True, exist_ok=True)
+    memory = Memory(state / "knowledge.db", int(float(given["quota_mb"]) * 2**20), float(given["days"]) * 86400)
+    words = WordPiece(Path(given["vocabulary"]).read_text().splitlines()) if given["vocabulary"] else None
+    tools = Knowledge(memory, documents, words)
+    return [
+        declare(tools.search_knowledge, timeout_s=20.0),
+        declare(tools.remember, risk="act", timeout_s=20.0),
+        declare(tools.add_document, risk="act", timeout_s=60.0),
+        declare(tools.forget, risk="act"),
+        declare(tools.list_sources),
+    ]
