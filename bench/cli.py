@@ -22,6 +22,7 @@ from edge_agent.errors import Refused
 class Name(StrEnum):
     """The benchmarks there are, each a module of `bench` with `run`."""
 
+    AGENT = "agent"
     FOOTPRINT = "footprint"
     LLM = "llm"
     OFFLINE = "offline"
@@ -38,10 +39,10 @@ def bench(
 ) -> None:
     """Run a benchmark against its peers.
 
-    `footprint`: memory and processor time of a daemon without a model.
-    `llm`: prefill, decode, call. `offline`: a million records while cut off. `serving`: requests/s of networks, in
-    process and over HTTP. `swap`: requests while versions change. `toolcall`: from an utterance to its call.
-    `uplink`: records/s, lost, doubled, against plain MQTT and JetStream.
+    `agent`: a step of the loop, utterance to effect, memory search. `footprint`: memory and processor time of a daemon
+    without a model. `llm`: prefill, decode, call. `offline`: a million records while cut off. `serving`: requests/s of
+    networks, in process and over HTTP. `swap`: requests while versions change. `toolcall`: from an utterance to its
+    call. `uplink`: records/s, lost, doubled, against plain MQTT and JetStream.
     """
     from bench.rows import show
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_agent.agent.memory import Memory, Vectors
 from edge_agent.agent.tool import Context, Range, Tool, ToolError, declare
@@ -79,14 +80,18 @@ def _spaced(c: str) -> str:
     return f" {c} " if cjk or symbol or unicodedata.category(c).startswith("P") else c
 
 
-def embed(ctx: Context, words: WordPiece, texts: Sequence[str]) -> Vectors:
-    """Unit vectors, one a row. Raises ToolError where the network is not installed."""
+def batch(words: WordPiece, texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """Texts as the network takes them."""
     rows = [words.ids(text) for text in texts]
     ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
     for at, row in enumerate(rows):
         ids[at, : len(row)] = row
-    mask = (np.arange(ids.shape[1]) < np.array([[len(row)] for row in rows])).astype(np.int64)
-    inputs = {"ids": ids, "mask": mask}
+    return {"ids": ids, "mask": (np.arange(ids.shape[1]) < np.array([[len(row)] for row in rows])).astype(np.int64)}
+
+
+def embed(ctx: Context, words: WordPiece, texts: Sequence[str]) -> Vectors:
+    """Unit vectors, one a row. Raises ToolError where the network is not installed."""
+    inputs = batch(words, texts)
     sent = {name: Tensor("int64", list(value.shape), value.tobytes()) for name, value in inputs.items()}
     out = ctx.infer(EMBEDDER, sent)["vectors"]
     return np.frombuffer(out.data, np.float32).reshape(out.shape)
