@@ -67,8 +67,8 @@ def _tensorrt(path: Path, cache: Path | None) -> Network:
     from edge_agent.engines.tensorrt import Gpu, TensorrtNetwork, engine_for
     from edge_agent.engines.tensorrt_build import CURRENT, find_runtime
 
-    find_runtime(CURRENT)
     Gpu()
+    find_runtime(CURRENT)
     if cache is None:
         raise Refused("engines have no place to be kept", f"{ENGINES} names a folder")
     first = OnnxNetwork(path)

@@ -65,18 +65,11 @@ class OpenaiModel:
             raise Refused(f"the endpoint {path.name} cannot be set up: {error}", "see its settings") from error
         self._headers()
         self._loop = asyncio.new_event_loop()
-        self._client = httpx.AsyncClient(
-            base_url=endpoint.url, timeout=httpx.Timeout(None, connect=_CONNECT_S), verify=tls,
-            trust_env=False,
-        )  # fmt: skip
-        self.info = EngineInfo(
-            engine="openai",
-            provider=endpoint.url,
-            model=endpoint.model,
-            digest=content_digest(scan(path)),
-            load_s=time.perf_counter() - started,
-            extra={"timeout_s": endpoint.timeout_s},
-        )
+        limits = httpx.Timeout(None, connect=_CONNECT_S)
+        self._client = httpx.AsyncClient(base_url=endpoint.url, timeout=limits, verify=tls, trust_env=False)
+        digest, extra = content_digest(scan(path)), {"timeout_s": endpoint.timeout_s}
+        load_s = time.perf_counter() - started
+        self.info = EngineInfo("openai", endpoint.url, endpoint.model, digest, load_s, extra)
 
     def generate(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Piece]:
         """Stream the completion. Raises Refused: bad request, key, model or answer; Retry: no server, busy, cut off."""
@@ -93,9 +86,8 @@ class OpenaiModel:
             held = _matcher(request.grammar)
         body = {"model": self._endpoint.model, "stream": True, "stream_options": {"include_usage": True}} | chat
         body |= {"max_tokens": request.max_tokens, "temperature": request.temperature}
-        body |= ({"stop": request.stop} if request.stop else {}) | (
-            {"seed": request.seed} if request.temperature else {}
-        )
+        body |= {"stop": request.stop} if request.stop else {}
+        body |= {"seed": request.seed} if request.temperature else {}
         return self._stream(body, held, cancelled)
 
     def load_adapter(self, name: str, folder: Path) -> None:
@@ -125,16 +117,15 @@ class OpenaiModel:
         try:
             while last is None:
                 task = self._loop.create_task(following())
-                while last is None and not task.done():
-                    if cancelled():
-                        last = Piece("", done=True, finish="cancelled", total_s=time.monotonic() - began)
-                    elif time.monotonic() >= until:
+                while not task.done() and not cancelled():
+                    if time.monotonic() >= until:
                         raise Retry(f"{self._where} is not done within {self._endpoint.timeout_s:g} s", "its timeout_s")
-                    else:
-                        self._loop.run_until_complete(asyncio.wait({task}, timeout=_POLL_S))
-                if last is None and (piece := task.result()).done:
+                    self._loop.run_until_complete(asyncio.wait({task}, timeout=_POLL_S))
+                if not task.done():
+                    last = Piece("", done=True, finish="cancelled", total_s=time.monotonic() - began)
+                elif (piece := task.result()).done:
                     last = piece
-                elif last is None:
+                else:
                     yield piece
         finally:
             if task is not None and not task.done():
@@ -180,9 +171,8 @@ class OpenaiModel:
         except httpx.ConnectError as error:
             raise Retry(f"{self._where} cannot be reached: {error}", "does it run there? is its url right?") from error
         except httpx.HTTPError as error:
-            raise Retry(
-                f"{self._where} broke off: {error or type(error).__name__}", "its own log may say why"
-            ) from error
+            why = str(error) or type(error).__name__
+            raise Retry(f"{self._where} broke off: {why}", "its own log may say why") from error
         if not reply.finish:
             raise Retry(f"{self._where} ended its answer in the middle", "its own log may say why")
 
