@@ -116,27 +116,25 @@ def adapter(
 
 @app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(help="The folder of a training run.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a training run, or an adapter (one that ships by name).")],
     out: Annotated[Path, typer.Option(help="The model folder to make.")],
     bits: Annotated[int, typer.Option(help="4 (the base's form, the most is lost), 8, or 32 to compare with.")] = 4,
     cache: Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Add a run's adapter to the base model and convert that; needs no PyTorch."""
+    """Add an adapter to the base model and convert that; needs no PyTorch."""
+    from models.adapter import shipped
     from models.errors import ModelError
     from models.fetch import default_cache, fetch
     from models.genai_build import write_genai_folder
     from models.toolcaller.merge import MergedWeights
 
     try:
-        plan = json.loads((run / "plan.json").read_text())
-        weights = MergedWeights(
-            fetch("smollm2", cache or default_cache()), run / "adapter.npz", plan["alpha"] / plan["rank"]
-        )
+        weights = MergedWeights(fetch("smollm2", cache or default_cache()), shipped().get(str(run), run))
         if bits not in (4, 8, 32):
             raise ValueError(f"{bits} bits: 4, 8 or 32")
         digest = write_genai_folder(weights, out, bits=bits)
-    except (ModelError, OSError, KeyError, ValueError) as error:
-        typer.echo(f"error: {error}\nhint: RUN is a folder of `outrider models toolcaller train`", err=True)
+    except (ModelError, OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(json.dumps({"path": str(out), "digest": digest}) if as_json else f"{digest}  {out}")

@@ -6,11 +6,12 @@ once, to the same 4 bits with scale and minimum that the file has: the base mode
 
 from __future__ import annotations
 
-import zipfile
+import json
 from pathlib import Path
 
 import numpy as np
 
+from edge_agent.engines.adapters import DAMAGED, read_arrays
 from models.errors import ModelError
 from models.gguf_weights import BLOCK, Bytes, Floats, GgufWeights
 
@@ -18,20 +19,19 @@ _SHRINKS = (1.0, 0.95, 0.9, 0.85)
 
 
 class MergedWeights(GgufWeights):
-    """The weights of `gguf` plus `scale * B A` of the adapter (npz; A (rank, in), B (out, rank), float16).
+    """The weights of `gguf` plus `scale * B A` of the adapter in a folder: a training run, or what ships of it.
 
-    Raises ModelError when the adapter is not one for these weights.
+    A is (rank, in), B is (out, rank). Raises ModelError when the adapter is not one for these weights.
     """
 
-    def __init__(self, gguf: Path, adapter: Path, scale: float) -> None:
+    def __init__(self, gguf: Path, adapter: Path) -> None:
         super().__init__(gguf)
-        self._scale = scale
         try:
-            with np.load(adapter) as file:
-                self._adapter = {name: np.asarray(file[name], np.float32) for name in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            hint = "outrider models toolcaller train writes one"
-            raise ModelError(f"{adapter} is not a readable adapter: {error}", hint) from error
+            self._scale = _scale(adapter)
+            self._adapter = read_arrays(adapter / "adapter.npz")
+        except DAMAGED as error:
+            hint = "a folder of `outrider models toolcaller train`, or an adapter that ships"
+            raise ModelError(f"{adapter} holds no readable adapter: {error}", hint) from error
         known = {f"{self._key(name)}.{part}" for name in self._tensors for part in "ab" if name.startswith("blk.")}
         if strange := sorted(set(self._adapter) - known):
             raise ModelError(
@@ -62,6 +62,13 @@ class MergedWeights(GgufWeights):
     @staticmethod
     def _key(name: str) -> str:
         return name.removesuffix(".weight").replace("blk.", "layers.", 1)
+
+
+def _scale(adapter: Path) -> float:
+    if (plan := adapter / "plan.json").exists():
+        run = json.loads(plan.read_text())
+        return float(run["alpha"] / run["rank"])
+    return float(json.loads((adapter / "adapter.json").read_text())["scale"])
 
 
 def quantize(matrix: Floats) -> tuple[Bytes, Floats, Floats]:

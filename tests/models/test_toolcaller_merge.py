@@ -8,17 +8,19 @@ from typer.testing import CliRunner
 
 from models.errors import ModelError
 from models.gguf_weights import GgufWeights
+from models.toolcaller.adapter import write_adapter
 from models.toolcaller.cli import app
 from models.toolcaller.merge import MergedWeights, quantize
 
 NAME = "blk.2.attn_q.weight"
 
 
-def adapter(path: Path, key: str = "layers.2.attn_q", rank: int = 4, width: int = 576) -> Path:
+def adapter(folder: Path, key: str = "layers.2.attn_q", rank: int = 4, width: int = 576) -> Path:
     random = np.random.default_rng(1)
     a, b = random.normal(size=(rank, 576)), random.normal(size=(width, rank)) * 0.01
-    np.savez(path, **{f"{key}.a": a.astype(np.float16), f"{key}.b": b.astype(np.float16)})
-    return path
+    np.savez(folder / "adapter.npz", **{f"{key}.a": a.astype(np.float16), f"{key}.b": b.astype(np.float16)})
+    (folder / "plan.json").write_text('{"alpha": 8, "rank": 4}')
+    return folder
 
 
 def dense(blocks: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
@@ -32,9 +34,9 @@ def test_what_was_quantized_is_quantized_to_itself(smollm2_gguf: Path) -> None:
 
 
 def test_a_merged_matrix_is_base_plus_product_within_half_a_step(smollm2_gguf: Path, tmp_path: Path) -> None:
-    path = adapter(tmp_path / "adapter.npz")
-    base, merged = GgufWeights(smollm2_gguf), MergedWeights(smollm2_gguf, path, 2.0)
-    with np.load(path) as file:
+    folder = adapter(tmp_path)
+    base, merged = GgufWeights(smollm2_gguf), MergedWeights(smollm2_gguf, folder)
+    with np.load(folder / "adapter.npz") as file:
         wanted = base.dense(NAME) + 2.0 * file["layers.2.attn_q.b"].astype(np.float32) @ file["layers.2.attn_q.a"]
     np.testing.assert_allclose(merged.dense(NAME), wanted, atol=1e-6)
     blocks = merged.q4_1(NAME)
@@ -48,20 +50,26 @@ def test_a_merged_matrix_is_base_plus_product_within_half_a_step(smollm2_gguf: P
 
 @pytest.mark.parametrize(("key", "width"), [("layers.99.attn_q", 576), ("layers.2.attn_q", 192), ("embedding", 576)])
 def test_an_adapter_of_another_model_is_refused(smollm2_gguf: Path, tmp_path: Path, key: str, width: int) -> None:
-    path = adapter(tmp_path / "adapter.npz", key, width=width)
     with pytest.raises(ModelError):
-        MergedWeights(smollm2_gguf, path, 1.0).q4_1(NAME)
+        MergedWeights(smollm2_gguf, adapter(tmp_path, key, width=width)).q4_1(NAME)
+
+
+def test_what_ships_of_a_run_merges_as_the_run_does(smollm2_gguf: Path, tmp_path: Path) -> None:
+    write_adapter(adapter(tmp_path), tmp_path / "ships", "0" * 64)
+    ships, run = MergedWeights(smollm2_gguf, tmp_path / "ships"), MergedWeights(smollm2_gguf, tmp_path)
+    change = run.dense(NAME) - GgufWeights(smollm2_gguf).dense(NAME)
+    assert np.abs(ships.dense(NAME) - run.dense(NAME)).max() < 0.03 * np.abs(change).max()
 
 
 def test_what_is_no_adapter_is_refused(smollm2_gguf: Path, tmp_path: Path) -> None:
-    (tmp_path / "adapter.npz").write_bytes(b"not a zip")
-    with pytest.raises(ModelError, match="not a readable adapter"):
-        MergedWeights(smollm2_gguf, tmp_path / "adapter.npz", 1.0)
+    (adapter(tmp_path) / "adapter.npz").write_bytes(b"not a zip")
+    with pytest.raises(ModelError, match="no readable adapter"):
+        MergedWeights(smollm2_gguf, tmp_path)
 
 
 @pytest.mark.parametrize("command", [["adapter"], ["merge"], ["merge", "--bits", "5"]])
 def test_a_folder_that_is_no_run_is_told(command: list[str], model_cache: Path, tmp_path: Path) -> None:
-    adapter(tmp_path / "adapter.npz")
+    adapter(tmp_path)
     plan = '{"alpha": 2, "rank": 1}' if "--bits" in command else "{}"
     (tmp_path / "plan.json").write_text(plan)
     arguments = [*command, str(tmp_path), "--out", str(tmp_path / "out"), "--cache", str(model_cache)]
