@@ -119,9 +119,9 @@ def test_precisions_of_a_recipe_are_compiled_from_its_bundles(tmp_path: Path) ->
         assert {"conv0", "conv1"} <= set(found[precision].layers)
         assert row["profile"] == {"x": [[1, 1, 8, 8], [64, 1, 8, 8], [64, 1, 8, 8]]}
     weights = 10 * 1536 + 96 * 48 * 9  # of the last layer and the second convolution
-    assert found["fp32"].weights["float32"] > 4 * weights
-    assert found["fp16"].weights["float16"] > 2 * weights
-    assert found["int8"].weights["int8"] > weights
+    assert found["fp32"].weights["float"] >= 4 * weights
+    assert found["fp16"].weights["half"] >= 2 * weights
+    assert found["int8"].weights["int8"] >= weights
 
 
 @real
