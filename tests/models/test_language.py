@@ -69,7 +69,7 @@ def test_shipped_recipe_makes_bundles_that_answer(model_cache: Path, tmp_path: P
     result: dict[str, Any] = recipes.run(recipes.read("smollm2"), model_cache, tmp_path / "out", samples=200)
     rows = result["precisions"]
     assert rows["fp32"]["value"] < 60
-    assert rows["int4"]["of_fp32"] < 0.2
+    assert rows["int4"]["of_fp32"] < 0.25
     for name in rows:
         bundle = tmp_path / "out" / "bundles" / name
         manifest = open_bundle(bundle)
