@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
-from edge_agent.agent import chat, grammar, policy, prompt
+from edge_agent.agent import chat, grammar, policy, prompt, taint
 from edge_agent.agent.calls import Answer, Call, CallError, Decision, Nothing, parse, render, validate
 from edge_agent.agent.tool import ToolError, ToolSpec
 from edge_agent.agent.transcript import State, Step, Task
@@ -187,14 +187,28 @@ class AgentLoop:
             await self._act(task, spec, last.call, deadline)
 
     async def _decide(self, task: Task, specs: Sequence[ToolSpec], deadline: float) -> str:
-        if task.steps and task.steps[-1].role == "model":
-            return task.steps[-1].text  # said before a crash, not yet acted upon
+        """What the model says; an act after untrusted text only when it says so without that text too."""
+        last = task.steps[-1].role if task.steps else ""
+        said = task.steps[-1].text if last in ("model", "check") else ""  # before a crash, not yet acted upon
+        said = said or await self._ask(task, specs, turns(task), "model", deadline)
+        if last == "check" or not taint.steers(said, task, specs):
+            return said
+        return await self._ask(task, specs, taint.turns(task, specs), "check", deadline)
+
+    async def _ask(
+        self,
+        task: Task,
+        specs: Sequence[ToolSpec],
+        read: Sequence[prompt.Turn],
+        role: Literal["model", "check"],
+        deadline: float,
+    ) -> str:
         check_budget(task, self._budget, time.monotonic() >= deadline)
         pause = 0.1
         while True:
             try:
                 speaker = self._speaker()  # asked anew each time: what answers later may be another
-                request = next_call(speaker, specs, turns(task))
+                request = next_call(speaker, specs, read)
                 piece = await self._model.generate(request, max(0.1, deadline - time.monotonic()))
                 break
             except Retry as error:
@@ -205,7 +219,7 @@ class AgentLoop:
             except OutriderError as error:
                 raise Ended("failed", error=f"the language model refused: {error}") from error
         step = Step(
-            "model",
+            role,
             piece.text,
             ts=self._clock(),
             ms=piece.total_s * 1e3,
@@ -257,8 +271,8 @@ def next_call(
 def turns(task: Task) -> list[prompt.Turn]:
     """The transcript as the model reads it; an intent adds nothing to what the model said."""
     read = [prompt.Turn("user", task.text)]
-    for step in task.steps:
-        if step.role == "model":
+    for step in taint.decided(task.steps):
+        if step.role in ("model", "check"):
             read.append(prompt.Turn("assistant", step.text))
         elif step.role == "tool":
             read.append(prompt.Turn("tool", step.text if step.ok else prompt.error_text(step.text)))
@@ -285,7 +299,7 @@ def check_budget(task: Task, budget: Budget, late: bool) -> None:
         raise Ended("failed", error=f"out of time: {budget.seconds:g} s")
     if len(said) >= budget.steps:
         raise Ended("failed", error=f"out of steps: {budget.steps}")
-    if sum(step.tokens for step in said) >= budget.tokens:
+    if sum(step.tokens for step in task.steps) >= budget.tokens:
         raise Ended("failed", error=f"out of tokens: {budget.tokens}")
 
 

@@ -22,13 +22,14 @@ migrations = Migrations("agent")
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`model`: what it said; `intent`: the call about to be made; `tool`: what came back; times in ms.
+    """`model`: what it said; `check`: what it said without untrusted text, which counts instead; `intent`: the call about
+    to be made; `tool`: what came back; times in ms.
 
     `digest` and `adapter` (name and version) say which model it was. A run of a workflow begins with its `plan`, and
     `at` is the step (and item) of it.
     """
 
-    role: Literal["model", "intent", "tool", "plan"]
+    role: Literal["model", "check", "intent", "tool", "plan"]
     text: str = ""
     call: Call | None = None
     result: Any = None

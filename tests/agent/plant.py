@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypedDict
 
 import numpy as np
 
@@ -13,8 +13,16 @@ from edge_agent.wire.tensor import Tensor
 Line = Annotated[int, Range(1, 3)]
 
 
+class Reading(TypedDict):
+    """What a sensor shows."""
+
+    sensor: Literal["vibration", "temperature"]
+    line: int
+    value: float
+
+
 @tool(examples=[("how hot is line 2", {"sensor": "temperature", "line": 2})])
-def read_sensor(sensor: Literal["vibration", "temperature"], line: Line) -> dict[str, Any]:
+def read_sensor(sensor: Literal["vibration", "temperature"], line: Line) -> Reading:
     """Read a sensor of a production line."""
     return {"sensor": sensor, "line": line, "value": 41.5}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import Annotated, TypedDict, cast
+from typing import Annotated, Literal, TypedDict, cast
 
 from edge_agent.agent.tool import Context, Range, Tool, ToolError, declare
 from tools.sim import camera as lens
@@ -26,13 +26,16 @@ _FIELDS = {
 }
 
 
+Unit = Literal["mm/s", "°C", "%"]
+
+
 class Reading(TypedDict):
     """What a sensor of a line shows."""
 
     line: int
     sensor: plant.Sensor
     value: float
-    unit: str
+    unit: Unit
 
 
 class Motion(TypedDict):
@@ -61,7 +64,7 @@ class Alarm(TypedDict):
     sensor: plant.Sensor
     value: float
     limit: float
-    unit: str
+    unit: Unit
 
 
 class Alarms(TypedDict):
@@ -79,7 +82,7 @@ class Plant:
     def read_sensor(self, sensor: plant.Sensor, line: LineNumber, ctx: Context) -> Reading:
         """Read one sensor of a production line: vibration, temperature, speed or wear."""
         value = plant.reading(self.journal.seed, self._line(line, ctx), sensor)
-        return {"line": line, "sensor": sensor, "value": value, "unit": plant.UNITS[sensor]}
+        return {"line": line, "sensor": sensor, "value": value, "unit": cast(Unit, plant.UNITS[sensor])}
 
     def set_speed(self, line: LineNumber, percent: Percent, ctx: Context) -> Motion:
         """Make a running line faster or slower: set its speed in percent of full speed."""
@@ -112,7 +115,9 @@ class Plant:
         found = plant.alarms(self.journal.lines(ctx.now()).values())
         return {
             "alarms": [
-                {"line": a.line, "sensor": a.sensor, "value": a.value, "limit": a.limit, "unit": plant.UNITS[a.sensor]}
+                Alarm(
+                    line=a.line, sensor=a.sensor, value=a.value, limit=a.limit, unit=cast(Unit, plant.UNITS[a.sensor])
+                )
                 for a in found
             ]
         }
