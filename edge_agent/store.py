@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from edge_agent.errors import Fatal, OutriderError, Refused, Retry
 
 T = TypeVar("T")
 BUSY_TIMEOUT_S = 5.0
+SWITCH_S = 0.0005  # SQLite's thread gives the interpreter away at each statement: to wait 5 ms for it would cost more
 migrations = Migrations("edge")
 
 
@@ -79,6 +81,7 @@ class Store:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock(path.with_name(path.name + ".lock"))
+        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         try:
             self._db = self._thread.submit(self._open, more).result()

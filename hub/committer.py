@@ -33,6 +33,7 @@ MAX_KIND = 64
 _COLUMNS = ("device", "epoch", "seq", "ts", "received", "kind", "priority", "body")
 MAX_SPAN = 1_000_000  # seqs a batch may leave out and still have its gap's ends found exactly
 Row = tuple[str, int, int, float, float, str, int, str]
+_AT_ONCE = 250  # rows a statement: at each the interpreter goes to another thread, and back when that lets it go
 _encoder = msgspec.json.Encoder()
 _I32 = 2**31 - 1
 _I64 = 2**63 - 1
@@ -229,9 +230,15 @@ def _row(device: str, epoch: int, received: float, record: Record) -> Row:
 
 def _insert(connection: sa.Connection, rows: list[Row]) -> None:
     """By the driver: to compile and bind each row takes SQLAlchemy longer than the insert itself."""
-    if rows:
-        marks = ", ".join(["?" if connection.dialect.paramstyle == "qmark" else "%s"] * len(_COLUMNS))
-        connection.exec_driver_sql(f"INSERT INTO telemetry ({', '.join(_COLUMNS)}) VALUES ({marks})", rows)
+    mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"
+    marks = f"({', '.join([mark] * len(_COLUMNS))})"
+    insert = f"INSERT INTO telemetry ({', '.join(_COLUMNS)}) VALUES "
+    whole = len(rows) - len(rows) % _AT_ONCE
+    for at in range(0, whole, _AT_ONCE):
+        values = tuple(value for row in rows[at : at + _AT_ONCE] for value in row)
+        connection.exec_driver_sql(insert + ", ".join([marks] * _AT_ONCE), values)
+    if rows[whole:]:
+        connection.exec_driver_sql(insert + marks, rows[whole:])
 
 
 def _gap(

@@ -31,6 +31,8 @@ MAX_RECORD = 64 * 1024  # bytes, encoded
 LOWEST = 9
 _KEPT = -1  # stored priority of a loss record: never let go
 _PREFIX = len(b'{"seq":0')
+_AT_ONCE = 250  # rows a statement: other threads get the interpreter, and keep it for a while, at each
+_INSERT_MANY = "INSERT INTO outbox VALUES " + ", ".join(["(?, ?, ?, ?)"] * _AT_ONCE)
 _encoder = msgspec.json.Encoder()
 
 
@@ -225,7 +227,10 @@ class Outbox:
             for seq, (tail, priority, expires) in enumerate(drafts, first)
         ]
         self._next_expiry = min(self._next_expiry, *(row[2] for row in rows if row[2] is not None), math.inf)
-        db.executemany("INSERT INTO outbox VALUES (?, ?, ?, ?)", rows)
+        whole = len(rows) - len(rows) % _AT_ONCE
+        for at in range(0, whole, _AT_ONCE):
+            db.execute(_INSERT_MANY, [value for row in rows[at : at + _AT_ONCE] for value in row])
+        db.executemany("INSERT INTO outbox VALUES (?, ?, ?, ?)", rows[whole:])
         state.last_seq += len(rows)
         db.execute("UPDATE outbox_state SET last_seq = ?", [state.last_seq])
         state.rows += len(rows)
