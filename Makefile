@@ -31,6 +31,9 @@ demo: models ## a hub, three devices, ten tasks, a cut cable: the main job in fo
 test: models system ## the whole test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
+faults: models system ## the fault matrix against real processes: prints it and writes docs/reliability.md (minutes)
+	@$(BIN)/python -m tests.faults --docs docs/reliability.md $(ARGS)
+
 check: .venv/.ready ## format, lint, types, import rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -46,4 +49,4 @@ bench: models ## the benchmarks, with their peers (builds llama-cpp-python from 
 clean: ## what was built, but not the model files
 	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info demo-report.json
 
-.PHONY: help setup system demo test check bench models clean
+.PHONY: help setup system demo test faults check bench models clean

@@ -142,6 +142,10 @@ def _broker(given: str, identity: Identity | None, state: Path | None) -> Check:
     try:
         trust = tls(state, identity) if state and identity else None
         return Check("broker", "ok", f"{asyncio.run(connect(trust))} takes this device's connection")
+    except OSError as error:
+        return Check(
+            "broker", "fail", f"what the broker is met with cannot be read: {error}", "run as the agent's user"
+        )
     except OutriderError as error:
         passing = isinstance(error, Retry) and enrolled is None
         hint = error.hint or "the outbox keeps what is to be sent"

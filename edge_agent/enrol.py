@@ -126,10 +126,10 @@ def tls(state: Path, identity: Identity, certificate: str = "") -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     if not (folder / "key.pem").is_symlink():
         (folder / "key.pem").symlink_to(Path("..") / KEY)
-    if identity.enrolled.broker.ca:
-        durable.write(folder / "ca.pem", identity.enrolled.broker.ca.encode())
-    if certificate:
-        durable.write(folder / "cert.pem", certificate.encode())
+    for name, text in (("ca.pem", identity.enrolled.broker.ca), ("cert.pem", certificate)):
+        file = folder / name
+        if text and not (file.exists() and file.read_text() == text):  # a full disk keeps nobody from starting
+            durable.write(file, text.encode())
     return folder
 
 

@@ -58,50 +58,6 @@ dynamic_filters = true
 {username} = "{password}"
 """
 
-MOSQUITTO = """\
-# Written by `outrider broker config`. Start it with: mosquitto -c {folder}/mosquitto.conf
-user {user}
-pid_file {folder}/mosquitto.pid
-per_listener_settings false
-allow_anonymous false
-acl_file {folder}/acl
-
-listener {port} {bind}
-socket_domain {domain}
-cafile {folder}/ca.pem
-certfile {folder}/server.pem
-keyfile {folder}/server.key
-crlfile {folder}/crl.pem
-tls_version tlsv1.3
-require_certificate true
-use_identity_as_username true
-use_username_as_clientid true
-max_connections {connections}
-max_qos 1
-
-max_packet_size {packet}
-max_inflight_messages 64
-max_inflight_bytes 8388608
-max_queued_messages 10000
-max_queued_bytes 16777216
-queue_qos0_messages false
-max_keepalive 300
-memory_limit {memory}
-set_tcp_nodelay true
-
-# Nothing depends on it: a device sends again what the hub has not acked, the hub publishes again what is retained.
-persistence true
-persistence_location {folder}/data/
-autosave_interval 300
-persistent_client_expiration 14d
-sys_interval 60
-log_dest stderr
-log_type error
-log_type warning
-log_type notice
-connection_messages true
-"""
-
 
 def hub_user(fleet: str) -> str:
     """The hub's name at the broker; the colon keeps it from being a device's."""
@@ -125,15 +81,10 @@ def write_config(
     folder = folder.resolve()
     user = user or ("mosquitto" if os.getuid() == 0 else "")
     certificate, key = authority.server(names)
-    settings = MOSQUITTO.format(
-        folder=folder,
-        user=user or "mosquitto",
-        port=port,
-        bind=bind,
-        domain="ipv6" if ":" in bind else "ipv4",
-        packet=MAX_PAYLOAD + 4096,
-        connections=10_000,
-        memory=1 << 30,
+    settings = Path(__file__).with_name("mosquitto.conf").read_text()
+    domain = "ipv6" if ":" in bind else "ipv4"
+    settings = settings.format(
+        folder=folder, user=user or "mosquitto", port=port, bind=bind, domain=domain, packet=MAX_PAYLOAD + 4096
     )
     try:
         (folder / "data").mkdir(parents=True, exist_ok=True, mode=0o750)
