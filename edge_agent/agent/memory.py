@@ -10,6 +10,7 @@ and the command line import this: the daemon process has no numpy.
 
 from __future__ import annotations
 
+import itertools
 import re
 import sqlite3
 import time
@@ -25,8 +26,7 @@ from edge_agent.errors import Refused
 PIECE = 700  # characters of a piece, about
 MAX_DOCUMENT = 4 << 20  # bytes
 CANDIDATES = 128
-MAX_WORDS = 8
-COMMON, FEW = 0.2, 500  # a word in more than this share of the pieces, and more than few, says little: left out
+MAX_HITS = 4000  # words are taken from the rarest on until they are in so many pieces: the time of a search
 BATCH = 8
 SCALE = 400
 RRF = 60
@@ -130,8 +130,9 @@ class Memory:
         self, path: Path | str, quota: int = 64 << 20, age_s: float = 0.0, clock: Callable[[], float] = time.time
     ) -> None:
         self._quota, self._age_s, self._clock = quota, age_s, clock
-        self._bits, self._ids, self._total = np.zeros((0, 0), np.uint64), np.zeros(0, np.int64), 0
+        self._bits, self._ids = np.zeros((0, 0), np.uint64), np.zeros(0, np.int64)
         self._seen, self._changes = (-1, -1), 0
+        self._counts: dict[str, int] = {}  # in how many pieces a word is, as far as it was asked for
         try:
             self._db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
             for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
@@ -226,11 +227,14 @@ class Memory:
         self._stems.execute("DELETE FROM asked")
         self._stems.executemany("INSERT INTO asked (rowid, word) VALUES (?, ?)", enumerate(asked))
         stems = {str(term): asked[at] for term, at in self._stems.execute("SELECT term, doc FROM stems")}
-        known = f"SELECT term, doc FROM vocabulary WHERE term IN ({', '.join('?' * len(stems))}) ORDER BY doc"
-        rarity = self._db.execute(known, list(stems)).fetchall()
+        for term in stems.keys() - self._counts.keys():
+            row = self._db.execute("SELECT doc FROM vocabulary WHERE term = ?", [term]).fetchone()
+            self._counts[term] = row[0] if row else 0
+        rarity = sorted((self._counts[term], term) for term in stems if self._counts[term])
         if not rarity:
             return []
-        telling = [term for term, count in rarity if count <= max(FEW, COMMON * self._total)][:MAX_WORDS] or [rarity[0][0]]
+        hits = itertools.accumulate(count for count, _ in rarity)
+        telling = [term for (_, term), total in zip(rarity, hits, strict=True) if total <= MAX_HITS] or [rarity[0][1]]
         match = " OR ".join(f'"{stems[term]}"' for term in telling)
         sql = "SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words, 2.0, 1.0) LIMIT ?"
         return [id for (id,) in self._db.execute(sql, [match, CANDIDATES])]
@@ -251,7 +255,7 @@ class Memory:
         now = (self._db.execute("PRAGMA data_version").fetchone()[0], self._changes)
         if now == self._seen:
             return
-        (self._total,) = self._db.execute("SELECT count(*) FROM pieces").fetchone()
+        self._counts.clear()
         rows = self._db.execute("SELECT id, vector FROM pieces WHERE vector IS NOT NULL").fetchall()
         self._ids = np.array([id for id, _ in rows], np.int64)
         flat = np.frombuffer(b"".join(blob for _, blob in rows), np.int8)

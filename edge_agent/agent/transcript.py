@@ -22,8 +22,8 @@ migrations = Migrations("agent")
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`model`: what it said; `check`: what it said without untrusted text, which counts instead; `intent`: the call about
-    to be made; `tool`: what came back; times in ms.
+    """`model`: what it said; `check`: what it said without untrusted text, which counts instead; `intent`: the call to
+    be made; `tool`: what came back; times in ms.
 
     `digest` and `adapter` (name and version) say which model it was. A run of a workflow begins with its `plan`, and
     `at` is the step (and item) of it.
