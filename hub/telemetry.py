@@ -77,7 +77,7 @@ class Telemetry:
         query = sa.select(*wanted, size).order_by(dead_letters.c.id.desc()).limit(min(limit, MAX_PAGE))
         if device is not None:
             query = query.where(dead_letters.c.device == device)
-        return [row_dict(row) for row in await self._db.read(lambda c: c.execute(query).all())]
+        return [dict(row) for row in await self._db.read(lambda c: c.execute(query).mappings().all())]
 
     async def dead_letter(self, id: int) -> dict[str, Any]:
         """One, with its payload as base64url and the beginning of its text if it unpacks. Raises Refused 404."""
