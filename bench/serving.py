@@ -176,23 +176,23 @@ async def _overhead(case: _Case, raw: Callable[[int], object], worker: WorkerPro
     """Median milliseconds that the worker adds to a run, and of the run; raw and served take turns."""
     added, alone, inputs = list[float](), list[float](), case.inputs
     until = time.perf_counter() + ROUND_S
-    for number in itertools.count():
-        if time.perf_counter() > until and number >= 10:
-            return median(added), median(alone)
+    while time.perf_counter() < until or len(added) < 10:
+        number = len(added)
         began = time.perf_counter()
         raw(number)
         between = time.perf_counter()
         await worker.infer("m", inputs[number % len(inputs)])
         alone.append((between - began) * 1000)
         added.append((time.perf_counter() - between) * 1000 - alone[-1])
+    return median(added), median(alone)
 
 
 def _raw(raw: Callable[[int], object]) -> float:
-    began = time.perf_counter()
-    for number in itertools.count():
-        if (took := time.perf_counter() - began) > ROUND_S:
-            return number / took
+    began, number = time.perf_counter(), 0
+    while (took := time.perf_counter() - began) < ROUND_S:
         raw(number)
+        number += 1
+    return number / took
 
 
 async def _inside(worker: WorkerProcess, case: _Case) -> float:

@@ -61,7 +61,7 @@ class Exported(msgspec.Struct):
 def broken_line(lines: Iterable[bytes]) -> int | None:
     """`first_broken` of an export as JSON Lines: checked with no hub. Raises msgspec.DecodeError."""
     decoded = (msgspec.json.decode(line, type=Exported) for line in lines)
-    texts = (msgspec.structs.replace(each, detail=bytes(each.detail).decode()) for each in decoded)  # type: ignore[arg-type]
+    texts = (msgspec.structs.replace(each, detail=bytes(each.detail).decode()) for each in decoded)
     return first_broken(texts)
 
 

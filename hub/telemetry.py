@@ -68,7 +68,7 @@ class Telemetry:
     async def gaps(self, device: str) -> list[dict[str, Any]]:
         """From which seq to which some never came, newest first. Told of as lost or not: see the device."""
         query = sa.select(gaps).where(gaps.c.device == device).order_by(gaps.c.id.desc())
-        return [row_dict(row) for row in await self._db.read(lambda c: c.execute(query).all())]
+        return [dict(row) for row in await self._db.read(lambda c: c.execute(query).mappings().all())]
 
     async def dead(self, device: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
         """Dead letters without their payload, newest first."""

@@ -106,7 +106,8 @@ class _Graph:
         return self._add("Gather", self._constant(self._weights[f"embeddings.{kind}_embeddings.weight"]), ids)
 
     def _types(self) -> NDArray[np.float32]:
-        return self._weights["embeddings.token_type_embeddings.weight"][0]
+        first: NDArray[np.float32] = self._weights["embeddings.token_type_embeddings.weight"][0]
+        return first
 
     def _tokens(self) -> str:
         return self._add("Squeeze", self._add("Shape", "ids", start=1, end=2))
