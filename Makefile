@@ -40,11 +40,12 @@ check: .venv/.ready ## format, lint, types, import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
 
-bench: models ## the benchmarks, with their peers (builds llama-cpp-python from source at the first run)
+bench: models system ## the benchmarks, with their peers (builds llama-cpp-python from source at the first run)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
 	@$(BIN)/outrider bench llm
 	@$(BIN)/outrider bench toolcall
 	@$(BIN)/outrider bench uplink
+	@$(BIN)/outrider bench offline
 
 clean: ## what was built, but not the model files
 	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info demo-report.json

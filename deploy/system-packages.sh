@@ -1,9 +1,10 @@
 #!/bin/sh
-# Debian packages that some tests use; without them those tests are skipped and say so.
+# Debian packages that some tests and benchmarks use; without them those tests are skipped and say so.
 set -u
 missing=""
 command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || missing="$missing mosquitto"
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"
+command -v nats-server >/dev/null || [ -x /usr/sbin/nats-server ] || missing="$missing nats-server"
 command -v chromium >/dev/null || missing="$missing chromium"
 command -v chromedriver >/dev/null || missing="$missing chromium-driver"
 [ -z "$missing" ] && exit 0
