@@ -47,7 +47,8 @@ MANIFEST = Manifest(
     license="Apache-2.0",
     meta={"source": "here"},
 )
-ROLES = {role: [p for p in given if p != "run:model"] for role, given in SHIPPED_ROLES.items()}  # as they were then
+SINCE = ("run:model", "create:offline-token")
+ROLES = {role: [p for p in given if p not in SINCE] for role, given in SHIPPED_ROLES.items()}  # as they were then
 GRANTS = Grants(3, 1800000000.0, 1900000000.0, ROLES, [public_jwk(KEY.public)], {"eve": 1.0})
 MESSAGES: dict[str, msgspec.Struct] = {
     "Presence": Presence(PresenceState.ONLINE, 1800000000.5, 17, 42, "nonce", "0.1.0"),
