@@ -40,7 +40,10 @@ _MODEL = "smollm2"
 def run(folder: Path | None = None) -> Iterator[dict[str, Any]]:
     """The rows."""
     with tempfile.TemporaryDirectory(prefix="bench-agent-", dir=folder) as scratch:
-        yield row("loop_overhead", asyncio.run(_overhead(Path(scratch))))
+        began = time.process_time()
+        steps = asyncio.run(_overhead(Path(scratch)))
+        cpu = 1e3 * (time.process_time() - began) / len(steps) / (STEPS + 1)
+        yield row("loop_overhead", steps) | {"cpu": round(cpu, 3)}
         yield from asyncio.run(_effects(Path(scratch)))
         yield from _memory(Path(scratch))
 
