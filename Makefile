@@ -47,7 +47,14 @@ bench: models system ## the benchmarks, with their peers (builds llama-cpp-pytho
 	@$(BIN)/outrider bench uplink
 	@$(BIN)/outrider bench offline
 
+conformance: .venv/.ready ## the device's TUF client against the public suite in TUF_CONFORMANCE_DIR
+	@if [ -d "$(TUF_CONFORMANCE_DIR)/tuf_conformance" ]; then \
+	  cd "$(TUF_CONFORMANCE_DIR)" && $(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider tuf_conformance \
+	    -o asyncio_default_fixture_loop_scope=function \
+	    --entrypoint "$(CURDIR)/$(BIN)/outrider trust conformance-client"; \
+	else echo "tuf-conformance: NOT RUN: set TUF_CONFORMANCE_DIR to a copy of theupdateframework/tuf-conformance"; fi
+
 clean: ## what was built, but not the model files
 	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info demo-report.json
 
-.PHONY: help setup system demo test faults check bench models clean
+.PHONY: help setup system demo test faults check bench conformance models clean

@@ -29,6 +29,7 @@ class Name(StrEnum):
     SERVING = "serving"
     SWAP = "swap"
     TOOLCALL = "toolcall"
+    UPDATE = "update"
     UPLINK = "uplink"
 
 
@@ -42,7 +43,8 @@ def bench(
     `agent`: a step of the loop, utterance to effect, memory search. `footprint`: memory and processor time of a daemon
     without a model. `llm`: prefill, decode, call. `offline`: a million records while cut off. `serving`: requests/s of
     networks, in process and over HTTP. `swap`: requests while versions change. `toolcall`: from an utterance to its
-    call. `uplink`: records/s, lost, doubled, against plain MQTT and JetStream.
+    call. `update`: what new versions cost on the wire. `uplink`: records/s, lost, doubled, against plain MQTT and
+    JetStream.
     """
     from bench.rows import show
 

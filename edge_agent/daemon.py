@@ -43,7 +43,7 @@ from edge_agent.telemetry import Telemetry
 from edge_agent.update.download import Downloads, hub_client
 from edge_agent.update.service import BundleReport, UpdateService
 from edge_agent.update.slots import Installed
-from edge_agent.update.trust import PinnedHubKey
+from edge_agent.update.trust import Director, Repository
 from edge_agent.wire.bundle import BundleKind
 from edge_agent.wire.grants import Grants, Subject, allowed
 from edge_agent.wire.signing import SigningKey
@@ -87,10 +87,13 @@ class Daemon:
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
         self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample)
         self._http = hub_client(settings.hub or identity.hub)
+        enrolled, downloads, trust = identity.enrolled, Downloads(self._http, self._token), state / "trust"
+        director = Director(trust, identity.hub_key, enrolled.fleet, enrolled.device)
         self._updates = UpdateService(
             state / "bundles",
-            PinnedHubKey(identity.hub_key),
-            Downloads(self._http, self._token),
+            director,
+            Repository(trust, downloads, director, identity.hub_key),
+            downloads,
             self._hosting,
             self._switch,
             self._report,
@@ -255,11 +258,19 @@ class Daemon:
             _log.error("the state of %s is not reported: %s", name, error)
 
     async def _follow_desired(self) -> None:
-        seen = 0
+        seen, error = 0, ""
         while True:
             desired = await self._twin.newer_than(seen)
-            seen, bundles = desired.version, desired.doc.get("bundles")
-            self._updates.desire(bundles if isinstance(bundles, dict) else {})
+            seen, error, told = desired.version, "", error
+            try:
+                if document := desired.doc.get("director"):
+                    await self._updates.direct(document)
+            except (OutriderError, OSError) as problem:
+                error = str(problem)
+                _log.error("the directive is refused: %s", error)
+            if error != told:
+                with contextlib.suppress(OutriderError):
+                    await self._twin.report({"director": {"error": error}})
 
     async def _watch_link(self) -> None:
         """A new connection is the moment to try failed downloads again."""

@@ -8,6 +8,7 @@ import asyncio
 import fcntl
 import logging
 import secrets
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from hub.errors import Fatal
 from hub.ingest import Ingest
 from hub.jobs import Jobs
 from hub.registry import Registry
+from hub.repository import Repository, make_key
 from hub.services import BrokerAddress, Services
 from hub.telemetry import Telemetry
 from hub.twin import Twin
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 JOB_TICK_S = 15.0
 ANCHOR_S = 10.0
 RUNNER_PAUSE_S = 1.0
+TRUST_TICK_S = 1800.0
+TRUST_WARNING_DAYS = {"root": 60.0, "targets": 60.0}
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         devices=devices_,
         twin=twin,
         jobs=jobs,
-        registry=Registry(database, settings.data, key),
+        registry=Registry(database, settings.data, await asyncio.to_thread(_repository, settings.data)),
         telemetry=Telemetry(database),
         audit=Audit(database),
     )
@@ -149,6 +153,18 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
     if generated := await auth.first_admin(settings.admin_password):
         settings.on_generated_password(generated)  # last: a start that fails must not spend what is shown once
     return services
+
+
+def _repository(data: Path) -> Repository:
+    """The TUF repository; a hub that has none makes one, with offline keys for somebody to take away."""
+    repository = Repository(data / "trust")
+    if not repository.exists:
+        offline = data / "trust" / "offline"
+        shutil.rmtree(offline, ignore_errors=True)  # of a start that was cut off
+        keys = [make_key(offline / f"root-{number}.key") for number in (1, 2, 3)]
+        repository.create(keys, 2, {"bundles": ["bundles/*/*/*"]})
+        log.warning("take the keys in %s to three safe places; two of them change whom devices trust", offline)
+    return repository
 
 
 def _lock(data: Path, stack: AsyncExitStack) -> None:
@@ -222,7 +238,15 @@ async def _running(services: Services, ingest: Ingest, connected: asyncio.Event)
             await asyncio.sleep(ANCHOR_S)
             await services.audit.anchor()
 
+    async def renew_trust() -> None:
+        while True:
+            for role, days in (await services.registry.trusted(Repository.renew)).items():
+                if days < TRUST_WARNING_DAYS.get(role, 0):
+                    log.warning("%s of the repository expires in %.0f days: outrider trust prolong", role, days)
+            await asyncio.sleep(TRUST_TICK_S)
+
     runners = {"ingest": ingest.run, "greet": greet, "jobs": tend_jobs, "grants": renew_grants, "anchor": anchor}
+    runners["trust"] = renew_trust
     tasks = [asyncio.create_task(_for_ever(name, run), name=name) for name, run in runners.items()]
     try:
         yield

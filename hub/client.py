@@ -16,6 +16,7 @@ from edge_agent.wire.bundle import BundleKind, FileEntry, Manifest, scan
 from hub.errors import HubError
 
 PIECE = 1 << 20
+SIGNING_S = 1800.0  # the hub cuts and packs a bundle before it answers
 
 
 def config_path() -> Path:
@@ -55,8 +56,8 @@ class HubClient:
     def get(self, path: str, **query: Any) -> Any:
         return _answer(self._http, "GET", path, params={k: v for k, v in query.items() if v is not None})
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        return _answer(self._http, "POST", path, json=body)
+    def post(self, path: str, body: dict[str, Any], **more: Any) -> Any:
+        return _answer(self._http, "POST", path, json=body, **more)
 
     def delete(self, path: str) -> Any:
         return _answer(self._http, "DELETE", path)
@@ -81,11 +82,11 @@ class HubClient:
         body = {"manifest": msgspec.to_builtins(manifest)}
         self._upload(folder, files)
         try:
-            answer: dict[str, Any] = self.post("/v1/bundles", body)
+            answer: dict[str, Any] = self.post("/v1/bundles", body, timeout=SIGNING_S)
         except HubError:
             if not self._upload(folder, files):
                 raise
-            answer = self.post("/v1/bundles", body)  # a file was found damaged there, and is whole now
+            answer = self.post("/v1/bundles", body, timeout=SIGNING_S)  # a file was damaged there, and is whole now
         return {"name": manifest.name, "version": manifest.version, "manifest_sha256": answer["manifest_sha256"]}
 
     def _upload(self, folder: Path, files: list[FileEntry]) -> int:

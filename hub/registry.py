@@ -2,7 +2,8 @@
 
 Invariants: a blob appears under its name only whole, with the right hash and fsynced; one that was damaged since is
 as good as missing: it is not handed out, and the next upload replaces it. A bundle is published only when every file
-it names is here, read anew, with that size and hash; what is published is signed by the hub and never changes.
+it names is here, read anew, with that size and hash; what is published never changes. Its manifest, its chunk index
+and the pack of its new chunks are blobs too, there before the TUF repository names them.
 """
 
 import asyncio
@@ -12,22 +13,24 @@ import os
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import sqlalchemy as sa
 
 from edge_agent.wire import durable
-from edge_agent.wire.bundle import Manifest, SignedManifest, content_digest, sign_manifest
+from edge_agent.wire.bundle import Manifest, Target, content_digest, decode_manifest, sha256, target_paths
+from edge_agent.wire.chunks import Chunk, Index, decode_index
 from edge_agent.wire.errors import WireError
-from edge_agent.wire.messages import check_depth, decode
-from edge_agent.wire.signing import SigningKey
-from hub import audit
+from edge_agent.wire.messages import check_depth
+from hub import audit, packs
 from hub.db import Database, bundles
 from hub.errors import Refused
+from hub.repository import Repository
 
+T = TypeVar("T")
 MAX_BLOB = 64 << 30
 _PIECE = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -36,9 +39,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class Registry:
     """What devices may install."""
 
-    def __init__(self, db: Database, data_dir: Path, key: SigningKey) -> None:
+    def __init__(self, db: Database, data_dir: Path, repository: Repository) -> None:
         self._db = db
-        self._key = key
+        self._repository = repository
+        self._publishing = asyncio.Lock()
         self._blobs = data_dir / "blobs"
         self._partial = self._blobs / ".partial"
         self._intact: dict[str, tuple[int, int, int]] = {}  # the file (inode, size, mtime) that had the right hash
@@ -95,9 +99,7 @@ class Registry:
             await asyncio.to_thread(_move_durably, partial, path)
             return size
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise Refused(507, "the hub's disk is full", "free space or move --data, then upload again") from error
-            raise
+            raise _disk_full(error) from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -124,48 +126,72 @@ class Registry:
             await asyncio.to_thread(os.fsync, file.fileno())
         return size, hasher.hexdigest()
 
-    async def publish(self, manifest: bytes, by: str) -> SignedManifest:
-        """Check, sign and keep a manifest; the same one again changes nothing.
+    async def trusted(self, ask: Callable[[Repository], T]) -> T:
+        """Ask the TUF repository something."""
+        return await asyncio.to_thread(ask, self._repository)
+
+    async def publish(self, manifest: bytes, by: str) -> Target:
+        """Check, cut, sign and keep a manifest; the same one again changes nothing.
 
         Raises:
-            Refused: 422 when it is no manifest, 409 when files are missing here or the version exists and differs.
+            Refused: 422 when it is no manifest, 409 when files are missing here or the version exists and differs, 507.
         """
         try:
             check_depth(msgspec.json.decode(manifest))
-            signed = sign_manifest(self._key, manifest)
-            parsed = decode(Manifest, manifest)
+            parsed, target = decode_manifest(manifest), sha256(manifest)
         except (WireError, UnicodeDecodeError, msgspec.DecodeError) as error:
             raise Refused(
                 422, f"the manifest is refused: {error}", "see Manifest in edge_agent/wire/bundle.py"
             ) from None
         await self._check_files(parsed)
+        async with self._publishing:
+            row = await self._db.read(lambda c: _select(c, parsed.name, parsed.version))
+            if row is None or (row.manifest_sha256 == target and not row.index_sha256):
+                index, role = await self._sign(parsed, manifest)
+                await self._db.write(lambda c: _keep(c, parsed, manifest, index, role, by))
+            elif row.manifest_sha256 != target:
+                hint = "a published version never changes: publish under a new version"
+                raise Refused(409, f"bundle {parsed.name} {parsed.version} exists and differs", hint)
+        return Target(parsed.version, target)
 
-        def change(connection: sa.Connection) -> SignedManifest:
-            known = _select(connection, parsed.name, parsed.version)
-            if known is not None:
-                if known.manifest != signed.manifest:
-                    hint = "a published version never changes: publish under a new version"
-                    raise Refused(409, f"bundle {parsed.name} {parsed.version} exists and differs", hint)
-                return SignedManifest(known.manifest, known.signature, known.key_id)
-            row = {
-                "name": parsed.name,
-                "version": parsed.version,
-                "kind": parsed.kind.value,
-                "manifest": signed.manifest,
-                "manifest_sha256": signed.sha256,
-                "signature": signed.signature,
-                "key_id": signed.key_id,
-                "size": parsed.size,
-                "content_digest": content_digest(parsed.files),
-                "published": time.time(),
-                "published_by": by,
-            }
-            connection.execute(bundles.insert().values(**row))
-            detail = {"bundle": parsed.name, "version": parsed.version, "manifest_sha256": signed.sha256}
-            audit.append(connection, by, "publish:bundle", detail)
-            return signed
+    async def _sign(self, manifest: Manifest, raw: bytes) -> tuple[str, str]:
+        """Cut a bundle and make it a target: the SHA-256 of its index, the role that signed."""
+        known = await self._known(manifest.name)
+        files = [(entry, self._blob_path(entry.sha256)) for entry in manifest.files]
+        partial = self._partial / secrets.token_hex(8)
 
-        return await self._db.write(change)
+        def change() -> tuple[str, str]:
+            try:
+                index, pack = packs.build(files, known, partial)
+                if pack:
+                    _move_durably(partial, self._blob_path(pack))
+                signed = {}
+                for path, data in zip(target_paths(manifest.name, manifest.version), (raw, index), strict=True):
+                    durable.write(partial, data)
+                    _move_durably(partial, self._blob_path(sha256(data)))
+                    signed[path] = len(data), sha256(data)
+                return sha256(index), self._repository.publish(signed)
+            except OSError as error:
+                raise _disk_full(error) from error
+            finally:
+                partial.unlink(missing_ok=True)
+
+        return await asyncio.to_thread(change)
+
+    async def _known(self, name: str) -> dict[bytes, Chunk]:
+        """Chunks of earlier versions that lie in whole packs."""
+        cut = sa.and_(bundles.c.name == name, bundles.c.index_sha256 != "")
+        query = sa.select(bundles.c.manifest, bundles.c.index_sha256).where(cut)
+        known: dict[bytes, Chunk] = {}
+        for row in await self._db.read(lambda c: c.execute(query).all()):
+            path = self._blob_path(row.index_sha256)
+            if not path.exists() or not await self._is_intact(path):
+                continue
+            index = await asyncio.to_thread(_read_index, path, row.manifest)
+            paths = {pack: self._blob_path(pack) for pack in index.packs}
+            whole = {pack for pack, path in paths.items() if path.exists() and await self._is_intact(path)}
+            known |= {chunk.hash: chunk for chunk in index.chunks() if chunk.pack in whole}
+        return known
 
     async def _check_files(self, manifest: Manifest) -> None:
         missing = []
@@ -187,16 +213,47 @@ class Registry:
 
     async def list(self) -> list[dict[str, Any]]:
         """Name, version, kind, size, digests, when and by whom; oldest first."""
-        shown = [c for c in bundles.c if c.name not in ("manifest", "signature")]
+        shown = [c for c in bundles.c if c.name != "manifest"]
         query = sa.select(*shown).order_by(bundles.c.published)
         return [dict(row) for row in await self._db.read(lambda c: c.execute(query).mappings().all())]
 
-    async def get(self, name: str, version: str) -> SignedManifest:
+    async def get(self, name: str, version: str) -> tuple[Manifest, Target]:
         """Raises Refused 404."""
         row = await self._db.read(lambda c: _select(c, name, version))
         if row is None:
             raise Refused(404, f"no bundle {name} {version}", "see GET /v1/bundles")
-        return SignedManifest(row.manifest, row.signature, row.key_id)
+        return decode_manifest(row.manifest.encode()), Target(row.version, row.manifest_sha256)
+
+
+def _keep(connection: sa.Connection, manifest: Manifest, raw: bytes, index: str, role: str, by: str) -> None:
+    row = {
+        "name": manifest.name,
+        "version": manifest.version,
+        "kind": manifest.kind.value,
+        "manifest": raw.decode(),
+        "manifest_sha256": sha256(raw),
+        "index_sha256": index,
+        "role": role,
+        "size": manifest.size,
+        "content_digest": content_digest(manifest.files),
+        "published": time.time(),
+        "published_by": by,
+    }
+    same = sa.and_(bundles.c.name == manifest.name, bundles.c.version == manifest.version)
+    connection.execute(bundles.delete().where(same))  # one that was published before bundles were cut
+    connection.execute(bundles.insert().values(**row))
+    detail = {"bundle": manifest.name, "version": manifest.version, "manifest_sha256": row["manifest_sha256"]}
+    audit.append(connection, by, "publish:bundle", detail)
+
+
+def _read_index(path: Path, manifest: str) -> Index:
+    return decode_index(path.read_bytes(), decode_manifest(manifest.encode()).files)
+
+
+def _disk_full(error: OSError) -> OSError | Refused:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Refused(507, "the hub's disk is full", "free space or move --data, then upload again")
+    return error
 
 
 def _select(connection: sa.Connection, name: str, version: str) -> sa.Row[Any] | None:

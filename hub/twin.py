@@ -18,6 +18,8 @@ from hub.db import Database, devices
 from hub.errors import Refused
 
 Send = Callable[[str, Desired], Awaitable[object]]
+Patch = dict[str, Any] | Callable[[sa.Row[Any]], dict[str, Any]]
+"""A merge patch, or what makes one of the device's row."""
 
 
 def merge(document: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
@@ -48,27 +50,26 @@ class Twin:
         self._db = db
         self._send = send
 
-    async def patch_desired(
-        self, device: str, patch: dict[str, Any], by: str, action: str = "patch:desired"
-    ) -> Desired:
+    async def patch_desired(self, device: str, patch: Patch, by: str, action: str = "patch:desired") -> Desired:
         """Merge into the device's desired document and publish it. Raises Refused 404, 413 (size), 422 (depth)."""
-        try:
-            check_depth(patch)
-        except Undecodable as error:
-            raise Refused(422, f"the desired document is refused: {error}", "flatten it") from None
 
         def change(connection: sa.Connection) -> Desired:
             row = connection.execute(sa.select(devices).where(devices.c.name == device).with_for_update()).first()
             if row is None:
                 raise Refused(404, f"no device {device}", "see GET /v1/devices")
-            document = merge(row.desired, patch)
+            given = patch(row) if callable(patch) else patch
+            try:
+                check_depth(given)
+            except Undecodable as error:
+                raise Refused(422, f"the desired document is refused: {error}", "flatten it") from None
+            document = merge(row.desired, given)
             if len(msgspec.json.encode(document)) > TWIN_LIMIT:
                 raise Refused(
                     413, f"the desired document of {device} would pass {TWIN_LIMIT} bytes", "remove something"
                 )
             values = {"desired": document, "desired_version": row.desired_version + 1}
             connection.execute(devices.update().where(devices.c.name == device).values(**values))
-            audit.append(connection, by, action, {"device": device, "patch": patch})
+            audit.append(connection, by, action, {"device": device, "patch": given})
             return Desired(version=row.desired_version + 1, ts=time.time(), doc=document)
 
         desired = await self._db.write(change)

@@ -1,4 +1,4 @@
-"""Uploads a bundle to a hub: the blobs that are not there, then the manifest, which the hub signs.
+"""Uploads a bundle to a hub: the blobs that are not there, then the manifest; the hub cuts and signs.
 
 Invariants: files are checked against the manifest before the first byte leaves; a file the hub has is not sent
 again, so a publication that was cut off goes on by being run again; a file the hub finds damaged when it signs is
@@ -19,6 +19,9 @@ from edge_agent.wire.bundle import Manifest
 from models.errors import ModelError
 from models.fetch import CHUNK, Progress, quiet
 from models.package import open_bundle
+
+SIGNING_S = 1800.0
+"""The hub cuts and packs a bundle before it answers: some seconds for each 100 MB."""
 
 
 def login(hub: str, user: str, password: str) -> str:
@@ -45,11 +48,11 @@ def publish(hub: str, token: str, bundle: Path, progress: Progress = quiet) -> d
         body = {"manifest": msgspec.to_builtins(manifest)}
         _upload(client, bundle, manifest, progress)
         try:
-            return _ask(client, "POST", "/v1/bundles", json=body)
+            return _ask(client, "POST", "/v1/bundles", json=body, timeout=SIGNING_S)
         except ModelError:
             if not _upload(client, bundle, manifest, progress):
                 raise
-            return _ask(client, "POST", "/v1/bundles", json=body)
+            return _ask(client, "POST", "/v1/bundles", json=body, timeout=SIGNING_S)
 
 
 def _upload(client: httpx.Client, bundle: Path, manifest: Manifest, progress: Progress) -> int:

@@ -12,8 +12,11 @@ RESERVE = 64 << 20
 """Bytes left free for the outbox and the system, however large an update is."""
 
 
-def require(folder: Path, size: int, reserve: int = RESERVE) -> None:
-    """Raises Retry when the disk cannot take `size` more bytes and keep `reserve` free."""
+def require(folder: Path, size: int, reserve: int = RESERVE, budget: int | None = None) -> None:
+    """Raises Retry when the disk cannot take `size` more bytes and keep `reserve` free, or `budget` is less."""
+    if budget is not None and budget < size:
+        need = f"{size / 2**20:.1f} MiB more, {max(0, budget) / 2**20:.1f} MiB are left"
+        raise Retry(f"the bundles' share of the disk is used up: the update needs {need}", "raise `bundles_mb`")
     free = shutil.disk_usage(folder).free
     if free - reserve < size:
         need = f"needs {size / 2**20:.1f} MiB and {reserve / 2**20:.1f} MiB reserve, {free / 2**20:.1f} MiB are free"

@@ -1,33 +1,33 @@
-"""Manifests and files from the hub, by HTTP.
+"""Bytes from the hub, by HTTP: small files whole, chunks by ranges of packs.
 
-Invariants: a part never grows past the size its manifest names; it is hashed while it streams and only a part with
-the right hash is left complete; a cut connection goes on where it stopped (Range), a bounded number of times; the
-hub's absence is Retry, other bytes than the manifest's are Refused. Hashing and writing run in threads.
+Invariants: no answer grows past the size that was signed, and none may trickle for ever; a chunk is verified before it
+is kept, neighbours come in one range, and a cut costs at most the chunk it fell in: what is left is asked for anew, a
+bounded number of times without progress. Nothing that comes over the wire can do more than fail: the hub's absence and
+a tampered chunk alike are Retry. Unpacking, hashing and writing run in threads.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 import ssl
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
-from typing import IO
 
 import httpx
-import msgspec
 
-from edge_agent.errors import Refused, Retry
-from edge_agent.wire import durable
-from edge_agent.wire.bundle import FileEntry, SignedManifest
+from edge_agent.errors import Retry
+from edge_agent.update.assembly import Assembly
+from edge_agent.wire.chunks import Chunk, unpack_chunk
+from edge_agent.wire.errors import Undecodable
 
 ATTEMPTS = 5
-CHUNK = 1 << 16
-MAX_MANIFEST = 1 << 20
+PIECE = 1 << 16
+SLOWEST, PATIENCE_S = 1024.0, 30.0
+"""Bytes a second that an answer must bring after this many seconds."""
 Tick = Callable[[int], None]
-"""Called with the bytes of the file that are on disk; what it raises stops the download."""
+"""Called with the bytes that are still to come; what it raises stops the download."""
 
 
 def hub_client(url: str, verify: bool | ssl.SSLContext = True) -> httpx.AsyncClient:
@@ -35,87 +35,112 @@ def hub_client(url: str, verify: bool | ssl.SSLContext = True) -> httpx.AsyncCli
     return httpx.AsyncClient(base_url=url, verify=verify, timeout=httpx.Timeout(30.0, connect=10.0))
 
 
+class NotThere(Retry):
+    """The hub does not have it."""
+
+
 class Downloads:
-    """The hub's bundles and blobs. `token` makes a fresh device token for each request."""
+    """The hub's files. `token` makes a fresh device token for each request."""
 
     def __init__(self, client: httpx.AsyncClient, token: Callable[[], str], backoff_s: float = 0.5) -> None:
         self._client, self._token, self._backoff_s = client, token, backoff_s
 
-    async def manifest(self, name: str, version: str) -> SignedManifest:
-        """The signed manifest of a published version, not yet verified. Raises Retry."""
-        body = bytearray()
+    async def whole(self, path: str, limit: int) -> bytes:
+        """A file of at most `limit` bytes. Raises Retry, NotThere for 403 and 404 of metadata."""
+        body, pace = bytearray(), _Pace(path)
         try:
-            async with self._get(f"/v1/bundles/{name}/{version}", {}) as response:
-                _expect(response, f"bundle {name} {version}")
-                async for chunk in response.aiter_bytes(CHUNK):
-                    body += chunk
-                    if len(body) > MAX_MANIFEST:
-                        raise Retry(f"the manifest of {name} {version} is over {MAX_MANIFEST} bytes")
-            return msgspec.json.decode(body, type=SignedManifest)
+            async with self._get(path, {}) as response:
+                _expect(response, path)
+                async for piece in response.aiter_raw(PIECE):
+                    body += piece
+                    if len(body) > limit:
+                        raise Retry(f"endless data: {path} has more than {limit} bytes", "is that the hub?")
+                    pace.at(len(body))
         except httpx.HTTPError as error:
             raise _unreachable(error) from error
-        except msgspec.DecodeError as error:
-            raise Retry(
-                f"the answer for {name} {version} is no signed manifest: {error}", "is that the hub?"
-            ) from error
+        return bytes(body)
 
-    async def blob(self, entry: FileEntry, part: Path, tick: Tick = lambda done: None) -> None:
-        """Make `part` the whole file, resuming what is there. Raises Retry, Refused; OSError when the disk is full."""
-        for attempt in range(1, ATTEMPTS + 1):
+    async def fill(self, assembly: Assembly, tick: Tick = lambda left: None) -> None:
+        """Fetch every chunk an assembly wants. Raises Retry; OSError when the disk is full."""
+        idle = 0
+        while wanted := assembly.wanted():
             try:
-                await self._once(entry, part, tick)
-                return
+                for span in _spans(wanted):
+                    await self._span(span, assembly, tick)
+                continue
             except httpx.HTTPError as error:
                 problem: Retry = _unreachable(error)
             except _Cut as error:
                 problem = error
-                if error.from_zero:
-                    await asyncio.to_thread(part.unlink, missing_ok=True)
-            if attempt == ATTEMPTS:
+            idle = idle + 1 if assembly.wanted()[0] == wanted[0] else 1
+            if idle == ATTEMPTS:
                 raise problem
-            await asyncio.sleep(self._backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+            await asyncio.sleep(self._backoff_s * 2 ** (idle - 1) * random.uniform(0.5, 1.0))
 
-    async def _once(self, entry: FileEntry, part: Path, tick: Tick) -> None:
-        digest, have = await asyncio.to_thread(_resume, part, entry.size)
-        resumed = have
-        if have < entry.size:
-            headers = {"Range": f"bytes={have}-"} if have else {}
-            async with self._get(f"/v1/blobs/{entry.sha256}", headers) as response:
-                start = _start(response, entry, have)
-                if start == 0:
-                    digest, have, resumed = hashlib.sha256(), 0, 0
-                with await asyncio.to_thread(_open_at, part, start) as file:
-                    async for chunk in response.aiter_raw():
-                        have += len(chunk)
-                        if have > entry.size:
-                            await asyncio.to_thread(part.unlink, missing_ok=True)
-                            raise Refused(
-                                f"{entry.path}: the hub sends more than the {entry.size} bytes of the manifest"
-                            )
-                        await asyncio.to_thread(_append, file, digest, chunk)
-                        tick(have)
-            if have < entry.size:
-                raise _Cut(f"{entry.path}: the connection ended at byte {have} of {entry.size}")
-        await asyncio.to_thread(durable.sync, part)
-        if digest.hexdigest() == entry.sha256:
-            return
-        if resumed:
-            raise _Cut(f"{entry.path}: what was resumed does not have the right hash", from_zero=True)
-        await asyncio.to_thread(part.unlink, missing_ok=True)
-        found = f"expected sha256 {entry.sha256}, found {digest.hexdigest()}"
-        raise Refused(f"{entry.path} is not what was signed: {found}", "publish the bundle again as a new version")
+    async def _span(self, span: Sequence[Chunk], assembly: Assembly, tick: Tick) -> None:
+        pack, first, end = span[0].pack, span[0].offset, span[-1].offset + span[-1].packed
+        left, pace, buffer, received = iter(span), _Pace(f"pack {pack[:12]}"), bytearray(), 0
+        upcoming = next(left, None)
+        async with self._get(f"/v1/blobs/{pack}", {"Range": f"bytes={first}-{end - 1}"}) as response:
+            _begins(response, pack, first, end)
+            async for piece in response.aiter_raw(PIECE):
+                buffer += piece
+                received += len(piece)
+                if received > end - first:
+                    raise _Cut(f"endless data: pack {pack[:12]} goes on past byte {end}")
+                pace.at(received)
+                ready = []
+                while upcoming is not None and len(buffer) >= upcoming.packed:
+                    ready.append((upcoming, bytes(buffer[: upcoming.packed])))
+                    del buffer[: upcoming.packed]
+                    upcoming = next(left, None)
+                if ready:
+                    tick(await asyncio.to_thread(_keep, assembly, ready))
+        if upcoming is not None:
+            raise _Cut(f"pack {pack[:12]}: the connection ended at byte {first + received} of {end}")
 
     def _get(self, path: str, headers: dict[str, str]) -> AbstractAsyncContextManager[httpx.Response]:
-        headers = {"Authorization": f"Bearer {self._token()}", "Accept-Encoding": "identity", **headers}
-        return self._client.stream("GET", path, headers=headers)
+        bearer = {"Authorization": f"Bearer {token}"} if (token := self._token()) else {}
+        return self._client.stream("GET", path, headers={"Accept-Encoding": "identity", **bearer, **headers})
 
 
 class _Cut(Retry):
-    """Go on soon, from where it stopped or from zero."""
+    """Go on soon, from where it stopped."""
 
-    def __init__(self, message: str, from_zero: bool = False) -> None:
+    def __init__(self, message: str) -> None:
         super().__init__(message, "it is tried again")
-        self.from_zero = from_zero
+
+
+class _Pace:
+    """Raises Cut when an answer trickles."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._began = what, time.monotonic()
+
+    def at(self, received: int) -> None:
+        seconds = time.monotonic() - self._began
+        if seconds > PATIENCE_S and received < seconds * SLOWEST:
+            raise _Cut(f"slow retrieval: {received} bytes of {self._what} in {seconds:.0f} s")
+
+
+def _spans(wanted: Sequence[Chunk]) -> Iterator[list[Chunk]]:
+    """Chunks that lie one behind the other, together."""
+    span = [wanted[0]]
+    for chunk in wanted[1:]:
+        if (chunk.pack, chunk.offset) != (span[-1].pack, span[-1].offset + span[-1].packed):
+            yield span
+            span = []
+        span.append(chunk)
+    yield span
+
+
+def _keep(assembly: Assembly, ready: Sequence[tuple[Chunk, bytes]]) -> int:
+    for chunk, packed in ready:
+        try:
+            assembly.put(chunk.hash, unpack_chunk(chunk, packed))
+        except Undecodable as error:
+            raise _Cut(f"tampered chunk at byte {chunk.offset} of pack {chunk.pack[:12]}: {error}") from error
+    return assembly.left
 
 
 def _unreachable(error: httpx.HTTPError) -> Retry:
@@ -129,54 +154,16 @@ def _expect(response: httpx.Response, what: str) -> None:
     if status in (401, 403):
         raise Retry(f"the hub does not accept this device ({status}) for {what}", "is it enrolled, is its clock right?")
     if status == 404:
-        raise Retry(f"the hub has no {what}", "publish it, or assign another version")
+        raise NotThere(f"the hub has no {what}", "publish it again, or assign another version")
     if status >= 500 or status == 429:
         raise _Cut(f"the hub answered {status} for {what}")
     if status not in (200, 206) or "text/html" in response.headers.get("content-type", ""):
         raise Retry(f"not the hub's answer ({status}) for {what}", "is there a proxy or a sign-in page between?")
 
 
-def _start(response: httpx.Response, entry: FileEntry, have: int) -> int:
-    """The byte at which the answer begins. Raises Retry, or Refused when it announces too much."""
-    if response.status_code == 416:
-        raise _Cut(f"{entry.path}: the hub does not go on from byte {have}", from_zero=True)
-    _expect(response, f"file {entry.path}")
-    start = 0
-    if response.status_code == 206:
-        unit, _, span = response.headers.get("content-range", "").partition(" ")
-        first = span.partition("-")[0]
-        if unit != "bytes" or not first.isdigit() or int(first) != have:
-            raise _Cut(f"{entry.path}: the hub went on from another byte than {have}", from_zero=True)
-        start = have
-    length = response.headers.get("content-length", "")
-    if length.isdigit() and start + int(length) > entry.size:
-        offered = start + int(length)
-        raise Refused(f"{entry.path}: the hub offers {offered} bytes, the manifest says {entry.size}")
-    return start
-
-
-def _resume(part: Path, size: int) -> tuple[hashlib._Hash, int]:
-    """The hash and length of what is there; a part that is too long counts for nothing."""
-    digest = hashlib.sha256()
-    if not part.exists() or part.stat().st_size > size:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(b"")
-        return digest, 0
-    with part.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest, file.tell()
-
-
-def _open_at(part: Path, start: int) -> IO[bytes]:
-    file = part.open("r+b", buffering=0)
-    file.truncate(start)
-    file.seek(start)
-    return file
-
-
-def _append(file: IO[bytes], digest: hashlib._Hash, chunk: bytes) -> None:
-    view = memoryview(chunk)
-    while view:
-        view = view[file.write(view) :]
-    digest.update(chunk)
+def _begins(response: httpx.Response, pack: str, first: int, end: int) -> None:
+    """Raises Retry when the answer is not the range that was asked for."""
+    _expect(response, f"pack {pack}")
+    span = response.headers.get("content-range", "")
+    if response.status_code != 206 or not span.startswith(f"bytes {first}-"):
+        raise Retry(f"the hub answers {span or 'everything'} for bytes {first} to {end}", "is there a proxy between?")

@@ -16,6 +16,7 @@ import msgspec
 
 from edge_agent.errors import Fatal, Refused
 from edge_agent.wire import durable
+from edge_agent.wire.bundle import Target
 
 
 class State(StrEnum):
@@ -60,13 +61,6 @@ AFTER_RESTART: dict[State, State] = {
 }
 MAX_TRIALS = 5
 MAX_QUARANTINED = 32
-
-
-class Target(msgspec.Struct, frozen=True):
-    """What the hub wants installed, as it stands in the desired document."""
-
-    version: str
-    manifest_sha256: str
 
 
 class Update(msgspec.Struct):

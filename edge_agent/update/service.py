@@ -23,11 +23,13 @@ import msgspec
 
 from edge_agent.errors import Fatal, Refused, Retry
 from edge_agent.update import disk
+from edge_agent.update.assembly import Assembly
 from edge_agent.update.download import Downloads
-from edge_agent.update.machine import Machine, State, Target
+from edge_agent.update.machine import Machine, State
 from edge_agent.update.slots import Installed, Slots
-from edge_agent.update.trust import Trust
-from edge_agent.wire.bundle import Manifest
+from edge_agent.update.trust import Director, Trust
+from edge_agent.wire.bundle import Manifest, Target, decode_manifest, sha256
+from edge_agent.wire.errors import WireError
 from edge_agent.wire.topics import check_name
 
 log = logging.getLogger("outrider.update")
@@ -64,6 +66,7 @@ class UpdateService:
     def __init__(
         self,
         root: Path,
+        director: Director,
         trust: Trust,
         downloads: Downloads,
         prober: Prober,
@@ -72,12 +75,13 @@ class UpdateService:
         *,
         retry_s: tuple[float, float] = RETRY_S,
         reserve: int = disk.RESERVE,
+        budget: int | None = None,
         agent_version: str = "",
     ) -> None:
         self.slots = Slots(root)
-        self._trust, self._downloads, self._prober = trust, downloads, prober
+        self._director, self._trust, self._downloads, self._prober = director, trust, downloads, prober
         self._switch, self._report = switch, report
-        self._retry_s, self._reserve = retry_s, reserve
+        self._retry_s, self._reserve, self._budget = retry_s, reserve, budget
         self._agent_version = agent_version or version("outrider")
         self._machines: dict[str, Machine] = {}
         self._desired: dict[str, Target] = {}
@@ -87,14 +91,14 @@ class UpdateService:
         self._waits: dict[str, str] = {}  # adapters and the model they wait for
         self._wake = asyncio.Event()
 
-    def desire(self, bundles: Mapping[str, Any]) -> None:
-        """Take `desired.bundles`: name → {version, manifest_sha256}; entries that make no sense are logged."""
+    async def direct(self, document: Mapping[str, Any]) -> None:
+        """Take `desired.director`. Raises Refused, naming what is wrong: what was wanted before is still wanted."""
         wanted: dict[str, Target] = {}
-        for name, entry in bundles.items():
+        for name, target in (await asyncio.to_thread(self._director.accept, document)).items():
             try:
-                wanted[check_name(name, "bundle")] = msgspec.convert(entry, Target)
-            except (msgspec.ValidationError, ValueError) as error:
-                log.error("desired bundle %r is ignored: %s", name, error)
+                wanted[check_name(name, "bundle")] = target
+            except ValueError as error:
+                log.error("the bundle %r is ignored: %s", name, error)
         for name, target in wanted.items():
             if self._desired.get(name) != target:
                 self._due.pop(name, None)
@@ -274,29 +278,32 @@ class UpdateService:
         id = target.manifest_sha256
         if await asyncio.to_thread(self.slots.has, name, id):
             return State.VERIFYING
-        if await asyncio.to_thread(self.slots.signed, name, id) is None:
-            signed = await self._downloads.manifest(name, target.version)
-            if signed.sha256 != id:
-                expected = f"the hub assigned {id}, its manifest is {signed.sha256}"
-                raise Refused(f"the manifest of {name} {target.version} is not the assigned one: {expected}")
-            self._trust.verify(signed)
-            await asyncio.to_thread(self.slots.receive, name, signed)
+        if await asyncio.to_thread(self.slots.manifest, name, id) is None:
+            offer = await self._trust.resolve(name, target.version)
+            if (found := sha256(offer.manifest)) != id:
+                what = f"the director assigned {id}, the repository has {found}"
+                raise Retry(f"arbitrary software: {name} {target.version} is not the assigned one: {what}")
+            await asyncio.to_thread(self.slots.receive, name, offer)
         return State.DOWNLOADING
 
     def _read_again(self, name: str, target: Target) -> None:
-        """Signature and bytes once more, from the disk. Raises Refused; Retry when the disk has changed them."""
-        self._verified(name, target)
+        """Manifest and bytes once more, from the disk. Raises Refused; Retry when the disk has changed them."""
+        self._manifest(name, target)
         try:
             self.slots.check(name, target.manifest_sha256)
         except Refused as error:
             self.slots.discard(name, target.manifest_sha256)
             raise Retry(error.message, error.hint) from error
 
-    def _verified(self, name: str, target: Target) -> Manifest:
-        signed = self.slots.signed(name, target.manifest_sha256)
-        if signed is None:
-            raise Refused(f"the manifest of {name} {target.version} is gone")
-        manifest = self._trust.verify(signed)
+    def _manifest(self, name: str, target: Target) -> Manifest:
+        raw = self.slots.manifest(name, target.manifest_sha256)
+        if raw is None:
+            raise Retry(f"the manifest of {name} {target.version} is gone")
+        try:
+            manifest = decode_manifest(raw)
+        except WireError as error:
+            raise Refused(f"the manifest of {name} {target.version}: {error}") from error
+        self._director.fits(manifest.hardware)
         if (manifest.name, manifest.version) != (name, target.version):
             raise Refused(f"the manifest is of {manifest.name} {manifest.version}, not of {name} {target.version}")
         if _numbers(manifest.min_agent_version) > _numbers(self._agent_version):
@@ -306,27 +313,26 @@ class UpdateService:
         return manifest
 
     async def _download(self, name: str, target: Target) -> State:
-        id = target.manifest_sha256
-        manifest = await asyncio.to_thread(self._verified, name, target)
-        missing = await asyncio.to_thread(self.slots.missing, name, id, manifest)
-        incoming = self.slots.incoming(name, id)
-        parts = {entry.sha256: incoming / "parts" / entry.sha256 for entry in missing}
-        held = sum(part.stat().st_size for part in parts.values() if part.exists())
-        await asyncio.to_thread(disk.require, incoming, sum(e.size for e in missing) - held, self._reserve)
-
-        def tick(done: int) -> None:
+        def tick(left: int) -> None:
             if self._desired.get(name) != target:
                 raise _Superseded(f"{name} {target.version} is no longer wanted")
 
-        for entry in missing:
-            file = incoming / "files" / entry.path
-            try:
-                await self._downloads.blob(entry, parts[entry.sha256], tick)
-                await asyncio.to_thread(self.slots.place, file, parts[entry.sha256])
-            except OSError:
-                parts[entry.sha256].unlink(missing_ok=True)  # the disk is needed for what must not be lost
-                raise
+        manifest = await asyncio.to_thread(self._manifest, name, target)
+        try:
+            assembly = await asyncio.to_thread(self._open, name, target, manifest)
+            await self._downloads.fill(assembly, tick)
+            await asyncio.to_thread(self.slots.complete, name, target.manifest_sha256, manifest, assembly)
+        except OSError:
+            await asyncio.to_thread(self.slots.discard, name, target.manifest_sha256)  # make room for what matters
+            raise
         return State.STAGED
+
+    def _open(self, name: str, target: Target, manifest: Manifest) -> Assembly:
+        assembly = self.slots.assembly(name, target.manifest_sha256, manifest)
+        left = None if self._budget is None else self._budget - self.slots.size()
+        disk.require(self.slots.root, assembly.size, self._reserve, left)
+        assembly.open(self.slots.seeds())
+        return assembly
 
     async def _fail(self, name: str, error: Retry) -> None:
         delay = self._delay.get(name, self._retry_s[0])

@@ -1,26 +1,37 @@
 """The versions of every bundle on this device, and the pointer to the one that runs.
 
-    <root>/<bundle>/versions/<id>/{manifest.json, files/…}    whole and fsynced, or not there
-    <root>/<bundle>/incoming/<id>/{manifest.json, files/…, parts/<sha256>}
+    <root>/<bundle>/versions/<id>/{manifest.json, index, files/…}    whole and fsynced, or not there
+    <root>/<bundle>/incoming/<id>/{manifest.json, index, files/…, parts/<sha256>}
     <root>/<bundle>/{current, previous} -> versions/<id>
 
 Invariants: `id` is the SHA-256 of the manifest's bytes. A version folder appears by one rename, when every file in it
 is whole; `current` changes by one rename; `previous` is set before `current` moves away from it, so whatever instant
-the power fails at, `current` names a whole version. Only versions that nothing names are collected.
+the power fails at, `current` names a whole version. Only versions that nothing names are collected; those that stay
+are what the next one is made of.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from edge_agent.errors import Refused
+from edge_agent.errors import Refused, Retry
+from edge_agent.update.assembly import Assembly, Seed
 from edge_agent.wire import durable
-from edge_agent.wire.bundle import FileEntry, Manifest, SignedManifest, content_digest, sha256_file
+from edge_agent.wire.bundle import FileEntry, Manifest, content_digest, decode_manifest, sha256, sha256_file
+from edge_agent.wire.chunks import decode_index
 from edge_agent.wire.errors import WireError
-from edge_agent.wire.messages import decode
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """A version's manifest and chunk index, as they were signed."""
+
+    manifest: bytes
+    index: bytes
 
 
 class Installed(msgspec.Struct, frozen=True):
@@ -58,33 +69,72 @@ class Slots:
         """True when that version is whole on disk."""
         return (self._version(name, id) / "manifest.json").is_file()
 
-    def signed(self, name: str, id: str) -> SignedManifest | None:
-        """The signed manifest of a version that is coming in or on disk; None when there is none to read."""
+    def manifest(self, name: str, id: str) -> bytes | None:
+        """The manifest of a version that is coming in or on disk; None when it is not there as it was signed."""
         for folder in (self._version(name, id), self.incoming(name, id)):
             try:
-                signed = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=SignedManifest)
-            except (OSError, msgspec.DecodeError):
+                raw = _manifest(folder)
+            except OSError:
                 continue
-            if signed.sha256 == id:
-                return signed
+            if sha256(raw) == id:
+                return raw
         return None
 
-    def receive(self, name: str, signed: SignedManifest) -> None:
+    def receive(self, name: str, offer: Offer) -> None:
         """Open the incoming folder of a version; other incoming versions of the bundle are dropped."""
-        folder = self.incoming(name, signed.sha256)
+        folder = self.incoming(name, sha256(offer.manifest))
         if folder.parent.is_dir():
             for other in folder.parent.iterdir():
                 if other != folder:
                     shutil.rmtree(other)
         (folder / "parts").mkdir(parents=True, exist_ok=True)
-        durable.write(folder / "manifest.json", msgspec.json.encode(signed))
+        durable.write(folder / "index", offer.index)
+        durable.write(folder / "manifest.json", offer.manifest)
 
     def incoming(self, name: str, id: str) -> Path:
         """Where a version is put together."""
         return self.root / name / "incoming" / id
 
-    def missing(self, name: str, id: str, manifest: Manifest) -> list[FileEntry]:
-        """Files still to download; those another version of the bundle has are linked from it."""
+    def assembly(self, name: str, id: str, manifest: Manifest) -> Assembly:
+        """What is still to be made of the incoming version. Raises Retry when its index cannot be used."""
+        folder = self.incoming(name, id)
+        try:
+            index = decode_index((folder / "index").read_bytes(), manifest.files)
+        except (OSError, WireError) as error:
+            self.discard(name, id)
+            raise Retry(f"the chunk index of {name} {manifest.version} cannot be used: {error}") from error
+        return Assembly(folder / "parts", manifest.files, index, self._missing(name, id, manifest))
+
+    def complete(self, name: str, id: str, manifest: Manifest, assembly: Assembly) -> None:
+        """Give every part its name."""
+        files = self.incoming(name, id) / "files"
+        made: dict[str, Path] = {}
+        for entry in manifest.files:
+            if entry.sha256 in made:
+                self._place(files / entry.path, made[entry.sha256], keep=True)
+            elif entry.sha256 in assembly.missing:
+                self._place(files / entry.path, assembly.part(entry))
+                made[entry.sha256] = files / entry.path
+
+    def seeds(self) -> Iterator[Seed]:
+        """The versions that are current or previous, of every bundle, and how they were cut."""
+        for name in self.names():
+            for slot in (self.current(name), self.previous(name)):
+                if slot is not None and (path := slot.folder.parent / "index").is_file():
+                    try:
+                        yield Seed(
+                            slot.folder, slot.manifest.files, decode_index(path.read_bytes(), slot.manifest.files)
+                        )
+                    except WireError:
+                        continue
+
+    def size(self) -> int:
+        """Bytes of disk that all versions take, whole or coming in."""
+        files = {(s.st_dev, s.st_ino): s.st_blocks * 512 for s in (p.lstat() for p in self.root.rglob("*"))}
+        return sum(files.values())
+
+    def _missing(self, name: str, id: str, manifest: Manifest) -> list[FileEntry]:
+        """Files still to make; those another version of the bundle has are linked from it."""
         files = self.incoming(name, id) / "files"
         held = self._held(name)
         missing = []
@@ -96,12 +146,12 @@ class Slots:
                 target.unlink()
             source = held.get(entry.sha256)
             if source is not None and sha256_file(source) == entry.sha256:
-                self.place(target, source, keep=True)
+                self._place(target, source, keep=True)
             else:
                 missing.append(entry)
         return missing
 
-    def place(self, target: Path, source: Path, *, keep: bool = False) -> None:
+    def _place(self, target: Path, source: Path, *, keep: bool = False) -> None:
         """Give a whole file its name in the incoming version. Raises Refused when two paths collide."""
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -129,9 +179,8 @@ class Slots:
         """A version on disk. Raises Refused when its manifest cannot be read."""
         folder = self._version(name, id)
         try:
-            signed = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=SignedManifest)
-            return Installed(id, folder / "files", decode(Manifest, signed.manifest.encode()))
-        except (OSError, msgspec.DecodeError, WireError) as error:
+            return Installed(id, folder / "files", decode_manifest(_manifest(folder)))
+        except (OSError, WireError) as error:
             raise Refused(f"version {id[:12]} of {name} cannot be read: {error}") from error
 
     def check(self, name: str, id: str) -> Installed:
@@ -201,3 +250,9 @@ class Slots:
     def _held(self, name: str) -> dict[str, Path]:
         slots = [slot for slot in (self.previous(name), self.current(name)) if slot is not None]
         return {entry.sha256: slot.folder / entry.path for slot in slots for entry in slot.manifest.files}
+
+
+def _manifest(folder: Path) -> bytes:
+    """The manifest's own bytes; up to version 0.1 they lay inside a signed envelope."""
+    raw = (folder / "manifest.json").read_bytes()
+    return str(json.loads(raw)["manifest"]).encode() if raw.startswith(b'{"manifest":') else raw

@@ -1,7 +1,8 @@
-"""Bundles: a manifest, the files it names, and the hub's signature over the manifest's own bytes.
+"""Bundles: a manifest, the files it names, and which of them a device is to have.
 
-Invariants: a file's path is relative, plain and inside the bundle; the signed bytes are kept as they came, so
-fields this version does not know survive; the content digest depends on paths and contents alone.
+Invariants: a file's path is relative, plain and inside the bundle; signed bytes are kept as they came, so fields this
+version does not know survive; the content digest depends on paths and contents alone. A manifest and its chunk index
+are targets of the TUF repository; the directive is the second signature, without which nothing is installed.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edge_agent.wire.errors import Undecodable
-from edge_agent.wire.messages import decode
+from edge_agent.wire.messages import decode, encode
 from edge_agent.wire.signing import SigningKey, VerifyKey
 from edge_agent.wire.topics import VERSION, check_name
 
-_SIGNED_AS = "outrider/1/bundle"
+_DIRECTED_AS, _ROOT_AS = "outrider/1/director", "outrider/1/root"
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -99,21 +100,74 @@ class Manifest(msgspec.Struct, frozen=True):
         return Base(str(self.meta.get("base", "")), str(self.meta.get("base_digest", "")))
 
     @property
+    def hardware(self) -> list[str]:
+        """The machines it is for (`meta.hardware`, such as aarch64); none: any."""
+        named = self.meta.get("hardware", [])
+        return [str(machine) for machine in named] if isinstance(named, list) else [str(named)]
+
+    @property
     def size(self) -> int:
         return sum(entry.size for entry in self.files)
 
 
-class SignedManifest(msgspec.Struct, frozen=True):
-    """A manifest's bytes as text, and the hub's signature over exactly these."""
+class Target(msgspec.Struct, frozen=True):
+    """A version of a bundle, and the SHA-256 of its manifest's bytes."""
 
-    manifest: str
+    version: str
+    manifest_sha256: str
+
+
+class Directive(msgspec.Struct, frozen=True):
+    """What one device is to have installed, by name.
+
+    `hardware` is the machine it was decided for (empty: not yet known); `counter` only rises; `issued` is in seconds
+    since the Unix epoch.
+    """
+
+    fleet: str
+    device: str
+    hardware: str
+    counter: int
+    issued: float
+    bundles: dict[str, Target]
+    v: int = VERSION
+
+
+class Sealed(msgspec.Struct, frozen=True):
+    """Bytes as text, and the hub's signature over exactly these."""
+
+    text: str
     signature: str
-    key_id: str
 
-    @property
-    def sha256(self) -> str:
-        """Names this manifest in a desired document."""
-        return hashlib.sha256(self.manifest.encode()).hexdigest()
+
+def seal_directive(key: SigningKey, directive: Directive) -> Sealed:
+    """What stands under `director` in a desired document."""
+    return _seal(key, _DIRECTED_AS, encode(directive))
+
+
+def open_directive(key: VerifyKey, sealed: Sealed) -> Directive:
+    """Raises BadSignature before anything is parsed, then Undecodable or VersionRefused."""
+    return decode(Directive, _open(key, _DIRECTED_AS, sealed))
+
+
+def seal_root(key: SigningKey, root: bytes) -> Sealed:
+    """The TUF root a new device starts from, vouched for by the key it enrolled with."""
+    return _seal(key, _ROOT_AS, root)
+
+
+def open_root(key: VerifyKey, sealed: Sealed) -> bytes:
+    """Raises BadSignature."""
+    return _open(key, _ROOT_AS, sealed)
+
+
+def _seal(key: SigningKey, topic: str, raw: bytes) -> Sealed:
+    return Sealed(raw.decode(), key.sign(topic, raw))
+
+
+def _open(key: VerifyKey, topic: str, sealed: Sealed) -> bytes:
+    raw = sealed.text.encode()
+    key.verify(topic, raw, sealed.signature)
+    return raw
 
 
 def sha256_file(path: Path) -> str:
@@ -134,16 +188,18 @@ def content_digest(files: Iterable[FileEntry]) -> str:
     return hashlib.sha256("".join(f"{sha}  {path}\n" for path, sha in lines).encode()).hexdigest()
 
 
-def sign_manifest(key: SigningKey, manifest: bytes) -> SignedManifest:
-    """Sign manifest bytes as they are. Raises Undecodable when they are not a manifest."""
-    decode(Manifest, manifest)
-    return SignedManifest(manifest.decode(), key.sign(_SIGNED_AS, manifest), key.public.key_id)
+def sha256(data: bytes) -> str:
+    """Hex SHA-256: of a manifest's bytes, it names the version."""
+    return hashlib.sha256(data).hexdigest()
 
 
-def verify_manifest(key: VerifyKey, signed: SignedManifest) -> Manifest:
-    """Raises BadSignature before the manifest is parsed, then Undecodable or VersionRefused."""
-    raw = signed.manifest.encode()
-    key.verify(_SIGNED_AS, raw, signed.signature)
+def target_paths(name: str, version: str) -> tuple[str, str]:
+    """What a version's manifest and chunk index are called in the trusted metadata."""
+    return f"bundles/{name}/{version}/manifest.json", f"bundles/{name}/{version}/index"
+
+
+def decode_manifest(raw: bytes) -> Manifest:
+    """Raises Undecodable or VersionRefused."""
     manifest = decode(Manifest, raw)
     if manifest.kind is BundleKind.UNKNOWN:
         raise Undecodable(f"bundle {manifest.name} is of a kind this version does not know")

@@ -4,11 +4,13 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel, Field
 
+from edge_agent.wire.bundle import seal_root
 from edge_agent.wire.grants import Subject
 from hub.api.guard import Hub, May
+from hub.repository import Repository
 
 router = APIRouter(prefix="/v1", tags=["bundles"])
 Publisher = Annotated[Subject, Depends(May("publish:bundle"))]
@@ -36,11 +38,10 @@ async def get_blob(sha256: str, hub: Hub, _: BundleTaker) -> FileResponse:
     return FileResponse(await hub.registry.blob(sha256), media_type="application/octet-stream")
 
 
-@router.post("/bundles", status_code=201, summary="Publish a bundle whose files are uploaded: it gets signed")
+@router.post("/bundles", status_code=201, summary="Publish a bundle whose files are uploaded: it is cut and signed")
 async def publish(body: NewBundle, hub: Hub, who: Publisher) -> dict[str, Any]:
-    signed = await hub.registry.publish(msgspec.json.encode(body.manifest), who.name)
-    built: dict[str, Any] = msgspec.to_builtins(signed)
-    return built | {"manifest_sha256": signed.sha256}
+    target = await hub.registry.publish(msgspec.json.encode(body.manifest), who.name)
+    return {"name": body.manifest["name"], "version": target.version, "manifest_sha256": target.manifest_sha256}
 
 
 @router.get("/bundles", summary="What is published, oldest first")
@@ -48,10 +49,23 @@ async def list_bundles(hub: Hub, _: BundleReader) -> list[dict[str, Any]]:
     return await hub.registry.list()
 
 
-@router.get("/bundles/{name}/{version}", summary="A signed manifest")
-async def get_bundle(name: str, version: str, hub: Hub, _: BundleTaker) -> dict[str, Any]:
-    built: dict[str, Any] = msgspec.to_builtins(await hub.registry.get(name, version))
+@router.get("/bundles/{name}/{version}", summary="A manifest")
+async def get_bundle(name: str, version: str, hub: Hub, _: BundleReader) -> dict[str, Any]:
+    manifest, target = await hub.registry.get(name, version)
+    return {"manifest": msgspec.to_builtins(manifest), "manifest_sha256": target.manifest_sha256}
+
+
+@router.get("/trust", summary="The newest TUF root, signed with the hub's key: what a new device starts from")
+async def trust(hub: Hub, _: BundleTaker) -> dict[str, Any]:
+    root = await hub.registry.trusted(Repository.root)
+    built: dict[str, Any] = msgspec.to_builtins(seal_root(hub.key, root))
     return built
+
+
+@router.get("/trust/{file}", summary="TUF metadata; the targets it names are blobs", response_class=Response)
+async def metadata(file: str, hub: Hub, _: BundleTaker) -> Response:
+    content = await hub.registry.trusted(lambda repository: repository.file(file))
+    return Response(content, media_type="application/json")
 
 
 @router.post("/devices/{device}/bundles", status_code=201, summary="Assign a published bundle to a device")

@@ -13,8 +13,8 @@ import pytest
 from openai import OpenAI
 from tritonclient import http as triton
 
-from edge_agent.update.slots import Slots
-from edge_agent.wire.bundle import sign_manifest
+from edge_agent.update.slots import Offer, Slots
+from edge_agent.wire.bundle import sha256
 from models.package import package
 from tests.e2e.daemon_process import DaemonProcess, until
 
@@ -25,14 +25,14 @@ def daemon(tmp_path: Path, model_cache: Path) -> Iterator[DaemonProcess]:
     slots = Slots(made.state / "bundles")
     for name in ("ppocr-rec", "smollm2"):
         bundle, manifest = package(name, model_cache)
-        signed = sign_manifest(made.hub_key, (bundle / "bundle.json").read_bytes())
-        slots.receive(name, signed)
+        raw = (bundle / "bundle.json").read_bytes()
+        slots.receive(name, Offer(raw, b""))
         for entry in manifest.files:
-            path = slots.incoming(name, signed.sha256) / "files" / entry.path
+            path = slots.incoming(name, sha256(raw)) / "files" / entry.path
             path.parent.mkdir(exist_ok=True)
             shutil.copy(bundle / "files" / entry.path, path)
-        slots.stage(name, signed.sha256)
-        slots.commit(name, signed.sha256)
+        slots.stage(name, sha256(raw))
+        slots.commit(name, sha256(raw))
     yield made
     made.end(signal.SIGKILL)
 

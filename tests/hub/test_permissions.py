@@ -87,7 +87,7 @@ async def test_a_devices_own_token_opens_blobs_bundles_and_grants_only(hub: Hub)
     for method, path, action in await routes(hub):
         if action:
             opens = path == "/v1/devices/{device}/certificate" or (method in ("GET", "HEAD") and path in (
-                "/v1/grants", "/v1/blobs/{sha256}", "/v1/bundles/{name}/{version}"
+                "/v1/grants", "/v1/blobs/{sha256}", "/v1/trust", "/v1/trust/{file}"
             ))  # fmt: skip
             assert (await call(client, method, path) != 401) is opens, (method, path)
             assert await call(forged, method, path) == 401

@@ -10,12 +10,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from tuf.api.metadata import Metadata, Targets
 
 from edge_agent.wire import tokens
-from edge_agent.wire.bundle import SignedManifest, content_digest, scan, verify_manifest
-from edge_agent.wire.signing import VerifyKey
+from edge_agent.wire.bundle import Sealed, Target, open_directive, open_root, scan, target_paths
+from edge_agent.wire.chunks import decode_index, unpack_chunk
 from hub.registry import Registry
-from tests.hub.rig import Hub, enrolled
+from tests.hub.rig import Hub, enrolled, until
 
 
 def folder_of(path: Path, **files: bytes) -> Path:
@@ -34,7 +35,9 @@ async def upload(client: Any, folder: Path) -> list[dict[str, Any]]:
     return [msgspec.to_builtins(entry) for entry in entries]
 
 
-async def test_a_published_bundle_reaches_a_device_signed_and_by_ranges(hub: Hub, tmp_path: Path) -> None:
+async def test_a_published_bundle_is_a_signed_target_cut_into_chunks_that_come_by_ranges(
+    hub: Hub, tmp_path: Path
+) -> None:
     developer, device = await hub.user("developer"), await enrolled(hub, "press-1")
     folder = folder_of(tmp_path / "model", model_onnx=bytes(range(256)) * 5000, vocab_txt=b"a b c")
     files = await upload(developer, folder)
@@ -44,21 +47,75 @@ async def test_a_published_bundle_reaches_a_device_signed_and_by_ranges(hub: Hub
     assert (await developer.post("/v1/bundles", json={"manifest": manifest})).json() == published.json()
 
     client = hub.client(tokens.issue_device_token(device.key, "main", "press-1", now=time.time()))
-    signed = msgspec.convert((await client.get("/v1/bundles/reader/1.0")).json(), SignedManifest)
-    verified = verify_manifest(VerifyKey.from_text(hub.services.key.public.text), signed)
-    assert content_digest(verified.files) == content_digest(scan(folder))
-    assert '"of_the_future":[1]' in signed.manifest
-    entry = next(e for e in verified.files if e.path == "model.onnx")
-    part = await client.get(f"/v1/blobs/{entry.sha256}", headers={"Range": "bytes=1000000-"})
-    assert part.status_code == 206
-    assert part.content == (folder / "model.onnx").read_bytes()[1_000_000:]
+    root = open_root(hub.services.key.public, msgspec.convert((await client.get("/v1/trust")).json(), Sealed))
+    assert Metadata.from_bytes(root).signed.version == 1
+    targets = Metadata[Targets].from_bytes((await client.get("/v1/trust/2.bundles.json")).content).signed.targets
+    raw, packed = [
+        (await client.get(f"/v1/blobs/{targets[path].hashes['sha256']}")).content
+        for path in target_paths("reader", "1.0")
+    ]
+    assert b'"of_the_future":[1]' in raw
+    index = decode_index(packed, scan(folder))
+    found = b""
+    for chunk in index.chunks():
+        span = f"bytes={chunk.offset}-{chunk.offset + chunk.packed - 1}"
+        part = await client.get(f"/v1/blobs/{chunk.pack}", headers={"Range": span})
+        assert part.status_code == 206
+        found += unpack_chunk(chunk, part.content)
+    assert found == b"".join((folder / entry.path).read_bytes() for entry in scan(folder))
 
     assigned = await developer.post("/v1/devices/press-1/bundles", json={"name": "reader", "version": "1.0"})
-    wanted = {"reader": {"version": "1.0", "manifest_sha256": signed.sha256}}
-    assert assigned.json()["desired"] == {"bundles": wanted}
-    assert (await developer.get("/v1/devices/press-1")).json()["bundles"] == wanted
+    wanted = {"version": "1.0", "manifest_sha256": published.json()["manifest_sha256"]}
+    desired = assigned.json()["desired"]
+    assert desired["bundles"] == {"reader": wanted}
+    assert (await developer.get("/v1/devices/press-1")).json()["bundles"] == {"reader": wanted}
+    directive = open_directive(hub.services.key.public, msgspec.convert(desired["director"], Sealed))
+    assert (directive.fleet, directive.device, directive.counter) == ("main", "press-1", 1)
+    assert directive.bundles == {"reader": msgspec.convert(wanted, Target)}
     missing = await developer.post("/v1/devices/press-1/bundles", json={"name": "reader", "version": "2"})
     assert missing.status_code == 404
+
+
+async def test_a_directive_names_all_bundles_counts_up_and_minds_the_hardware(hub: Hub, tmp_path: Path) -> None:
+    developer, device = await hub.user("developer"), await enrolled(hub, "press-1")
+    files = await upload(developer, folder_of(tmp_path / "m", a_txt=b"1"))
+    for name, meta in (("a", {}), ("b", {"hardware": ["x86_64", "aarch64"]}), ("c", {"hardware": ["riscv64"]})):
+        manifest = {"name": name, "version": "1", "kind": "onnx", "files": files, "meta": meta}
+        assert (await developer.post("/v1/bundles", json={"manifest": manifest})).status_code == 201
+    async with device.online():
+        await device.report("reported", {"version": 1, "doc": {"agent": {"machine": "aarch64"}}})
+        await until(lambda: device.acked() == (device.epoch, device.seq))
+    answers = [await developer.post("/v1/devices/press-1/bundles", json={"name": n, "version": "1"}) for n in "abc"]
+    assert [answer.status_code for answer in answers] == [201, 201, 409]
+    assert "riscv64" in answers[2].json()["detail"]
+    sealed = msgspec.convert(answers[1].json()["desired"]["director"], Sealed)
+    directive = open_directive(hub.services.key.public, sealed)
+    assert (directive.hardware, directive.counter, set(directive.bundles)) == ("aarch64", 2, {"a", "b"})
+
+
+async def test_versions_share_chunks_and_only_new_ones_are_packed(hub: Hub, tmp_path: Path) -> None:
+    developer, data = await hub.user("developer"), os.urandom(1_000_000)
+    packs = []
+    for version, content in (("1", data), ("2", b"head" + data)):
+        files = await upload(developer, folder_of(tmp_path / version, a_onnx=content))
+        manifest = {"name": "m", "version": version, "kind": "onnx", "files": files}
+        assert (await developer.post("/v1/bundles", json={"manifest": manifest})).status_code == 201
+        row = (await developer.get("/v1/bundles")).json()[-1]
+        path = await hub.services.registry.blob(row["index_sha256"])
+        index = decode_index(path.read_bytes(), scan(tmp_path / version))
+        packs.append(index.packs)
+        assert row["role"] == "bundles"
+    assert packs[0] == [packs[1][1]]
+    new = await hub.services.registry.blob(packs[1][0])
+    assert new.stat().st_size < 300_000
+    damaged = await hub.services.registry.blob(packs[0][0])
+    damaged.write_bytes(b"rot")
+    files = await upload(developer, folder_of(tmp_path / "3", a_onnx=data + b"tail"))
+    manifest = {"name": "m", "version": "3", "kind": "onnx", "files": files}
+    assert (await developer.post("/v1/bundles", json={"manifest": manifest})).status_code == 201
+    row = (await developer.get("/v1/bundles")).json()[-1]
+    path = await hub.services.registry.blob(row["index_sha256"])
+    assert packs[0][0] not in decode_index(path.read_bytes(), scan(tmp_path / "3")).packs
 
 
 async def test_a_published_version_never_changes(hub: Hub, tmp_path: Path) -> None:

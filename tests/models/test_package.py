@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -25,8 +26,8 @@ from edge_agent.update import probe
 from edge_agent.update.download import Downloads, hub_client
 from edge_agent.update.service import BundleReport, UpdateService
 from edge_agent.update.slots import Installed
-from edge_agent.update.trust import PinnedHubKey
-from edge_agent.wire.bundle import BundleKind, content_digest, scan
+from edge_agent.update.trust import Director, Repository
+from edge_agent.wire.bundle import BundleKind, Manifest, content_digest, scan
 from edge_agent.wire.signing import SigningKey, VerifyKey
 from edge_agent.wire.tensor import Tensor
 from edge_agent.wire.tokens import issue_device_token
@@ -158,6 +159,12 @@ def _enrol(hub: str, token: str) -> tuple[SigningKey, str, str, VerifyKey]:
     return key, answer["fleet"], answer["device"], VerifyKey.from_text(answer["hub_key"])
 
 
+def _assign(hub: str, token: str, device: str, manifest: Manifest) -> dict[str, Any]:
+    bearer, body = {"Authorization": f"Bearer {token}"}, {"name": manifest.name, "version": manifest.version}
+    answer: dict[str, Any] = httpx.post(f"{hub}/v1/devices/{device}/bundles", json=body, headers=bearer).json()
+    return answer
+
+
 async def test_published_bundle_installs_on_a_device(model_cache: Path, tmp_path: Path, hub: str) -> None:
     bundle, manifest = package("ppocr-rec", model_cache, tmp_path / "bundle")
     token = await asyncio.to_thread(login, hub, "admin", "secret-secret")
@@ -185,9 +192,12 @@ async def test_published_bundle_installs_on_a_device(model_cache: Path, tmp_path
 
     async with hub_client(hub) as client:
         downloads = Downloads(client, lambda: issue_device_token(key, fleet, device, now=time.time()))
-        trust = PinnedHubKey(hub_key)
-        service = UpdateService(tmp_path / "device", trust, downloads, RunsProbe(), switch, report)
-        service.desire({manifest.name: {"version": manifest.version, "manifest_sha256": signed["manifest_sha256"]}})
+        director = Director(tmp_path / "trust", hub_key, fleet, device)
+        known = Repository(tmp_path / "trust", downloads, director, hub_key)
+        service = UpdateService(tmp_path / "device", director, known, downloads, RunsProbe(), switch, report)
+        answer = await asyncio.to_thread(_assign, hub, token, device, manifest)
+        assert answer["desired"]["bundles"][manifest.name]["manifest_sha256"] == signed["manifest_sha256"]
+        await service.direct(answer["desired"]["director"])
         task = asyncio.create_task(service.run())
         installed = await asyncio.wait_for(running.get(), 30)
         task.cancel()

@@ -1,14 +1,17 @@
-"""A real HTTP server that publishes bundles as the hub does, with Range, device tokens, and faults on request."""
+"""A real HTTP server with the hub's own repository and packs, Range, device tokens, and faults on request."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 import uvicorn
@@ -19,27 +22,59 @@ from starlette.routing import Route
 
 from edge_agent.errors import Refused
 from edge_agent.update.download import Downloads, hub_client
-from edge_agent.update.machine import Target
 from edge_agent.update.slots import Installed
-from edge_agent.wire.bundle import BundleKind, Manifest, SignedManifest, scan
+from edge_agent.update.trust import Director
+from edge_agent.update.trust import Repository as Known
+from edge_agent.wire.bundle import (
+    BundleKind,
+    Directive,
+    Manifest,
+    Target,
+    scan,
+    seal_directive,
+    seal_root,
+    sha256,
+    target_paths,
+)
+from edge_agent.wire.chunks import Chunk, decode_index
 from edge_agent.wire.errors import BadSignature
 from edge_agent.wire.messages import encode
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.tokens import issue_device_token, verify_device_token
+from hub import packs
+from hub.errors import Refused as HubRefused
+from hub.repository import Repository, make_key
 
 FLEET, DEVICE = "plant", "line-1"
 
 
+class Raw(NamedTuple):
+    """A file entry that nobody checked."""
+
+    path: str
+    size: int
+    sha256: str
+
+
 class PlantHub:
-    """`cut_at`: bytes sent of a blob before the connection dies, once each; `tamper`: changes what a blob sends."""
+    """`cut_at`: bytes sent of a pack before the connection dies, once each; `tamper`: changes what a pack sends.
+
+    `says`: what is answered for a file of the metadata instead of the repository's.
+    """
 
     def __init__(self) -> None:
         self.key, self.device_key = SigningKey.generate(), SigningKey.generate()
-        self.manifests: dict[tuple[str, str], SignedManifest] = {}
         self.blobs: dict[str, bytes] = {}
+        self.packs: set[str] = set()
+        self.known: dict[str, dict[bytes, Chunk]] = {}
         self.cut_at: list[int] = []
         self.tamper: Callable[[bytes], bytes] = lambda data: data
-        self.tamper_manifest: Callable[[SignedManifest], SignedManifest] = lambda signed: signed
+        self.says: dict[str, bytes] = {}
+        self.counter, self.sent = 0, 0
+        self.folder = Path(tempfile.mkdtemp())
+        self.offline = [make_key(self.folder / f"root-{number}.key") for number in (1, 2, 3)]
+        self.repository = Repository(self.folder / "trust")
+        self.repository.create(self.offline, 2, {"bundles": ["bundles/*/*/*"]})
         self.gate = threading.Event()
         self.gate.set()
         self.asked: list[str] = []
@@ -52,17 +87,46 @@ class PlantHub:
             (folder / path).write_bytes(data)
         kind = more.pop("kind", BundleKind.ONNX)
         manifest = Manifest(name, version, kind, scan(folder), **more)  # type: ignore[arg-type]
-        return self.publish_raw(name, version, encode(manifest), files.values())
+        return self.publish_raw(name, version, encode(manifest), {e.path: files[e.path] for e in manifest.files})
 
-    def publish_raw(self, name: str, version: str, manifest: bytes, blobs: object = ()) -> Target:
-        import hashlib
+    def publish_raw(self, name: str, version: str, manifest: bytes, files: dict[str, bytes]) -> Target:
+        """Publish bytes as a manifest, of files that are cut as they are given."""
+        with tempfile.TemporaryDirectory() as scratch:
+            entries = []
+            for number, (path, data) in enumerate(files.items()):
+                (Path(scratch) / str(number)).write_bytes(data)
+                entries.append((Raw(path, len(data), sha256(data)), Path(scratch) / str(number)))
+            known = self.known.setdefault(name, {})
+            index, pack = packs.build(entries, known, Path(scratch) / "pack")  # type: ignore[arg-type]
+            if pack:
+                self.blobs[pack] = (Path(scratch) / "pack").read_bytes()
+                self.packs.add(pack)
+        known |= {chunk.hash: chunk for chunk in decode_index(index, [e for e, _ in entries]).chunks()}  # type: ignore[misc]
+        self.target(name, version, manifest, index)
+        return Target(version, sha256(manifest))
 
-        key_text = self.key.sign("outrider/1/bundle", manifest)
-        signed = SignedManifest(manifest.decode(), key_text, self.key.public.key_id)
-        self.manifests[name, version] = signed
-        for data in blobs:  # type: ignore[attr-defined]
-            self.blobs[hashlib.sha256(data).hexdigest()] = data
-        return Target(version, signed.sha256)
+    def target(self, name: str, version: str, manifest: bytes, index: bytes) -> None:
+        both = dict(zip(target_paths(name, version), (manifest, index), strict=True))
+        self.blobs |= {sha256(data): data for data in both.values()}
+        self.repository.publish({path: (len(data), sha256(data)) for path, data in both.items()})
+
+    def directs(self, **changes: Any) -> dict[str, Any]:
+        """The next directive of the device, as it stands in its desired document."""
+        self.counter += 1
+        given = {"fleet": FLEET, "device": DEVICE, "hardware": "", "counter": self.counter, "issued": time.time()}
+        directive = Directive(**(given | {"bundles": {}} | changes))
+        sealed: dict[str, Any] = msgspec.to_builtins(seal_directive(self.key, directive))
+        return sealed
+
+    def director(self, folder: Path) -> Director:
+        return Director(folder, self.key.public, FLEET, DEVICE, "x86_64")
+
+    def known_to(self, folder: Path, downloads: Downloads, director: Director) -> Known:
+        return Known(folder, downloads, director, self.key.public)
+
+    def fetched(self, asked: Iterable[str] | None = None) -> list[str]:
+        """Requests for packs."""
+        return [path for path in asked or self.asked if any(pack in path for pack in self.packs)]
 
     def downloads(self) -> Downloads:
         return Downloads(hub_client(self.url), self.token, backoff_s=0.01)
@@ -78,14 +142,21 @@ class PlantHub:
             return JSONResponse({"detail": "no"}, 401)
         return None
 
-    async def bundle(self, request: Request) -> Response:
+    async def root(self, request: Request) -> Response:
+        if refused := self._refused(request):
+            return refused
+        sealed = seal_root(self.key, self.says.get("root", self.repository.root()))
+        return JSONResponse(msgspec.to_builtins(sealed))
+
+    async def metadata(self, request: Request) -> Response:
         self.asked.append(request.url.path)
         if refused := self._refused(request):
             return refused
-        signed = self.manifests.get((request.path_params["name"], request.path_params["version"]))
-        if signed is None:
-            return JSONResponse({"detail": "no such bundle"}, 404)
-        return Response(msgspec.json.encode(self.tamper_manifest(signed)), media_type="application/json")
+        try:
+            name = request.path_params["file"]
+            return Response(self.says[name] if name in self.says else self.repository.file(name))
+        except HubRefused:
+            return JSONResponse({"detail": "no such metadata"}, 404)
 
     async def blob(self, request: Request) -> Response:
         span = request.headers.get("range", "bytes=0-")
@@ -95,27 +166,30 @@ class PlantHub:
         data = self.blobs.get(request.path_params["sha256"])
         if data is None:
             return JSONResponse({"detail": "no such blob"}, 404)
-        data = self.tamper(data)
-        start = int(span.removeprefix("bytes=").rstrip("-"))
-        if start >= len(data) > 0:
-            return Response(status_code=416)
-        headers = {"content-length": str(len(data) - start)}
-        if start:
-            headers["content-range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        cut = self.cut_at.pop(0) if self.cut_at else None
-        body = self._body(data[start:], cut)
-        return StreamingResponse(body, 206 if start else 200, headers, "application/octet-stream")
+        if "range" not in request.headers:
+            self.sent += len(data)
+            return Response(data)
+        first, last = (int(number) for number in span.removeprefix("bytes=").split("-"))
+        whole, data = len(data), self.tamper(data[first : last + 1])
+        headers = {"content-range": f"bytes {first}-{last}/{whole}"}
+        body = self._body(data, self.cut_at.pop(0) if self.cut_at else None)
+        return StreamingResponse(body, 206, headers, "application/octet-stream")
 
     async def _body(self, data: bytes, cut: int | None) -> AsyncIterator[bytes]:
         for at in range(0, len(data), 4096):
             await asyncio.to_thread(self.gate.wait, 10)
             if cut is not None and at >= cut:
                 raise ConnectionResetError("cut by the test")
+            self.sent += len(data[at : at + 4096])
             yield data[at : at + 4096]
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[PlantHub]:
-        routes = [Route("/v1/bundles/{name}/{version}", self.bundle), Route("/v1/blobs/{sha256}", self.blob)]
+        routes = [
+            Route("/v1/trust", self.root),
+            Route("/v1/trust/{file}", self.metadata),
+            Route("/v1/blobs/{sha256}", self.blob),
+        ]
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -129,6 +203,7 @@ class PlantHub:
                 self.gate.set()
                 server.should_exit = True
                 thread.join(10)
+                shutil.rmtree(self.folder)
 
 
 class ReadsGood:

@@ -34,8 +34,8 @@ def adapter(hub: PlantHub, version: str, base: bytes, scratch: Path, data: bytes
     return hub.publish("all-tools", version, files, scratch, kind=BundleKind.ADAPTER, meta=meta)
 
 
-def desire(it: Device, **targets: Target) -> None:
-    it.service.desire({name.replace("_", "-"): msgspec.to_builtins(target) for name, target in targets.items()})
+async def desire(it: Device, **targets: Target) -> None:
+    await it.directed({name.replace("_", "-"): target for name, target in targets.items()})
 
 
 async def test_an_adapter_waits_for_its_base_is_never_quarantined_for_it_and_follows(
@@ -45,24 +45,24 @@ async def test_an_adapter_waits_for_its_base_is_never_quarantined_for_it_and_fol
     first, second = (hub.publish("net", v, {"model.bin": data}, tmp_path) for v, data in (("1", one), ("2", two)))
     tools = adapter(hub, "a", one, tmp_path)
     async with device(tmp_path / "state", hub, retry_s=(0.01, 60.0)) as it:
-        desire(it, all_tools=tools)
+        await desire(it, all_tools=tools)
         await until(lambda: bool(it.reports) and it.last.state == "failed" and it.running == [])
         assert "is for net" in it.last.error
         assert "assign it too" in it.last.error
-        assert not any("blobs" in path for path in hub.asked)
-        desire(it, all_tools=tools, net=first)
+        assert not hub.fetched()
+        await desire(it, all_tools=tools, net=first)
         await until(lambda: it.running == ["1", "a"] and it.last.state == "committed")
         assert it.last.kind == "adapter"
-        desire(it, all_tools=tools, net=second)
+        await desire(it, all_tools=tools, net=second)
         await until(lambda: it.running == ["1", "a", "2"] and it.last.state == "failed")
         assert (it.last.target, it.last.version) == ("a", "a")
         assert f"installed is 2 of {digest(two)[:12]}" in it.last.error
         fitting = adapter(hub, "b", two, tmp_path)
-        desire(it, all_tools=fitting, net=second)
+        await desire(it, all_tools=fitting, net=second)
         await until(lambda: it.running[3:] == ["b"])
-        desire(it, all_tools=fitting, net=hub.publish("net", "3", {"model.bin": two}, tmp_path))
+        await desire(it, all_tools=fitting, net=hub.publish("net", "3", {"model.bin": two}, tmp_path))
         await until(lambda: it.running[4:] == ["3", "b"])  # the same bytes under another version: reloaded with it
-        desire(it, all_tools=tools, net=first)
+        await desire(it, all_tools=tools, net=first)
         await until(lambda: it.running[-2:] == ["1", "a"])
     hub.url = "http://127.0.0.1:9"
     async with device(tmp_path / "state", hub) as it:  # after a restart with no hub: the base before its adapter
@@ -75,14 +75,14 @@ async def test_a_worse_adapter_is_quarantined_and_the_one_before_goes_on(hub: Pl
     one = b"good one"
     base = hub.publish("net", "1", {"model.bin": one}, tmp_path)
     async with device(tmp_path / "state", hub) as it:
-        desire(it, net=base, all_tools=adapter(hub, "a", one, tmp_path))
+        await desire(it, net=base, all_tools=adapter(hub, "a", one, tmp_path))
         await until(lambda: it.running == ["1", "a"])
         worse = adapter(hub, "b", one, tmp_path, b"bad")
-        desire(it, net=base, all_tools=worse)
+        await desire(it, net=base, all_tools=worse)
         await until(lambda: it.last.state == "quarantined")
         assert (it.last.version, it.running) == ("a", ["1", "a"])
         it.refuses = {"c"}
-        desire(it, net=base, all_tools=adapter(hub, "c", one, tmp_path))
+        await desire(it, net=base, all_tools=adapter(hub, "c", one, tmp_path))
         await until(lambda: (it.last.target, it.last.state, it.last.version) == ("c", "quarantined", "a"))
         assert "does not start" in it.last.error
         assert it.running == ["1", "a"]
@@ -92,10 +92,10 @@ async def test_a_base_that_is_refused_gives_way_and_takes_its_adapter_along(hub:
     one = b"good one"
     base, tools = hub.publish("net", "1", {"model.bin": one}, tmp_path), adapter(hub, "a", one, tmp_path)
     async with device(tmp_path / "state", hub) as it:
-        desire(it, net=base, all_tools=tools)
+        await desire(it, net=base, all_tools=tools)
         await until(lambda: it.running == ["1", "a"])
         it.refuses = {"2"}
-        desire(it, net=hub.publish("net", "2", {"model.bin": b"good two"}, tmp_path), all_tools=tools)
+        await desire(it, net=hub.publish("net", "2", {"model.bin": b"good two"}, tmp_path), all_tools=tools)
         await until(lambda: it.running == ["1", "a", "a"])
 
 
@@ -107,9 +107,9 @@ async def test_waiting_for_the_base_uses_up_no_trials(hub: PlantHub, tmp_path: P
     one, tried = b"good one", list[str]()
     tools = adapter(hub, "a", one, tmp_path)
     async with device(tmp_path / "state", hub, prober=Once(), retry_s=(0.001, 0.001)) as it:
-        desire(it, all_tools=tools)
+        await desire(it, all_tools=tools)
         await until(lambda: sum(report.state == "failed" for report in it.reports) > 8)
-        desire(it, all_tools=tools, net=hub.publish("net", "1", {"model.bin": one}, tmp_path))
+        await desire(it, all_tools=tools, net=hub.publish("net", "1", {"model.bin": one}, tmp_path))
         await until(lambda: it.running == ["1", "a"])
     assert tried == ["1", "a"]
 

@@ -13,7 +13,19 @@ import msgspec
 import pytest
 
 from edge_agent.wire.batch import Header, decode_records, encode_batch, verify_batch
-from edge_agent.wire.bundle import BundleKind, FileEntry, Manifest, SignedManifest, sign_manifest, verify_manifest
+from edge_agent.wire.bundle import (
+    BundleKind,
+    Directive,
+    FileEntry,
+    Manifest,
+    Sealed,
+    Target,
+    open_directive,
+    open_root,
+    seal_directive,
+    seal_root,
+)
+from edge_agent.wire.chunks import Chunk, chunk_hash, decode_index, encode_index
 from edge_agent.wire.grants import SHIPPED_ROLES, Grants, public_jwk, sign_grants, verify_grants
 from edge_agent.wire.messages import (
     Ack,
@@ -61,14 +73,23 @@ MESSAGES: dict[str, msgspec.Struct] = {
     "Manifest": MANIFEST,
 }
 
+DIRECTIVE = Directive("plant", "press-7", "aarch64", 3, 1800000000.5, {"net": Target("1.2", "a" * 64)})
+ROOT = b'{"signed":{"_type":"root"}}'
+CHUNKS = [
+    Chunk(0, 0, 3, chunk_hash(b"abc"), "5" * 64, 100, 3),
+    Chunk(0, 3, 2, chunk_hash(b"de"), "5" * 64, 103, 2),
+    Chunk(1, 0, 3, chunk_hash(b"abc"), "5" * 64, 100, 3),
+]
+
 
 def make() -> dict[str, Any]:
     packed = encode_batch([encode(r) for r in RECORDS], KEY, TOPIC, Header(17, 7, 9))
-    signed = sign_manifest(KEY, encode(MANIFEST))
     return {
         **{name: encode(message).decode() for name, message in MESSAGES.items()},
         "batch": {"payload": base64.b64encode(packed.payload).decode(), "properties": packed.properties},
-        "signed_manifest": msgspec.to_builtins(signed),
+        "directive": msgspec.to_builtins(seal_directive(KEY, DIRECTIVE)),
+        "root": msgspec.to_builtins(seal_root(KEY, ROOT)),
+        "index": base64.b64encode(encode_index([2, 1], CHUNKS)).decode(),
         "grants": sign_grants(KEY, GRANTS),
     }
 
@@ -90,8 +111,14 @@ def test_a_released_batch_is_still_read() -> None:
     assert decode_records(header, payload) == RECORDS
 
 
-def test_a_released_manifest_and_released_grants_still_verify() -> None:
-    assert verify_manifest(KEY.public, msgspec.convert(golden["signed_manifest"], SignedManifest)) == MANIFEST
+def test_a_released_chunk_index_is_still_read() -> None:
+    files = [FileEntry("a", 5, "0" * 64), FileEntry("b", 3, "1" * 64)]
+    assert list(decode_index(base64.b64decode(golden["index"]), files).chunks()) == CHUNKS
+
+
+def test_a_released_directive_root_and_grants_still_verify() -> None:
+    assert open_directive(KEY.public, msgspec.convert(golden["directive"], Sealed)) == DIRECTIVE
+    assert open_root(KEY.public, msgspec.convert(golden["root"], Sealed)) == ROOT
     assert verify_grants(KEY.public, golden["grants"]) == GRANTS
 
 
