@@ -8,6 +8,7 @@ nothing. The schema grows by append-only migrations: a released one is never edi
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import sqlite3
@@ -169,7 +170,12 @@ class Store:
 
 
 def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        hint = "who owns the state directory, and is its file system writable and not full?"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (Retry if full else Refused)(f"cannot write in {path.parent}: {error}", hint) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
