@@ -40,10 +40,14 @@ def decided(steps: Sequence[Step]) -> list[Step]:
 
 
 def turns(task: Task, specs: Sequence[ToolSpec]) -> list[prompt.Turn]:
-    """The transcript as the model reads it, with untrusted texts taken out: of results, and of calls made since."""
+    """The transcript as the model reads it, with untrusted texts taken out: of results, and of calls made since.
+
+    What it has proposed last, and is asked about here, is not there.
+    """
     known = {spec.name: spec for spec in specs}
     read, results = [prompt.Turn("user", task.text)], False
-    for step in decided(task.steps):
+    asked = task.steps[:-1] if task.steps and task.steps[-1].role == "model" else task.steps
+    for step in decided(asked):
         if step.role in ("model", "check"):
             read.append(prompt.Turn("assistant", _said(step.text, known) if results else step.text))
         elif step.role == "tool":

@@ -28,7 +28,7 @@ def test_kill_9_after_the_effect(tmp_path: Path, tool: str, effects: int, state:
     assert reason.startswith(error)
 
 
-@pytest.mark.parametrize(("kind", "points"), [("workflow", 38), ("task", 50)])
+@pytest.mark.parametrize(("kind", "points"), [("workflow", 38), ("task", 60)])
 def test_kill_9_at_every_point_of_six_steps_leaves_each_effect_exactly_once(
     tmp_path: Path, kind: str, points: int
 ) -> None:
