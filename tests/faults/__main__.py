@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     docs = Path(arguments.pop(arguments.index("--docs") + 1)) if "--docs" in arguments else None
     arguments = [each for each in arguments if each != "--docs"]
     watch, files = Watch(), dict.fromkeys(row.test.split("::")[0] for row in ROWS)
-    status = int(pytest.main(["-q", *files, *arguments], plugins=[watch]))
+    status = int(pytest.main(["-q", "-m", "", *files, *arguments], plugins=[watch]))
     lines = [(row, watch.seen.get(row.test, "not run")) for row in ROWS]
     width = max(len(row.fault) for row in ROWS)
     for row, seen in lines:

@@ -16,6 +16,7 @@ from tests.faults.plant import Plant, plant
 from tests.sync.brokers import mosquitto
 
 pytestmark = [
+    pytest.mark.faults,
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.asyncio(loop_scope="module"),

@@ -20,6 +20,7 @@ from tests.sync.brokers import mosquitto
 DEVICES = 500
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(mosquitto() is None, reason="no mosquitto binary: apt-get install mosquitto")
