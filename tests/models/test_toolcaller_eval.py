@@ -90,7 +90,8 @@ def test_a_tool_of_thirty_optional_arguments_is_converted_and_has_a_grammar_at_o
         ('geometry_area_of(shape="rectangle", sides=[2, 3], class=1)', "extra argument"),
         ('geometry_area_of(shape="round", sides=[2, 3])', "unparsable"),
         ('geometry_area_of(shape="rectangle", si', "unparsable"),
-        (f"{GOOD}\n{GOOD}", "extra call"),
+        (f"{GOOD}\n{GOOD}", ""),
+        (f"{GOOD}\n{GOOD[:-3]}4])", "extra call"),
         ("none()", "none for a call"),
     ],
 )

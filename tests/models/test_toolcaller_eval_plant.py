@@ -11,12 +11,25 @@ import pytest
 from bench import plant_eval
 from bench.demo_tasks import CUT_TASKS, LONG_TASK, TASKS
 from edge_agent.agent import grammar
+from edge_agent.engines.base import Generate, Piece
 from models.toolcaller.evaluate.plant_cases import PlantCase, load
 from tests.fakes import ScriptedModel
 from tools.sim import plant
 from tools.sim.pack import pack
 
 CASES = load()
+
+
+class Insists(ScriptedModel):
+    """Says the call that follows the results it reads, also when it is asked again without their texts."""
+
+    def __init__(self, *calls: str) -> None:
+        super().__init__()
+        self._calls = [*calls, "none()"]
+
+    async def generate(self, request: Generate, timeout_s: float) -> Piece:
+        self._says = [self._calls[request.prompt.count("<|im_start|>tool")]]
+        return await super().generate(request, timeout_s)
 
 
 def words(text: str) -> list[str]:
@@ -35,7 +48,7 @@ def test_the_set_has_200_different_cases_of_all_kinds() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.text[:40])
 async def test_the_right_calls_are_possible_and_judged_right(case: PlantCase) -> None:
-    outcome = await plant_eval.run_case(ScriptedModel(*case.calls), case)
+    outcome = await plant_eval.run_case(Insists(*case.calls), case)
     assert outcome.failure == ""
 
 
