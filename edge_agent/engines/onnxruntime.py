@@ -8,6 +8,7 @@ anywhere (the runtime's telemetry is off).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -141,12 +142,11 @@ def _session(file: Path, providers: list[str], threads: int, scratch: Path, cach
     options.log_severity_level = 4
     options.enable_profiling = True
     options.profile_file_prefix = str(scratch / "probe")
-    options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, INT8 products saturate otherwise
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the language model needs the cores too
     if CPU not in providers:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = ort.InferenceSession(str(file), options, providers=given or None)
+        session = _precise(file, options, given)
     except Exception as error:  # the runtime's exceptions share no base but Exception
         hint = "not an ONNX model, or cut short" if CPU in providers else f"name {CPU} too where nodes may run on it"
         raise Refused(f"{file.name} does not load: {_reason(error)}", hint) from error
@@ -154,6 +154,15 @@ def _session(file: Path, providers: list[str], threads: int, scratch: Path, cach
     if session.get_providers()[0] != providers[0]:
         raise Refused(f"{providers[0]} could not be started, {session.get_providers()} could", fix(providers))
     return session
+
+
+def _precise(file: Path, options: ort.SessionOptions, given: list[Any]) -> ort.InferenceSession:
+    """Without VNNI, INT8 products saturate unless the runtime is asked to widen them, which not every graph stands."""
+    with contextlib.suppress(Exception):
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        return ort.InferenceSession(str(file), options, providers=given or None)
+    options.add_session_config_entry("session.x64quantprecision", "0")
+    return ort.InferenceSession(str(file), options, providers=given or None)
 
 
 def _binding(node: ort.NodeArg) -> Binding:
