@@ -65,6 +65,7 @@ def test_recipe_of_a_language_model_that_makes_no_sense_is_refused(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_shipped_recipe_makes_bundles_that_answer(model_cache: Path, tmp_path: Path) -> None:
     result: dict[str, Any] = recipes.run(recipes.read("smollm2"), model_cache, tmp_path / "out", samples=200)
     rows = result["precisions"]
