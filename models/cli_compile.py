@@ -78,25 +78,9 @@ def _source(model: str, precision: str, cache: Path, scratch: Path, progress: Pr
 
         name, file = model, fetched(model, cache, progress) / "model.onnx"
     if file.is_file() and b"QuantizeLinear" in file.read_bytes():
-        (scratch / file.name).write_bytes(_for_tensorrt(file).SerializeToString())
+        from edge_agent.engines.qdq import for_tensorrt
+        from models.inspect import load
+
+        (scratch / file.name).write_bytes(for_tensorrt(load(file).SerializeToString()))
         file = scratch / file.name
     return name, file
-
-
-def _for_tensorrt(file: Path) -> Any:
-    """A Q/DQ graph in the form that TensorRT takes: activations around 0, biases as numbers instead of INT32."""
-    from onnx import TensorProto, numpy_helper
-
-    from models.inspect import load
-    from models.quantize import shifted
-
-    model = shifted(load(file), "int8")
-    weights = {weight.name: weight for weight in model.graph.initializer}
-    for node in [node for node in model.graph.node if node.op_type == "DequantizeLinear"]:
-        bias = weights.get(node.input[0])
-        if bias is not None and bias.data_type == TensorProto.INT32:
-            scale = numpy_helper.to_array(weights[node.input[1]])
-            value = (numpy_helper.to_array(bias) * scale).astype(scale.dtype)
-            model.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
-            model.graph.node.remove(node)
-    return model

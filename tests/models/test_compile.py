@@ -13,12 +13,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
+from edge_agent.engines.qdq import for_tensorrt
 from edge_agent.engines.tensorrt_build import build, contents
 from edge_agent.errors import Refused
 from edge_agent.wire.bundle import sha256_file
 from models import recipe as recipes
 from models.cli import app
-from models.cli_compile import _for_tensorrt
 
 real = pytest.mark.skipif(
     find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT for RTX is not installed: pip install '.[tensorrt]'"
@@ -93,7 +93,7 @@ def test_int8_as_recipes_make_it_for_cpus_is_turned_into_the_form_of_tensorrt(tm
     x = {"x": np.arange(8, dtype=np.float32).reshape(2, 4)}
     answers = [
         onnxruntime.InferenceSession(raw).run(None, x)[0]
-        for raw in (model.SerializeToString(), _for_tensorrt(tmp_path / "u8.onnx").SerializeToString())
+        for raw in (model.SerializeToString(), for_tensorrt((tmp_path / "u8.onnx").read_bytes()))
     ]
     np.testing.assert_array_equal(*answers)
     status, said = run(tmp_path / "u8.onnx", "--target", "sm86", "--out", tmp_path)
