@@ -20,8 +20,9 @@ from typing import Any
 
 from bench import toolcall
 from bench.rows import FIELDS
+from edge_agent.agent.act import Tools
 from edge_agent.agent.calls import render
-from edge_agent.agent.loop import AgentLoop, Budget, Model, Speaker, Tools
+from edge_agent.agent.loop import AgentLoop, Budget, Model, Speaker
 from edge_agent.agent.ports import RunnerTools, WorkerModel
 from edge_agent.agent.tool import Tool, ToolSpec, tool
 from edge_agent.agent.transcript import Transcripts, migrations

@@ -21,8 +21,9 @@ from typing import Any, Protocol
 import msgspec
 
 from edge_agent.agent import policy
+from edge_agent.agent.act import Tools
 from edge_agent.agent.calls import Call, CallError, render, validate
-from edge_agent.agent.loop import AgentLoop, Tools, request
+from edge_agent.agent.loop import AgentLoop, request
 from edge_agent.agent.tool import ToolError, ToolSpec
 from edge_agent.agent.transcript import Task, Transcripts
 from edge_agent.agent.workflow_run import Runner

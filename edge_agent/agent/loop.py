@@ -1,10 +1,8 @@
 """The agent: one request, one linear transcript, one step at a time: decide → policy → act → validate → finish.
 
-Invariants: every step is saved before the next begins and the intent of a call before its effect; a call whose effect
-is unknown is made again by `resume` after a crash, only when the tool is idempotent or takes the call's key (the same
-both times), and never otherwise; whatever the model says becomes an effect, a text for the model, or an `Ended`, never
-a crash; budgets of steps, tokens and time always end a task. Nothing here picks a tool: the call is the model's or
-there is none.
+Invariants: every step is saved before the next begins; whatever the model says becomes an effect (see act.py), a text
+for the model, or an `Ended`, never a crash; budgets of steps, tokens and time always end a task. Nothing here picks a
+tool: the call is the model's or there is none.
 """
 
 from __future__ import annotations
@@ -12,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
 from edge_agent.agent import chat, grammar, policy, prompt, taint
+from edge_agent.agent.act import Acts, Ended, Tools, Transcripts
 from edge_agent.agent.calls import Answer, Call, CallError, Decision, Nothing, parse, render, validate
-from edge_agent.agent.tool import ToolError, ToolSpec
-from edge_agent.agent.transcript import State, Step, Task
+from edge_agent.agent.tool import ToolSpec
+from edge_agent.agent.transcript import Step, Task
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.wire.grants import Subject
@@ -50,42 +49,12 @@ class Speaker(msgspec.Struct, frozen=True):
     endpoint: bool = False
 
 
-class Tools(Protocol):
-    """The tool runner's client."""
-
-    async def specs(self) -> Sequence[ToolSpec]:
-        """The tools there are, once the runner serves. Raises Retry."""
-        ...
-
-    async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
-        """The JSON result. Raises ToolError (ordinary failure), Refused (not made), Retry (effect unknown)."""
-        ...
-
-
-class Transcripts(Protocol):
-    """Where tasks are kept; see `transcript.Transcripts`."""
-
-    async def add(self, task: Task) -> Task: ...
-    async def get(self, id: str) -> Task | None: ...
-    async def unfinished(self) -> list[Task]: ...
-    async def append(self, task: Task, step: Step) -> None: ...
-    async def save(self, task: Task) -> None: ...
-
-
 class Budget(msgspec.Struct, frozen=True):
     """What one task may use: decisions, generated tokens, seconds since its run began."""
 
     steps: int = 8
     tokens: int = 512
     seconds: float = 120.0
-
-
-class Ended(Exception):
-    """The task is over; carries its final state."""
-
-    def __init__(self, state: State, *, answer: str = "", error: str = "") -> None:
-        super().__init__(state, answer, error)
-        self.state, self.answer, self.error = state, answer, error
 
 
 def request(text: str) -> str:
@@ -112,6 +81,7 @@ class AgentLoop:
         self._speaker = speaker
         self._model, self._tools, self._transcripts = model, tools, transcripts
         self._allowed, self._budget, self._clock = allowed, budget, clock
+        self._acts = Acts(tools, transcripts, allowed, clock)
 
     async def warm(self) -> None:
         """Have the model read the preamble of all tools, so that a first task finds it read. Raises Retry, Refused."""
@@ -136,12 +106,14 @@ class AgentLoop:
             await self._transcripts.save(task)
             deadline = time.monotonic() + self._budget.seconds
             try:
-                specs = await self._specs()
+                specs = await self._tools.specs()
                 await self._resume(task, specs, deadline)
                 while True:
                     await self._step(task, specs, deadline)
             except Ended as end:
                 task.state, task.answer, task.error = end.state, end.answer, end.error
+            except OutriderError as error:
+                task.state, task.error = "failed", str(error)
             task.finished = self._clock()
             await self._transcripts.save(task)
         return task
@@ -152,39 +124,24 @@ class AgentLoop:
         text = await self._decide(task, usable, deadline)
         try:
             call = validate(conclude(task, parse(text)), usable)
-            spec = next(spec for spec in usable if spec.name == call.name)
-            policy.check(spec, task.subject, self._allowed)
         except CallError as error:
             await self._transcripts.append(task, Step("tool", str(error), ok=False, ts=self._clock()))
             return
-        except Refused as refused:
-            raise Ended("failed", error=str(refused)) from refused
-        await self._transcripts.append(task, Step("intent", call=call, ts=self._clock()))
-        await self._act(task, spec, call, deadline)
+        await self._act(task, next(spec for spec in usable if spec.name == call.name), call, deadline)
         check_repeats(task)
-
-    async def _specs(self) -> Sequence[ToolSpec]:
-        try:
-            return await self._tools.specs()
-        except OutriderError as error:
-            raise Ended("failed", error=f"the tools are not there: {error}") from error
 
     async def _resume(self, task: Task, specs: Sequence[ToolSpec], deadline: float) -> None:
         """Settle a call that a crash cut off between its intent and its result. Raises Ended."""
         if task.runs > MAX_RUNS:
             raise Ended("failed", error=f"given up: it was cut off {MAX_RUNS} times")
-        last = task.steps[-1] if task.steps else None
-        if last is None or last.role != "intent" or last.call is None:
-            return
-        spec = next((spec for spec in specs if spec.name == last.call.name), None)
-        if spec is None or not spec.repeatable:
-            await self._unknown(task, last.call)
-        else:
-            try:
-                policy.check(spec, task.subject, self._allowed)
-            except Refused as refused:
-                raise Ended("failed", error=str(refused)) from refused
-            await self._act(task, spec, last.call, deadline)
+        if task.steps and task.steps[-1].role == "intent" and (call := task.steps[-1].call):
+            gone = ToolSpec(call.name, "", [], idempotent=False)
+            await self._act(task, next((spec for spec in specs if spec.name == call.name), gone), call, deadline)
+
+    async def _act(self, task: Task, spec: ToolSpec, call: Call, deadline: float) -> None:
+        step = await self._acts.act(task, spec, call, max(0.1, min(spec.timeout_s, deadline - time.monotonic())))
+        if step.ok:
+            task.result = step.result
 
     async def _decide(self, task: Task, specs: Sequence[ToolSpec], deadline: float) -> str:
         """What the model says; an act after untrusted text only when it says so without that text too."""
@@ -232,30 +189,6 @@ class AgentLoop:
         )
         await self._transcripts.append(task, step)
         return piece.text
-
-    async def _act(self, task: Task, spec: ToolSpec, call: Call, deadline: float) -> None:
-        started = time.monotonic()
-        value, text, ok = None, "", True
-        try:
-            limit = max(0.1, min(spec.timeout_s, deadline - started))
-            key = f"{task.id}:{sum(step.role == 'intent' for step in task.steps)}"
-            value = await self._tools.call(call.name, spec.keyed_args(call.args, key), limit)
-            text = prompt.result_text(value)
-        except (ToolError, Refused) as error:
-            text, ok = str(error), False
-        except OutriderError as error:
-            if not spec.repeatable:
-                await self._unknown(task, call)
-            text, ok = f"{call.name} did not finish: {error}", False
-        ms = (time.monotonic() - started) * 1e3
-        await self._transcripts.append(task, Step("tool", text, call, value, ok, self._clock(), ms))
-        if ok:
-            task.result = value
-
-    async def _unknown(self, task: Task, call: Call) -> None:
-        reason = f"interrupted: effect unknown of {render(call)}"
-        await self._transcripts.append(task, Step("tool", reason, call, ok=False, ts=self._clock()))
-        raise Ended("failed", error=f"{reason} (look at the device before you ask again)")
 
 
 def next_call(

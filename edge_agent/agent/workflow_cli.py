@@ -21,10 +21,12 @@ from edge_agent.agent.calls import render
 from edge_agent.agent.tool import ToolError, ToolSpec
 from edge_agent.agent.toolrunner import load
 from edge_agent.agent.transcript import Step as Entry
-from edge_agent.agent.transcript import Task
-from edge_agent.agent.workflow import Broken, Marks, Problem, Workflow, check, read, runs_as, sample
+from edge_agent.agent.transcript import Task, Transcripts, migrations
+from edge_agent.agent.workflow import Broken, Marks, Problem, Workflow, read, sample
+from edge_agent.agent.workflow_check import check, runs_as
 from edge_agent.agent.workflow_run import Runner
 from edge_agent.errors import Refused
+from edge_agent.store import Store
 from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, allowed
 
 app = typer.Typer(no_args_is_help=True, help="Check workflows, and try them without a device.")
@@ -156,28 +158,16 @@ class _Simulated:
         return value | given if isinstance(value, dict) and isinstance(given, dict) else given
 
 
-class _Journal:
-    """Runs in memory."""
+class _Journal(Transcripts):
+    """Tells the tools which step calls."""
 
-    def __init__(self, tools: _Simulated) -> None:
+    def __init__(self, store: Store, tools: _Simulated) -> None:
+        super().__init__(store)
         self._tools = tools
-        self._tasks: dict[str, Task] = {}
-
-    async def add(self, task: Task) -> Task:
-        return self._tasks.setdefault(task.id, task)
-
-    async def get(self, id: str) -> Task | None:
-        return self._tasks.get(id)
-
-    async def unfinished(self) -> list[Task]:
-        return []
 
     async def append(self, task: Task, step: Entry) -> None:
         self._tools.at = step.at
-        task.steps.append(step)
-
-    async def save(self, task: Task) -> None:
-        self._tasks[task.id] = task
+        await super().append(task, step)
 
 
 async def simulated(
@@ -195,9 +185,12 @@ async def simulated(
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
 
-    runner = Runner(tools, _Journal(tools), _allowed, clock=time.time, sleep=sleep)
-    await runner.accept("simulated", text, inputs, subject, {})
-    task = await runner.run("simulated")
+    with tempfile.TemporaryDirectory(prefix="simulate-") as state:
+        store = Store(Path(state) / "runs.db", migrations)
+        runner = Runner(tools, _Journal(store, tools), _allowed, clock=time.time, sleep=sleep)
+        await runner.accept("simulated", text, inputs, subject, {})
+        task = await runner.run("simulated")
+        store.close()
     by_name, by_id = {spec.name: spec for spec in specs}, {step.id: step for step in flow.steps}
     path, calls, worst = [], Counter[str](), sum(slept)
     for entry in (entry for entry in task.steps if entry.role == "tool"):

@@ -19,11 +19,11 @@ import msgspec
 from cronsim import CronSim
 
 from edge_agent.agent import policy
+from edge_agent.agent.act import Tools, shaped
 from edge_agent.agent.calls import Call, parse, validate
-from edge_agent.agent.loop import Tools
 from edge_agent.agent.tool import ToolError
-from edge_agent.agent.workflow import Broken, Trigger, Workflow, check, evaluate, read, runs_as
-from edge_agent.agent.workflow_run import shaped
+from edge_agent.agent.workflow import Broken, Trigger, Workflow, evaluate, read
+from edge_agent.agent.workflow_check import check, runs_as
 from edge_agent.errors import OutriderError
 from edge_agent.trouble import Trouble
 from edge_agent.wire.grants import Subject

@@ -129,7 +129,7 @@ async def test_a_run_has_the_rights_of_its_subject_at_every_call(bench: Bench) -
     with pytest.raises(Refused, match="otto may not use press"):
         await bench.do("steps:\n  - {id: p, tool: press, args: {number: 1}}\n", Subject("otto", ["auditor"], 1.0))
     await bench.runner.accept("r1", f"{HEAD}{GAUGE}", {}, ADA)
-    bench.runner._allowed = lambda *_: False
+    bench.runner.acts._allowed = lambda *_: False
     assert "may not use read_gauge" in (await bench.runner.run("r1")).error
 
 
