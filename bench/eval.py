@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,6 +78,7 @@ def plant(
     model: Model = None,
     adapter: Adapter = DEFAULT,
     threads: Threads = 2,
+    scripted: Annotated[bool, typer.Option("--scripted", help="The right calls instead of a model's.")] = False,
     wrong: Annotated[Path | None, typer.Option(help="Where wrong cases go, as JSON lines.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -93,17 +94,18 @@ def plant(
         raise Refused(f"there is no kind {', '.join(unknown)}", f"known: {', '.join(GOALS)}")
     by_kind = {name: [case for case in load() if case.kind == name] for name in kind or GOALS}
     cases = [case for of in by_kind.values() for case in of[: limit or None]]
-    with (
-        _opened(model, threads, 2048) as engine,
-        _adapted(engine, model, adapter) as loaded,
-        _progress(len(cases), "plant") as step,
-    ):
-        speaker = Speaker(digest=engine.info.digest, adapter=loaded, shots=not loaded)
-        outcomes = asyncio.run(plant_eval.run(plant_eval.InProcess(engine), cases, step, speaker))
-        digest = engine.info.digest[:12]
+    with ExitStack() as stack:
+        step, speaker, asked = stack.enter_context(_progress(len(cases), "plant")), Speaker("scripted"), None
+        if not scripted:
+            engine = stack.enter_context(_opened(model, threads, 2048))
+            loaded = stack.enter_context(_adapted(engine, model, adapter))
+            speaker = Speaker(digest=engine.info.digest, adapter=loaded, shots=not loaded)
+            asked = plant_eval.InProcess(engine)
+        outcomes = asyncio.run(plant_eval.run(asked, cases, step, speaker))
     if wrong:
         _write(wrong, (msgspec.to_builtins(outcome) for outcome in outcomes if outcome.failure))
-    show(({**row, "model": digest, "adapter": loaded} for row in plant_eval.rows(outcomes)), as_json)
+    by = {"model": speaker.digest[:12], "adapter": speaker.adapter}
+    show(({**row, **by} for row in plant_eval.rows(outcomes)), as_json)
 
 
 @app.command()
@@ -118,8 +120,6 @@ def calls(
     as_json: Json = False,
 ) -> None:
     """A site's own requests, asked of one adapter or of several that switch at every request."""
-    from contextlib import ExitStack
-
     import msgspec
 
     from bench.rows import show
