@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from bench.fleet import Device, Hub, until
 from bench.link import Link
+from tests.faults.disk import Disk
+from tests.faults.packets import FAR, NEAR, Packets
 from tests.hub.site import Site
 
 PATIENCE_S = 240.0  # a busy machine starts a hub slowly; nothing here is a measure of time
@@ -31,11 +34,29 @@ class RoughLink(Link):
         self.lost = 0
         self._random = random.Random(7)
 
+    @contextlib.asynccontextmanager
+    async def over_packets(self) -> AsyncIterator[Packets]:
+        """New connections go through a network of which each packet can be lost. Raises OSError where it cannot be."""
+        before = self._target
+        with Packets() as packets:
+            relay = await asyncio.start_server(Link(*before)._carry, NEAR, 0)
+            try:
+                self._target = (FAR, relay.sockets[0].getsockname()[1])
+                self.cut()
+                self.mend()
+                yield packets
+            finally:
+                self._target = before
+                self.cut()
+                self.mend()
+                relay.close()
+
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._random.random() < self.lossy:
             self.lost += 1
             asyncio.get_running_loop().call_later(self._random.uniform(0, 3), writer.transport.abort)
-        await super()._carry(reader, writer)
+        with contextlib.suppress(asyncio.CancelledError):  # the loop ends
+            await super()._carry(reader, writer)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:  # type: ignore[override]
         with contextlib.suppress(OSError):
@@ -49,17 +70,35 @@ class RoughLink(Link):
                 writer.write_eof()
 
 
+def under_clock(folder: Path, offset: Path) -> dict[str, str]:
+    """Environment of a Python process whose `time.time` is off by the seconds in a file."""
+    (folder / "sitecustomize.py").write_text(CLOCK)
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, "CLOCK_OFFSET": str(offset)}
+
+
+def step(offset: Path, seconds: float) -> None:
+    partial = offset.with_suffix(".part")
+    partial.write_text(str(seconds))
+    partial.replace(offset)
+
+
 class SiteHub(Hub):
     """A hub process over the site's broker."""
 
     def __init__(self, folder: Path, site: Site) -> None:
         super().__init__(folder)
-        self._site = site
+        self._site, self._folder = site, folder
+        self.step_clock(0.0)
+
+    def step_clock(self, seconds: float) -> None:
+        step(self._folder / "hub-offset", seconds)
 
     async def start(self) -> None:
         where = ["--data", str(self.data), "--http", f"127.0.0.1:{self.port}", "--no-dashboard"]
         broker = ["--broker", self._site.url, "--broker-config", str(self._site.config)]
-        await self.process.start("hub", "run", *where, *broker, env={"OUTRIDER_ADMIN_PASSWORD": self.password})
+        env = under_clock(self._folder, self._folder / "hub-offset") | {"OUTRIDER_ADMIN_PASSWORD": self.password}
+        await self.process.start("hub", "run", *where, *broker, env=env)
         await until("the hub's start", PATIENCE_S, self._ready)
         answer = await self.post("/v1/login", {"user": "admin", "password": self.password})
         self.token = answer["access_token"]
@@ -69,8 +108,8 @@ class SiteHub(Hub):
 class Plant:
     """The processes; `step_clock` moves the daemon's clock, and that alone."""
 
-    def __init__(self, folder: Path, site: Site, link: RoughLink) -> None:
-        self.folder, self.site, self.link = folder, site, link
+    def __init__(self, folder: Path, site: Site, link: RoughLink, disks: dict[str, Disk]) -> None:
+        self.folder, self.site, self.link, self.disks = folder, site, link, disks
         self.hub = SiteHub(folder, site)
         self.device = Device("press-1", folder, self.hub)
         self._offset = folder / "offset"
@@ -78,7 +117,6 @@ class Plant:
     async def start(self) -> None:
         await self.hub.start()
         self.step_clock(0.0)
-        (self.folder / "sitecustomize.py").write_text(CLOCK)
         self.device.client.headers["Authorization"] = f"Bearer {self.hub.token}"
         token = (await self.hub.post("/v1/enrolments", {"name": "press-1", "ttl_s": 600}))["token"]
         broker = ("--broker", f"mqtts://127.0.0.1:{self.link.port}")
@@ -87,11 +125,9 @@ class Plant:
         await self.settled()
 
     async def start_device(self, *args: str) -> None:
-        import os
-
-        path = os.pathsep.join([str(self.folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-        before = {name: os.environ.get(name) for name in ("PYTHONPATH", "CLOCK_OFFSET")}
-        os.environ.update(PYTHONPATH=path, CLOCK_OFFSET=str(self._offset))
+        env = under_clock(self.folder, self._offset)
+        before = {name: os.environ.get(name) for name in env}
+        os.environ.update(env)
         try:
             await self.device.start(*args)
         finally:
@@ -99,9 +135,7 @@ class Plant:
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
     def step_clock(self, seconds: float) -> None:
-        partial = self._offset.with_suffix(".part")
-        partial.write_text(str(seconds))
-        partial.replace(self._offset)
+        step(self._offset, seconds)
 
     async def beyond(self, more: int = 10) -> int:
         """Wait until the device has made so many more records; the last seq."""
@@ -132,6 +166,9 @@ class Plant:
         self.link.delay_s, self.link.lossy, self.link.stalled = 0.0, 0.0, False
         self.link.mend()
         self.step_clock(0.0)
+        self.hub.step_clock(0.0)
+        for disk in self.disks.values():
+            disk.free()
         await until("the local API", PATIENCE_S, self._last)
         await until("the hub", PATIENCE_S, self.hub._ready)
 
@@ -156,11 +193,14 @@ class Plant:
 
 @contextlib.asynccontextmanager
 async def plant(folder: Path) -> AsyncIterator[Plant]:
-    """Everything up and the first records acknowledged."""
+    """Everything up and the first records acknowledged; hub and device on small disks of their own where allowed."""
+    disks: dict[str, Disk] = {}
+    with contextlib.suppress(OSError):
+        disks |= {name: Disk(folder / name) for name in ("hub", "press-1")}
     site = await asyncio.to_thread(lambda: Site(folder).start())
     try:
         async with RoughLink(site.port) as link:
-            made = Plant(folder, site, link)
+            made = Plant(folder, site, link, disks)
             try:
                 await made.start()
                 yield made
@@ -168,3 +208,5 @@ async def plant(folder: Path) -> AsyncIterator[Plant]:
                 await made.stop()
     finally:
         await asyncio.to_thread(site.stop)
+        for disk in disks.values():
+            disk.unmount()

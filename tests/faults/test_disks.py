@@ -23,6 +23,11 @@ def read_only(tmp_path: Path) -> Iterator[DaemonProcess]:
     subprocess.run(["umount", "-l", state], check=True)
 
 
+@pytest.mark.fault(
+    "device: database on a read-only file system",
+    "refused with the reason, exit 78, nothing changed",
+    "real: a read-only mount",
+)
 def test_a_read_only_state_directory_is_refused_with_its_reason(read_only: DaemonProcess) -> None:
     command = [sys.executable, "-m", "edge_agent.cli", "agent", "--state", str(read_only.state)]
     before = sorted(path.name for path in read_only.state.iterdir())
@@ -33,6 +38,11 @@ def test_a_read_only_state_directory_is_refused_with_its_reason(read_only: Daemo
     assert sorted(path.name for path in read_only.state.iterdir()) == before
 
 
+@pytest.mark.fault(
+    "hub: database page overwritten",
+    "the hub does not start and says why",
+    "real",
+)
 def test_a_damaged_hub_database_is_said_at_the_start(tmp_path: Path) -> None:
     Database(f"sqlite:///{tmp_path / 'hub.db'}").close()
     content = bytearray((tmp_path / "hub.db").read_bytes())

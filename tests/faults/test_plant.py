@@ -2,43 +2,44 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import signal
 import sqlite3
+import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
+from bench import virtual
 from bench.fleet import until
-from tests.faults.plant import Plant, plant
+from edge_agent.sync.outbox import Outbox
+from edge_agent.sync.session import Session
+from edge_agent.wire.messages import JobState
+from tests.faults.disk import Disk
+from tests.faults.packets import Packets
+from tests.faults.plant import Plant
 from tests.sync.brokers import mosquitto
 
 pytestmark = [
     pytest.mark.faults,
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.asyncio(loop_scope="session"),
     pytest.mark.skipif(mosquitto() is None, reason="no mosquitto binary: apt-get install mosquitto"),
 ]
 Seen = Callable[[str, object], None]
 YEARS = 20 * 365 * 86400.0
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Plant]:
-    async with plant(tmp_path_factory.mktemp("plant")) as made:
-        yield made
-
-
-@pytest_asyncio.fixture(autouse=True, loop_scope="module")
-async def mended(site: Plant) -> AsyncIterator[None]:
-    await site.whole()
-    yield
-    site.link.mend()
-
-
+@pytest.mark.fault(
+    "daemon: kill -9, three times while it sends",
+    "each record at the hub once and in order",
+    "real",
+)
 async def test_the_daemon_killed_at_any_moment_loses_and_doubles_nothing(site: Plant, record_property: Seen) -> None:
     for pause in (0.0, 0.13, 0.37):
         await site.beyond(3)
@@ -48,6 +49,11 @@ async def test_the_daemon_killed_at_any_moment_loses_and_doubles_nothing(site: P
     record_property("seen", f"3 kills, {await site.settled()} records, each once and in order")
 
 
+@pytest.mark.fault(
+    "hub: kill -9, twice while it commits",
+    "each record at the hub once and in order",
+    "real",
+)
 async def test_the_hub_killed_at_any_moment_loses_and_doubles_nothing(site: Plant, record_property: Seen) -> None:
     for pause in (0.0, 0.13):
         await site.beyond(3)
@@ -58,6 +64,11 @@ async def test_the_hub_killed_at_any_moment_loses_and_doubles_nothing(site: Plan
     record_property("seen", f"2 kills, {await site.settled()} records, each once and in order")
 
 
+@pytest.mark.fault(
+    "broker: kill -9 and its persistence deleted",
+    "each record at the hub once and in order; retained state published again",
+    "real",
+)
 async def test_a_broker_killed_and_robbed_of_all_it_had_kept_loses_nothing(site: Plant, record_property: Seen) -> None:
     await site.beyond(3)
     await asyncio.to_thread(site.site.stop, signal.SIGKILL, forget=True)
@@ -74,12 +85,29 @@ async def test_a_broker_killed_and_robbed_of_all_it_had_kept_loses_nothing(site:
     record_property("seen", f"{count} records, each once and in order; grants of epoch {epoch} came again")
 
 
+@contextlib.asynccontextmanager
+async def over_packets(site: Plant) -> AsyncIterator[Packets]:
+    try:
+        made = await (context := site.link.over_packets()).__aenter__()
+    except OSError as error:
+        pytest.skip(f"needs root and /dev/net/tun: {error}")
+    try:
+        yield made
+    finally:
+        await context.__aexit__(None, None, None)
+
+
 async def _grants_epoch(site: Plant) -> int:
     text = (await site.hub.client.get("/v1/grants")).text.split(".")[1]
     epoch: int = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))["epoch"]
     return epoch
 
 
+@pytest.mark.fault(
+    "cable cut, three times",
+    "each record at the hub once and in order",
+    "a user-space link that cuts connections",
+)
 async def test_a_cut_cable_loses_and_doubles_nothing(site: Plant, record_property: Seen) -> None:
     for _ in range(3):
         site.link.cut()
@@ -89,6 +117,11 @@ async def test_a_cut_cable_loses_and_doubles_nothing(site: Plant, record_propert
     record_property("seen", f"3 cuts, {await site.settled()} records, each once and in order")
 
 
+@pytest.mark.fault(
+    "half-open connection: nothing arrives, nothing is closed",
+    "found within 90 s and made again",
+    "a user-space link that stalls",
+)
 async def test_a_half_open_connection_is_found_and_made_again(site: Plant, record_property: Seen) -> None:
     await site.settled()
     began, before = time.monotonic(), (await site.device.status())["sync"]["connections"]
@@ -109,6 +142,11 @@ async def test_a_half_open_connection_is_found_and_made_again(site: Plant, recor
     record_property("seen", f"noticed after {took:.0f} s; {count} records, each once and in order")
 
 
+@pytest.mark.fault(
+    "2 s delay each way",
+    "each record at the hub once and in order",
+    "a user-space link",
+)
 async def test_two_seconds_each_way_lose_and_double_nothing(site: Plant, record_property: Seen) -> None:
     site.link.delay_s = 2.0
     try:
@@ -121,6 +159,11 @@ async def test_two_seconds_each_way_lose_and_double_nothing(site: Plant, record_
     record_property("seen", f"{count} records, each once and in order")
 
 
+@pytest.mark.fault(
+    "30 % of all connections lost within 3 s",
+    "each record at the hub once and in order",
+    "a user-space link that cuts connections",
+)
 async def test_a_third_of_all_connections_lost_loses_and_doubles_nothing(site: Plant, record_property: Seen) -> None:
     site.link.lossy = 0.3
     try:
@@ -134,6 +177,65 @@ async def test_a_third_of_all_connections_lost_loses_and_doubles_nothing(site: P
     record_property("seen", f"{site.link.lost} connections lost, {count} records, each once and in order")
 
 
+@pytest.mark.fault(
+    "30 % of all packets lost, each way",
+    "each record at the hub once and in order",
+    "real: each packet passes a process that drops it or not; the kernel's TCP sends again",
+)
+async def test_a_third_of_all_packets_lost_loses_and_doubles_nothing(site: Plant, record_property: Seen) -> None:
+    async with over_packets(site) as packets:
+        packets.loss = 0.3
+        await site.beyond(25)
+        await asyncio.sleep(15)
+        lost, carried = packets.dropped, packets.carried
+        assert lost > 10
+        packets.loss = 0.0
+        count = await site.settled()
+    record_property("seen", f"{lost} of {carried} packets lost; {count} records, each once and in order")
+
+
+@pytest.mark.fault(
+    "each packet 2 s late, each way",
+    "each record at the hub once and in order",
+    "real: each packet passes a process that delays it",
+)
+async def test_packets_two_seconds_late_lose_and_double_nothing(site: Plant, record_property: Seen) -> None:
+    async with over_packets(site) as packets:
+        await site.settled()
+        packets.delay_s = 2.0
+        await site.beyond(20)
+        count = await site.settled()
+        assert packets.carried > 10
+    record_property("seen", f"{count} records over a round trip of 4 s, each once and in order")
+
+
+@pytest.mark.fault(
+    "partition: no packet passes for 60 s, and nobody is told",
+    "found, connected again when packets pass; each record once and in order",
+    "real: each packet passes a process that drops it",
+)
+async def test_a_partition_is_found_and_healed(site: Plant, record_property: Seen) -> None:
+    async with over_packets(site) as packets:
+        await site.settled()
+        began = time.monotonic()
+        packets.loss = 1.0
+
+        async def noticed() -> bool | None:
+            return True if not (await site.device.status())["connected"] else None
+
+        await until("the device to notice", 90, noticed)
+        took = time.monotonic() - began
+        await asyncio.sleep(max(0.0, 60 - took))
+        packets.loss = 0.0
+        count = await site.settled()
+    record_property("seen", f"noticed after {took:.0f} s; {count} records, each once and in order")
+
+
+@pytest.mark.fault(
+    "hub: database held by another process for 12 s",
+    "no ack meanwhile, then each record at the hub once and in order",
+    "real",
+)
 async def test_a_database_held_by_somebody_else_holds_the_acks_back(site: Plant, record_property: Seen) -> None:
     holder = sqlite3.connect(site.hub.data / "hub.db", isolation_level=None, check_same_thread=False)
     holder.execute("BEGIN IMMEDIATE")
@@ -146,6 +248,11 @@ async def test_a_database_held_by_somebody_else_holds_the_acks_back(site: Plant,
     record_property("seen", f"no ack while it lasted; then {await site.settled()} records, each once and in order")
 
 
+@pytest.mark.fault(
+    "a revoked person at an online device",
+    "refused within 2 s",
+    "real",
+)
 async def test_a_revoked_person_is_out_at_an_online_device_within_two_seconds(
     site: Plant, record_property: Seen
 ) -> None:
@@ -167,6 +274,11 @@ async def test_a_revoked_person_is_out_at_an_online_device_within_two_seconds(
     record_property("seen", f"refused {took:.2f} s after the order was given")
 
 
+@pytest.mark.fault(
+    "device clock +20 years, -20 years and back in one session",
+    "records flow on; nothing stays expired",
+    "`time.time` of the process is off",
+)
 async def test_a_clock_twenty_years_off_stops_nothing_and_leaves_nothing_expired(
     site: Plant, record_property: Seen
 ) -> None:
@@ -184,6 +296,211 @@ async def test_a_clock_twenty_years_off_stops_nothing_and_leaves_nothing_expired
     record_property("seen", f"local API {statuses}; {await site.settled()} records, each once and in order")
 
 
+@pytest.mark.fault(
+    "hub clock +20 years, -20 years and back in one session",
+    "records flow on; nobody is let in by it, nothing stays expired",
+    "`time.time` of the process is off",
+)
+async def test_a_hub_clock_twenty_years_off_stops_no_record_and_leaves_nothing_expired(
+    site: Plant, record_property: Seen
+) -> None:
+    statuses = []
+    try:
+        for offset in (YEARS, -YEARS, 0.0):
+            site.hub.step_clock(offset)
+            statuses.append((await site.hub.client.get("/v1/devices")).status_code)
+            await site.beyond(5)
+            await asyncio.sleep(12)  # past a renewal's and an anchor's tick
+    finally:
+        site.hub.step_clock(0.0)
+    assert statuses[0] == 401, "past the end of every token"
+    assert statuses[2] == 200, "nothing stays expired"
+    count = await site.settled()
+    answer = await site.hub.post("/v1/login", {"user": "admin", "password": site.hub.password})
+    assert answer["access_token"]
+    assert (await site.device.client.get("/v1/tasks")).status_code == 200
+    record_property("seen", f"hub API {statuses}; {count} records, each once and in order")
+
+
+def disk(site: Plant, name: str) -> Disk:
+    if name not in site.disks:
+        pytest.skip("needs the right to mount a loop device")
+    return site.disks[name]
+
+
+@pytest.mark.fault(
+    "hub: disk full for 10 s",
+    "no ack meanwhile, then each record once and in order",
+    "real: an ext4 image of 48 MiB filled to the last block",
+)
+async def test_a_full_disk_at_the_hub_holds_the_acks_back(site: Plant, record_property: Seen) -> None:
+    await site.settled()
+    disk(site, "hub").fill()
+    await site.beyond(30)
+    await asyncio.sleep(10)
+    status = await site.device.status()
+    assert status["acked"] < status["last_seq"]
+    disk(site, "hub").free()
+    record_property("seen", f"seq {status['acked']} acked of {status['last_seq']} while full; then "
+                            f"{await site.settled()} records, each once and in order")  # fmt: skip
+
+
+@pytest.mark.fault(
+    "device: disk full for 10 s",
+    "what was acknowledged stays, the daemon lives and goes on by itself",
+    "real: an ext4 image of 48 MiB filled to the last block",
+)
+async def test_a_full_disk_at_the_device_loses_nothing_that_was_taken(site: Plant, record_property: Seen) -> None:
+    before = await site.settled()
+    disk(site, "press-1").fill()
+    await asyncio.sleep(10)
+    site.device.process.check()
+    full = (await site.device.status())["last_seq"]
+    disk(site, "press-1").free()
+    await site.beyond(10)
+    record_property(
+        "seen", f"{full - before} records while full; after it {await site.settled()}, each once and in order"
+    )
+
+
+@pytest.mark.fault(
+    "hub: power fails while it commits",
+    "what was acked is there; each record once and in order",
+    "real: ext4 shut down with no flush of its journal, then mounted again",
+)
+async def test_power_lost_at_the_hub_loses_and_doubles_nothing(site: Plant, record_property: Seen) -> None:
+    await site.beyond(5)
+    disk(site, "hub").lose_power()
+    acked = (await site.device.status())["acked"]
+    await site.hub.process.kill()
+    disk(site, "hub").unmount()
+    disk(site, "hub").mount()
+    await site.hub.start()
+    count = await site.settled()
+    record_property("seen", f"{acked} were acked when it failed; {count} records, each once and in order")
+
+
+@pytest.mark.fault(
+    "device: power fails while it sends",
+    "every seq that the hub has is known; each record once and in order",
+    "real: ext4 shut down with no flush of its journal, then mounted again",
+)
+async def test_power_lost_at_the_device_loses_and_doubles_nothing(site: Plant, record_property: Seen) -> None:
+    await site.beyond(5)
+    status = await site.device.status()
+    disk(site, "press-1").lose_power()
+    await site.device.process.kill()
+    disk(site, "press-1").unmount()
+    disk(site, "press-1").mount()
+    await site.start_device()
+    count = await site.settled()
+    after = await site.device.status()
+    assert after["epoch"] == status["epoch"], "nothing that left the device was forgotten"
+    assert count >= status["last_seq"]
+    record_property(
+        "seen", f"epoch kept, {status['last_seq']} records made before are there; {count}, once and in order"
+    )
+
+
+@pytest.mark.fault(
+    "device: kill -9 at every persisted step: outbox, jobs, reported and desired state, grants, acks",
+    "each record once; each job's effect at most once, and its end told",
+    "real: each step by its name, in a forked process",
+)
+async def test_a_device_killed_at_every_persisted_step_loses_and_doubles_nothing(
+    site: Plant, record_property: Seen
+) -> None:
+    state = site.folder / "press-2"
+    await virtual.enrol(site.hub, state, "press-2")
+    setup = {
+        "state": str(state), "broker": site.site.url, "points": str(site.folder / "device-points"),
+        "give": f"{site.hub.url}/v1/devices/press-2/jobs", "bearer": f"Bearer {site.hub.token}",
+        "body": {"kind": "tool", "body": {"tool": "stamp", "args": {}}},
+    }  # fmt: skip
+    names = await crash("device", setup)
+    assert {"Outbox.append_many", "Inbox.accept", "Inbox._begin", "Inbox.report", "Outbox.ack", "Twin.report"} <= {
+        name.split(":")[0] for name in names
+    }, names
+    books = virtual.books(state / "ledger", site.hub.data / "hub.db", "press-2")
+    assert (books.lost, books.doubled, books.ordered) == (0, 0, True)
+    jobs = await site.hub.get("/v1/jobs", device="press-2", limit=500)
+    effects = Counter((state / "effects").read_text().split())
+    assert set(effects.values()) == {1}, "no effect twice"
+    for job in jobs:
+        assert job["state"] in ("succeeded", "failed"), job
+        assert job["state"] == "failed" or effects[job["id"]] == 1
+    failed = sum(job["state"] == "failed" for job in jobs)
+    told = f"{len(jobs)} jobs, {failed} of them told as interrupted, no effect twice"
+    record_property("seen", f"{len(names)} kills; {books.promised} records, each once and in order; {told}")
+
+
+@pytest.mark.fault(
+    "hub: kill -9 at every step of ingest: transaction, rows, gap, job, reported, PUBACK, ack",
+    "each record once and in order",
+    "real: each step by its name, in a forked process",
+)
+async def test_a_hub_killed_at_every_step_of_ingest_loses_and_doubles_nothing(
+    site: Plant, record_property: Seen
+) -> None:
+    state = site.folder / "press-3"
+    await virtual.enrol(site.hub, state, "press-3")
+    for _ in range(30):
+        await site.hub.post("/v1/devices/press-3/jobs", {"kind": "tool", "body": {"tool": "stamp", "args": {}}})
+    async with virtual.attached(state, site.site.url) as (outbox, session):
+        await until("the jobs", 60, _some(session))
+        await site.hub.process.kill()
+        feeding = asyncio.create_task(_feed(outbox, session, state / "ledger"))
+        setup = {"broker": site.site.url, "config": str(site.site.config), "data": str(site.hub.data)}
+        names = await crash("hub", setup | {"points": str(site.folder / "hub-points")})
+        feeding.cancel()
+        await asyncio.wait([feeding])
+        await site.hub.start()
+        await virtual.until(lambda: outbox.depth == 0)
+    assert {"before insert", "before gap", "before apply job", "before apply reported", "after PUBACK",
+            "before the ack to a device", "Ingest._persist: before its commit"} <= set(names), names  # fmt: skip
+    books = virtual.books(state / "ledger", site.hub.data / "hub.db", "press-3")
+    assert (books.lost, books.doubled, books.ordered) == (0, 0, True)
+    both = f"{await site.settled()} and {books.promised} records of two devices"
+    record_property("seen", f"{len(names)} kills; {both}, each once and in order")
+
+
+def _some(session: Session) -> Callable[[], Awaitable[bool | None]]:
+    async def some() -> bool | None:
+        return True if session.counters.jobs >= 20 else None
+
+    return some
+
+
+async def _feed(outbox: Outbox, session: Session, ledger: Path) -> None:
+    """Records of every kind, until cancelled."""
+    with ledger.open("a", buffering=1) as lines:
+        while True:
+            await outbox.append("audit", {"action": "outlived"}, ttl=0.0)
+            content = virtual.body(outbox.last_seq + 1)
+            lines.write(virtual.line(await outbox.append("telemetry", content), content))
+            await session._twin.report({"last_seq": outbox.last_seq})
+            if outbox.last_seq % 20 < 4:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.2):
+                        await session._inbox.report((await session._inbox.next()).id, JobState.SUCCEEDED)
+            await asyncio.sleep(0.2)
+
+
+async def crash(whom: str, setup: dict[str, object]) -> list[str]:
+    command = [sys.executable, "-m", "tests.faults.crash", whom, json.dumps(setup)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    said = await process.stdout.read()
+    assert await process.wait() == 0
+    names: list[str] = json.loads(said.splitlines()[-1])
+    return names
+
+
+@pytest.mark.fault(
+    "device: a database page overwritten",
+    "exit 70 with a hint, the file untouched; moved aside, a new epoch",
+    "real",
+)
 async def test_a_damaged_database_page_is_said_and_a_new_epoch_begins(site: Plant, record_property: Seen) -> None:
     await site.settled()
     old = (await site.device.status())["epoch"]

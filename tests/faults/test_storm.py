@@ -20,6 +20,11 @@ from tests.sync.brokers import mosquitto
 DEVICES = 500
 
 
+@pytest.mark.fault(
+    "500 devices reconnect at once",
+    "all are connected again",
+    "real: 500 TLS sessions on Mosquitto",
+)
 @pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.timeout(400)
