@@ -170,26 +170,79 @@ def doctor(
     raise typer.Exit(any(check.state == "fail" for check in found))
 
 
-def task(
+class _Tasks(TyperGroup):
+    """`outrider task TEXT` is `outrider task run TEXT`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = not args or args[0] == "--help" or args[0] in self.commands
+        return super().parse_args(ctx, args if known else ["run", *args])
+
+
+task = typer.Typer(cls=_Tasks, no_args_is_help=True, help="Give a device a task, and approve its dangerous calls.")
+Api = Annotated[str, _option("The device's local API.", "API")]
+Token = Annotated[str, _option("Access token from the hub's /v1/login.", "TOKEN")]
+
+
+@task.command()
+def approve(
+    id: Annotated[str, typer.Argument(help="The task that waits.")],
+    deny: Annotated[bool, typer.Option("--deny", help="Say no.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask again.")] = False,
+    api: Api = "http://127.0.0.1:8471",
+    token: Token = "",
+    json: Annotated[bool, typer.Option("--json", help="Print the call that was approved or denied.")] = False,
+) -> None:
+    """Show the call that a task waits with, and approve or deny it, once."""
+    import msgspec
+
+    with _client(api, token) as client:
+        seen = _answer(client, "GET", f"/v1/tasks/{id}")
+        ask = seen["steps"][-1] if seen["steps"] else {}
+        if ask.get("role") != "ask":
+            raise Refused(f"{id} waits for no approval: it is {seen['state']}", "GET /v1/tasks shows which do")
+        until = time.strftime("%H:%M:%S", time.localtime(ask["expires"]))
+        if not json:
+            typer.echo(f"{seen['subject']['name']} asked: {seen['text']}\n{_call(ask)}, until {until}")
+        if not yes:
+            typer.confirm("deny it?" if deny else "approve it?", abort=True)
+        args = {"id": id, "call": ask["text"], "approve": not deny}
+        _answer(client, "POST", "/v1/tools/approve_call", json={"args": args})
+    if json:
+        typer.echo(msgspec.json.encode(args | {"expires": ask["expires"], "made": ask["call"]}))
+
+
+def _call(step: dict[str, Any]) -> str:
+    from edge_agent.agent.calls import Call, render
+
+    return render(Call(step["call"]["name"], step["call"]["args"]))
+
+
+def _client(api: str, token: str) -> Any:
+    import httpx
+
+    base = api if "://" in api else f"http://{api}"
+    return httpx.Client(base_url=base, headers={"Authorization": f"Bearer {token}"}, timeout=10)
+
+
+@task.command()
+def run(
     text: Annotated[str, typer.Argument(help="What to do, in plain words.")],
-    api: Annotated[str, _option("The device's local API.", "API")] = "http://127.0.0.1:8471",
-    token: Annotated[str, _option("Access token from the hub's /v1/login.", "TOKEN")] = "",
+    api: Api = "http://127.0.0.1:8471",
+    token: Token = "",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the end.")] = 180.0,
     json: Annotated[bool, typer.Option("--json", help="Print the task with its transcript at the end.")] = False,
 ) -> None:
     """Give a device a task and show its calls as they are made; exits 1 when it failed."""
-    import httpx
     import msgspec
 
-    base = api if "://" in api else f"http://{api}"
-    with httpx.Client(base_url=base, headers={"Authorization": f"Bearer {token}"}, timeout=10) as client:
+    with _client(api, token) as client:
         id = _answer(client, "POST", "/v1/tasks", json={"text": text})["id"]
         shown, deadline = 0, time.monotonic() + timeout
         while True:
             seen = _answer(client, "GET", f"/v1/tasks/{id}")
             if not json:
                 shown = _show_steps(seen.get("steps", []), shown)
-            if seen["state"] != "running":
+            if seen["state"] not in ("running", "waiting"):
                 break
             if time.monotonic() > deadline:
                 raise Retry(f"task {id} is not done after {timeout:g} s", "it goes on; ask for it with GET /v1/tasks")
@@ -204,6 +257,8 @@ def task(
 
 def _show_steps(steps: list[dict[str, Any]], shown: int) -> int:
     for step in steps[shown:]:
+        if step["role"] == "ask":
+            typer.secho(f"  waits for an approval of {_call(step)}: outrider task approve ID", fg="yellow")
         if step["role"] == "model":
             typer.secho(f"→ {step['text']}", fg="cyan", nl=False)
             typer.echo(f"  {step.get('ms', 0):.0f} ms")

@@ -23,6 +23,8 @@ import msgspec
 
 from edge_agent import enrol
 from edge_agent.agent import transcript
+from edge_agent.agent.approval import Approvals
+from edge_agent.agent.interlock import Interlocked, PolicyFile
 from edge_agent.agent.loop import AgentLoop, Budget
 from edge_agent.agent.ports import RunnerTools
 from edge_agent.agent.transcript import Transcripts
@@ -78,12 +80,15 @@ class Daemon:
             self._workers[ENDPOINT] = WorkerProcess.engine(ENDPOINT, env=keys)
         self._hosting = Hosting(self._workers, settings.model, settings.adapter, env)
         self._workers["tools"] = WorkerProcess("tools", self._runner(), answer=self._hosting.infer, grace_s=0)
-        self._tools = RunnerTools(self._workers["tools"])
+        rules = PolicyFile(state / "policy.toml")
+        self._tools = Interlocked(RunnerTools(self._workers["tools"]), rules)
         inbox, transcripts = Inbox(store, outbox), Transcripts(store)
         budget = Budget(seconds=settings.task_s)
         parts = (self._hosting, self._tools, transcripts, self._allowed)
-        self._agent = AgentLoop(*parts, budget=budget, speaker=self._hosting.speaker)
-        self.work = Work(inbox, self._agent, transcripts, self._tools, Audit(store, outbox), self._allowed)
+        asks = Approvals(self._key, self._allowed, rules.approval_s)
+        self._agent = AgentLoop(*parts, budget=budget, speaker=self._hosting.speaker, approvals=asks)
+        audit = Audit(store, outbox)
+        self.work = Work(inbox, self._agent, transcripts, self._tools, audit, self._allowed, approvals=asks)
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
         self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample)
         self._http = hub_client(settings.hub or identity.hub)

@@ -6,7 +6,9 @@ call is made again, any other is reported failed with its effect unknown, and a 
 journal. What a job may do is decided here, on the device, by the cached grants.
 
 A workflow is run as the tool `run_workflow(name, inputs)`: by a job, at the local API, or by its own triggers. Of one
-workflow no trigger starts a run while one that a trigger started waits or runs.
+workflow no trigger starts a run while one that a trigger started waits or runs. What waits for an approval holds up
+nothing else: its job stays running and goes on when the tool `approve_call(id, call, approve)` was called for it, by
+a job or at the local API, or when it waited too long.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import msgspec
 
 from edge_agent.agent import policy
 from edge_agent.agent.act import Tools
+from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Call, CallError, render, validate
 from edge_agent.agent.loop import AgentLoop, request
 from edge_agent.agent.tool import ToolError, ToolSpec
@@ -35,7 +38,8 @@ from edge_agent.wire.grants import Subject
 from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobState
 
 LOCAL_TTL_S = 86400.0
-RUN_WORKFLOW = "run_workflow"
+RUN_WORKFLOW, APPROVE = "run_workflow", "approve_call"
+LOOK_S = 0.2
 MAX_RESULT = 8 * 1024
 MAX_ERROR = 2000  # characters
 _log = logging.getLogger("outrider.work")
@@ -68,13 +72,17 @@ class Work:
         audit: Audit,
         allowed: policy.Allowed,
         clock: Callable[[], float] = time.time,
+        approvals: Approvals | None = None,
     ) -> None:
         self._inbox, self._agent, self._transcripts, self._tools = inbox, agent, transcripts, tools
         self._audit, self._allowed, self._clock = audit, allowed, clock
         self._library = Library(transcripts.folder / "workflows")
-        self._runner = Runner(tools, transcripts, allowed, clock=clock)
+        self._runner = Runner(tools, transcripts, allowed, clock=clock, approvals=approvals)
         self._triggers = Triggers(self._library, tools, allowed, self._trigger, clock)
         self._triggered: dict[str, str] = {}  # the workflow of each run that a trigger started
+        self._approvals, self._one = approvals, asyncio.Lock()
+        self._waiting: dict[str, tuple[Job, float]] = {}  # by id: what waits for an approval, and until when
+        self._approved: set[str] = set()
         self.current = ""
 
     async def run(self) -> None:
@@ -82,12 +90,37 @@ class Work:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._queue(), name="jobs")
             group.create_task(self._triggers.run(), name="triggers")
+            group.create_task(self._resume(), name="approved")
 
     async def _queue(self) -> None:
         for job in await _until_stored(self._inbox.interrupted):
             await self._job(job, again=True)
         while True:
             await self._job(await _until_stored(self._inbox.next), again=False)
+
+    async def _resume(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for job, until in list(self._waiting.values()):
+                if until <= self._clock() or job.id in self._approved:
+                    del self._waiting[job.id]
+                    self._approved.discard(job.id)
+                    await self._job(job, again=True)
+
+    async def approve(self, args: dict[str, Any], subject: Subject) -> None:
+        """Approve or deny the call a task waits with: `{id, call: DIGEST, approve: bool}`. Raises Denied, Refused."""
+        id, told, given = args.get("id"), args.get("call"), args.get("approve", True)
+        if not isinstance(id, str) or not isinstance(told, str) or not isinstance(given, bool):
+            raise Refused("an approval names a task and its call", '{"id": "local-…", "call": "<digest>"}')
+        if self._approvals is None or (task := await self._transcripts.get(id)) is None:
+            raise Refused(f"there is no task {id}", "GET /v1/tasks shows which wait")
+        try:
+            step = self._approvals.give(task, told, given, subject, self._clock())
+        except policy.Forbidden as error:
+            raise Denied(error.message, error.hint) from error
+        await self._audit.append("approve" if given else "deny", subject.name, task=id, call=told)
+        await self._transcripts.append(task, step)
+        self._approved.add(id)
 
     async def submit(self, text: str, subject: Subject) -> str:
         """Accept a local task; on disk when its id is returned. Raises Refused (bad text), Retry (too many wait)."""
@@ -142,6 +175,8 @@ class Work:
 
     async def call(self, name: str, args: dict[str, Any], subject: Subject, key: str = "") -> Any:
         """Call one tool for a subject, or start a workflow. Raises Denied, Refused, Retry; a ToolError is Refused."""
+        if name == APPROVE:
+            return await self.approve(args, subject)
         if name == RUN_WORKFLOW:
             id = f"local-{uuid.uuid4().hex[:16]}"
             await self._start(id, subject, args, self._clock())
@@ -167,11 +202,18 @@ class Work:
         spec = next(spec for spec in specs if spec.name == name)
         try:
             policy.check(spec, subject, self._allowed)
-        except Refused as error:
+        except policy.Forbidden as error:
             raise Denied(error.message, error.hint) from error
+        if spec.risk == "danger":
+            hint = "ask for it in a task or a workflow: its call waits there until it is approved"
+            raise Refused(f"{name} is dangerous and needs an approval", hint)
         return spec, call
 
     async def _job(self, job: Job, again: bool) -> None:
+        async with self._one:
+            await self._run(job, again)
+
+    async def _run(self, job: Job, again: bool) -> None:
         self.current = job.id
         try:
             state, result, error = await self._do(job, again)
@@ -182,6 +224,9 @@ class Work:
             state, result, error = JobState.FAILED, {}, f"{type(problem).__name__} in the agent: {problem}"
         finally:
             self.current = ""
+        if state is JobState.RUNNING:
+            self._waiting[job.id] = job, result["until"]
+            return
         error = error[:MAX_ERROR]
         _log.info("job %s: %s %s", job.id, state, error)
         await _until_stored(lambda: self._inbox.report(job.id, state, result, error))
@@ -200,14 +245,13 @@ class Work:
             case JobKind.TASK:
                 self._may_run(subject)
                 await self._agent.accept(job.id, str(job.body.get("text", "")), subject)
-                task = await self._agent.run(job.id)
-                return JobState(task.state), summary(task), task.error
+                return await self._ended(await self._agent.run(job.id))
             case JobKind.TOOL:
                 name, args = str(job.body.get("tool", "")), job.body.get("args")
                 args = {} if args is None else args
                 if name == RUN_WORKFLOW:
                     return await self._workflow(job.id, args, subject, again)
-                if again and not (await self._checked(name, args, subject))[0].repeatable:
+                if again and name != APPROVE and not (await self._checked(name, args, subject))[0].repeatable:
                     raise Refused(f"interrupted: effect unknown of {name}", "look at the device before you ask again")
                 return JobState.SUCCEEDED, {"result": bounded(await self.call(name, args, subject, job.id))}, ""
             case _:
@@ -220,8 +264,15 @@ class Work:
         if before is None or not before.steps:
             text = self._installed(args, subject)
             await self._runner.accept(id, text, args.get("inputs", {}), subject, args.get("event"))
-        task = await self._runner.run(id)
-        return JobState(task.state), summary(task), task.error
+        return await self._ended(await self._runner.run(id))
+
+    async def _ended(self, task: Task) -> tuple[JobState, dict[str, Any], str]:
+        if task.state != "waiting":
+            return JobState(task.state), summary(task), task.error
+        ask = task.steps[-1]
+        _log.warning("%s %s until %.0f: outrider task approve %s", task.id, task.error, ask.expires, task.id)
+        await self._audit.append("ask", task.subject.name, task=task.id, call=task.error, digest=ask.text)
+        return JobState.RUNNING, {"until": ask.expires}, ""
 
 
 def summary(task: Task) -> dict[str, Any]:

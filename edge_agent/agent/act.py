@@ -2,7 +2,8 @@
 
 Invariants: policy is asked right before each call; the intent of a call is on disk before its effect and its result
 before what follows; a call whose effect is unknown, after a crash or because the tool runner died, is made again only
-when its tool is idempotent or takes the call's key (the same both times), and never otherwise.
+when its tool is idempotent or takes the call's key (the same both times), and never otherwise; a dangerous call waits
+for its approval before its intent, and one that was refused ends the task.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 from edge_agent.agent import policy, prompt
+from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Call, render
 from edge_agent.agent.tool import Param, ToolError, ToolSpec
 from edge_agent.agent.transcript import State, Step, Task
@@ -41,7 +43,7 @@ class Transcripts(Protocol):
 
 
 class Ended(Exception):
-    """The task is over; carries its final state."""
+    """The task is over, or waits; carries its state."""
 
     def __init__(self, state: State, *, answer: str = "", error: str = "") -> None:
         super().__init__(state, answer, error)
@@ -52,20 +54,28 @@ class Acts:
     """Makes calls for tasks."""
 
     def __init__(
-        self, tools: Tools, transcripts: Transcripts, allowed: policy.Allowed, clock: Callable[[], float]
+        self,
+        tools: Tools,
+        transcripts: Transcripts,
+        allowed: policy.Allowed,
+        clock: Callable[[], float],
+        approvals: Approvals | None = None,
     ) -> None:
         self._tools, self._transcripts, self._allowed, self._clock = tools, transcripts, allowed, clock
+        self._approvals = approvals
 
     async def act(self, task: Task, spec: ToolSpec, call: Call, limit_s: float, at: str = "") -> Step:
-        """What came back, as the last step of the task; goes on with a call whose intent is its last step `at` there.
+        """What came back, as the last step of the task; goes on with a call that its last step `at` there left open.
 
-        Raises Refused when policy forbids it, Ended when its effect is unknown.
+        Raises Refused when policy forbids it, Ended when its effect is unknown, or it waits for an approval.
         """
         mine = [step for step in task.steps if step.at == at]
         begun = bool(mine) and mine[-1].role == "intent"
         if begun and not spec.repeatable:
             await self._unknown(task, call, at)
         policy.check(spec, task.subject, self._allowed)
+        if spec.risk == "danger" and not begun:
+            await self._approved(task, call, at, mine[-1] if mine else None)
         if not begun:
             await self._transcripts.append(task, Step("intent", call=call, ts=self._clock(), at=at))
         key = f"{task.id}:{at or sum(step.role == 'intent' for step in task.steps)}"
@@ -85,6 +95,24 @@ class Acts:
         step = Step("tool", text, call, value if ok else None, ok, self._clock(), ms, at=at)
         await self._transcripts.append(task, step)
         return step
+
+    async def _approved(self, task: Task, call: Call, at: str, last: Step | None) -> None:
+        """Raises Ended("waiting") while there is no approval, Ended("failed") when there will be none."""
+        now, said = self._clock(), ""
+        if self._approvals is None:
+            raise Refused(f"{call.name} is dangerous and needs an approval", "here nobody can give one")
+        if last is None or last.role not in ("ask", "approval"):
+            last = self._approvals.ask(task, call, at, now)
+            await self._transcripts.append(task, last)
+        if last.role == "approval":
+            said = self._approvals.problem(task, last, now)
+        elif now < last.expires:
+            raise Ended("waiting", error=f"waits for an approval of {render(call)}")
+        else:
+            said = f"nobody approved {render(call)} in time"
+        if said:
+            await self._transcripts.append(task, Step("tool", said, call, ok=False, ts=now, at=at))
+            raise Ended("failed", error=said)
 
     async def _unknown(self, task: Task, call: Call, at: str) -> NoReturn:
         reason = f"interrupted: effect unknown of {at}{at and ': '}{render(call)}"

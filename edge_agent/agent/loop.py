@@ -16,6 +16,7 @@ import msgspec
 
 from edge_agent.agent import chat, grammar, policy, prompt, taint
 from edge_agent.agent.act import Acts, Ended, Tools, Transcripts
+from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Answer, Call, CallError, Decision, Nothing, parse, render, validate
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.transcript import Step, Task
@@ -77,11 +78,12 @@ class AgentLoop:
         budget: Budget = Budget(),  # noqa: B008
         clock: Callable[[], float] = time.time,
         speaker: Callable[[], Speaker] = Speaker,
+        approvals: Approvals | None = None,
     ) -> None:
         self._speaker = speaker
         self._model, self._tools, self._transcripts = model, tools, transcripts
         self._allowed, self._budget, self._clock = allowed, budget, clock
-        self._acts = Acts(tools, transcripts, allowed, clock)
+        self._acts = Acts(tools, transcripts, allowed, clock, approvals)
 
     async def warm(self) -> None:
         """Have the model read the preamble of all tools, so that a first task finds it read. Raises Retry, Refused."""
@@ -97,12 +99,16 @@ class AgentLoop:
         return await self._transcripts.unfinished()
 
     async def run(self, id: str) -> Task:
-        """Run an accepted task to its end, from wherever its transcript stands. Raises Refused for an unknown id."""
+        """Run an accepted task until it is over or waits, from wherever its transcript stands.
+
+        Raises Refused for an unknown id.
+        """
         task = await self._transcripts.get(id)
         if task is None:
             raise Refused(f"there is no task {id}", "accept it first")
-        if task.state == "running":
-            task.runs += 1
+        if task.state in ("running", "waiting"):
+            task.runs += task.state == "running"
+            task.state = "running"
             await self._transcripts.save(task)
             deadline = time.monotonic() + self._budget.seconds
             try:
@@ -131,10 +137,10 @@ class AgentLoop:
         check_repeats(task)
 
     async def _resume(self, task: Task, specs: Sequence[ToolSpec], deadline: float) -> None:
-        """Settle a call that a crash cut off between its intent and its result. Raises Ended."""
+        """Settle a call that waited, or that a crash cut off before its result. Raises Ended."""
         if task.runs > MAX_RUNS:
             raise Ended("failed", error=f"given up: it was cut off {MAX_RUNS} times")
-        if task.steps and task.steps[-1].role == "intent" and (call := task.steps[-1].call):
+        if task.steps and task.steps[-1].role in ("intent", "ask", "approval") and (call := task.steps[-1].call):
             gone = ToolSpec(call.name, "", [], idempotent=False)
             await self._act(task, next((spec for spec in specs if spec.name == call.name), gone), call, deadline)
 

@@ -2,7 +2,7 @@
 
 Invariants: deny by default; the model never sees a tool its subject may not use; the check is made again right before
 the effect; reading needs `read:tool`, everything else `call:tool`, each for the tool's name; a dangerous tool needs an
-approval, and as no approval can be given yet it is refused.
+approval besides (approval.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ Allowed = Callable[[Subject, str, str], bool]
 """(subject, action, resource) by the device's cached grants and clock."""
 
 
+class Forbidden(Refused):
+    """Known, but not allowed."""
+
+
 def action(spec: ToolSpec) -> str:
     """The permission that a tool needs."""
     return "read:tool" if spec.risk == "read" else "call:tool"
@@ -28,14 +32,9 @@ def usable(specs: Sequence[ToolSpec], subject: Subject, allowed: Allowed) -> lis
 
 
 def check(spec: ToolSpec, subject: Subject, allowed: Allowed) -> None:
-    """Raises Refused when the call may not be made."""
+    """Raises Forbidden when the call may not be made."""
     if not allowed(subject, action(spec), spec.name):
-        raise Refused(
+        raise Forbidden(
             f"{subject.name} may not use {spec.name}",
             f"it needs {action(spec)} for {spec.name}; the roles are {', '.join(subject.roles) or 'none'}",
-        )
-    if spec.risk == "danger":
-        raise Refused(
-            f"{spec.name} is dangerous and needs an approval",
-            "this version takes no approvals: do it by hand at the device",
         )

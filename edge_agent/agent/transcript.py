@@ -17,19 +17,19 @@ from edge_agent.store import Connection, Store
 from edge_agent.wire.grants import Subject
 
 KEEP = 2000
-State = Literal["running", "succeeded", "failed"]
+State = Literal["running", "waiting", "succeeded", "failed"]
 migrations = Migrations("agent")
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     """`model`: what it said; `check`: what it said without untrusted text, which counts instead; `intent`: the call to
-    be made; `tool`: what came back; times in ms.
+    be made; `tool`: what came back; `ask` and `approval`: of a dangerous call, see approval.py; times in ms.
 
     `digest` and `adapter` (name and version) say which model it was. A run of a workflow begins with its `plan`, and
     `at` is the step (and item) of it.
     """
 
-    role: Literal["model", "check", "intent", "tool", "plan"]
+    role: Literal["model", "check", "intent", "tool", "plan", "ask", "approval"]
     text: str = ""
     call: Call | None = None
     result: Any = None
@@ -43,6 +43,7 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     digest: str = ""
     adapter: str = ""
     at: str = ""
+    expires: float = 0.0
 
 
 class Task(msgspec.Struct):
@@ -119,7 +120,7 @@ class Transcripts:
 def _add(db: Connection, task: Task) -> Task:
     row = (task.id, task.created, task.state, _head(task))
     db.execute("INSERT INTO tasks VALUES (?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", row)
-    old = "SELECT id FROM tasks WHERE state != 'running' ORDER BY created DESC LIMIT -1 OFFSET ?"
+    old = "SELECT id FROM tasks WHERE state NOT IN ('running', 'waiting') ORDER BY created DESC LIMIT -1 OFFSET ?"
     db.execute(f"DELETE FROM task_steps WHERE task IN ({old})", (KEEP,))
     db.execute(f"DELETE FROM tasks WHERE id IN ({old})", (KEEP,))
     return _get(db, task.id) or task

@@ -17,6 +17,7 @@ import msgspec
 
 from edge_agent.agent import policy
 from edge_agent.agent.act import Acts, Ended, Tools, Transcripts
+from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Call, CallError, validate
 from edge_agent.agent.loop import MAX_RUNS
 from edge_agent.agent.tool import ToolError, ToolSpec
@@ -41,10 +42,11 @@ class Runner:
         *,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        approvals: Approvals | None = None,
     ) -> None:
         self._tools, self._transcripts, self._allowed = tools, transcripts, allowed
         self._clock, self.sleep = clock, sleep
-        self.acts = Acts(tools, transcripts, allowed, clock)
+        self.acts = Acts(tools, transcripts, allowed, clock, approvals)
 
     async def accept(self, id: str, text: str, inputs: dict[str, Any], subject: Subject, event: Any = None) -> Task:
         """Save a new run of a definition; the one there is, if it has that id. Raises Refused when it cannot run."""
@@ -69,12 +71,13 @@ class Runner:
         return task
 
     async def run(self, id: str) -> Task:
-        """Run an accepted run to its end. Raises Refused for an unknown id."""
+        """Run an accepted run until it is over or waits. Raises Refused for an unknown id."""
         task = await self._transcripts.get(id)
         if task is None or not task.steps or task.steps[0].role != "plan":
             raise Refused(f"there is no run {id}", "accept it first")
-        if task.state == "running":
-            task.runs += 1
+        if task.state in ("running", "waiting"):
+            task.runs += task.state == "running"
+            task.state = "running"
             await self._transcripts.save(task)
             run = _Run(self, task)
             try:

@@ -1,8 +1,9 @@
 """Does the same six-step work again and again, each time killed at its next point and then resumed.
 
-`python -m tests.agent.kill_points DIR workflow|task` prints one JSON object: for each point how the work ended, what
-effects there were, how many calls were made. A point lies before and after each write of the journal and each effect.
-The children are forked, so that Python starts once.
+`python -m tests.agent.kill_points DIR workflow|task|danger` prints one JSON object: for each point how the work ended,
+what effects there were, how many calls were made. A point lies before and after each write of the journal and each
+effect. `danger` is a task of three dangerous calls that are approved as they are asked for. The children are forked, so
+that Python starts once.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from edge_agent.agent.approval import Approvals
 from edge_agent.agent.loop import AgentLoop, Budget
 from edge_agent.agent.tool import tool
 from edge_agent.agent.transcript import Step, Task, Transcripts, migrations
@@ -23,6 +26,7 @@ from edge_agent.agent.workflow_run import Runner
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.store import Store
 from edge_agent.wire.grants import Subject
+from edge_agent.wire.signing import SigningKey
 from tests.fakes import LocalTools
 
 STEPS = 6
@@ -59,15 +63,18 @@ class Journal(Transcripts):
 class Says:
     """One press after the other, by what stands in the transcript."""
 
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
     async def generate(self, request: Generate, timeout_s: float) -> Piece:
         n = request.prompt.count("press(number=") + 1
-        return Piece(f"press(number={n})" if n <= STEPS else "none()", done=True, finish="stop", output_tokens=5)
+        return Piece(f"press(number={n})" if n <= self._steps else "none()", done=True, finish="stop", output_tokens=5)
 
 
 async def work(kind: str, folder: Path, at: int) -> None:
     point = Points(at)
 
-    @tool(risk="act", idempotent=False)
+    @tool(risk="danger" if kind == "danger" else "act", idempotent=False)
     def press(number: int, key: str) -> str:
         """Press a button, once for each key."""
         with (folder / "calls").open("a") as calls:
@@ -83,10 +90,20 @@ async def work(kind: str, folder: Path, at: int) -> None:
 
     store = Store(folder / "state.db", migrations)
     tools, journal = LocalTools(press), Journal(store, point)
-    if kind == "task":
-        loop = AgentLoop(Says(), tools, journal, lambda *_: True, budget=Budget(steps=20))
+    if kind in ("task", "danger"):
+        approvals = Approvals(SigningKey.from_seed(bytes(32)), lambda *_: True)
+        loop = AgentLoop(
+            Says(3 if kind == "danger" else STEPS),
+            tools,
+            journal,
+            lambda *_: True,
+            budget=Budget(steps=20),
+            approvals=approvals,
+        )
         await loop.accept("t", "press all", ADA)
-        task = await loop.run("t")
+        while (task := await loop.run("t")).state == "waiting":
+            step = approvals.give(task, task.steps[-1].text, True, ADA, time.time())
+            await journal.append(task, step)
     else:
         runner = Runner(tools, journal, lambda *_: True)
         await runner.accept("t", FLOW, {}, ADA)

@@ -80,7 +80,6 @@ result: steps.look.result.value
         (f"{HEAD}steps:\n  - {{id: a, id: b, tool: jam}}", "id: b", "'id' is not taken"),
         (f"{HEAD}steps:\n  - {{id: a, tool: !!python/name:os.system jam}}", "!!python", "tags are not taken"),
         (f"{HEAD}steps:\n  - {{id: a, tool: launch}}", "launch", "there is no tool 'launch'"),
-        (f"{HEAD}steps:\n  - {{id: a, tool: purge}}", "purge", "needs an approval"),
         (f"{HEAD}steps:\n{LOOK}  - {{id: look, tool: jam}}", "look, tool: jam", "is taken"),
         (f"{HEAD}steps:\n  - {{id: a, tool: jam, depends_on: [b]}}", "b]", "there is no step 'b'"),
         (f"{HEAD}steps:\n  - {{id: a, tool: jam, on_error: b}}", "b}", "'b' is no step"),
