@@ -23,7 +23,7 @@ from edge_agent.sync.transport import MqttSession
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import check_name
 from hub import db as tables
-from hub.api import bundles, deadletters, devices, health, people, problems
+from hub.api import bundles, deadletters, devices, health, people, problems, rollouts
 from hub.api.guard import declare_actions
 from hub.audit import Audit
 from hub.auth import GRANTS_RENEWAL_S, Auth, TokenKeys
@@ -37,6 +37,7 @@ from hub.ingest import Ingest
 from hub.jobs import Jobs
 from hub.registry import Registry
 from hub.repository import Repository, make_key
+from hub.rollout_runner import Rollouts
 from hub.services import BrokerAddress, Services
 from hub.telemetry import Telemetry
 from hub.twin import Twin
@@ -85,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     problems.install(app)
-    for router in (people.router, devices.router, deadletters.router, bundles.router):
+    for router in (people.router, devices.router, deadletters.router, bundles.router, rollouts.router):
         declare_actions(router)
         app.include_router(router)
     app.include_router(health.router)
@@ -130,6 +131,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         Twin(database, downlink.desired),
         Jobs(database, downlink.job),
     )
+    registry = Registry(database, settings.data, await asyncio.to_thread(_repository, settings.data))
     ingest = Ingest(database, session, devices_, downlink, jobs.send_queued)
     services = Services(
         fleet=settings.fleet,
@@ -144,7 +146,8 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         devices=devices_,
         twin=twin,
         jobs=jobs,
-        registry=Registry(database, settings.data, await asyncio.to_thread(_repository, settings.data)),
+        registry=registry,
+        rollouts=Rollouts(database, twin, registry, devices_, key),
         telemetry=Telemetry(database),
         audit=Audit(database),
     )
@@ -246,7 +249,7 @@ async def _running(services: Services, ingest: Ingest, connected: asyncio.Event)
             await asyncio.sleep(TRUST_TICK_S)
 
     runners = {"ingest": ingest.run, "greet": greet, "jobs": tend_jobs, "grants": renew_grants, "anchor": anchor}
-    runners["trust"] = renew_trust
+    runners |= {"trust": renew_trust, "rollouts": services.rollouts.run}
     tasks = [asyncio.create_task(_for_ever(name, run), name=name) for name, run in runners.items()]
     try:
         yield

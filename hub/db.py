@@ -97,6 +97,7 @@ devices = sa.Table(
     sa.Column("desired", sa.JSON, nullable=False),
     sa.Column("reported", sa.JSON, nullable=False),
     sa.Column("revoked", sa.Float),
+    sa.Column("labels", sa.JSON, nullable=False, server_default="{}"),
 )
 
 telemetry = sa.Table(
@@ -177,6 +178,31 @@ bundles = sa.Table(
     sa.Column("content_digest", sa.String(64), nullable=False),
     sa.Column("published", sa.Float, nullable=False),
     sa.Column("published_by", sa.String(63), nullable=False),
+)
+
+rollouts = sa.Table(
+    "rollouts",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("bundle", sa.String(63), nullable=False),
+    sa.Column("version", sa.String(64), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("live", sa.Boolean, nullable=False),
+    sa.Column("run", sa.JSON, nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("created_by", sa.String(63), nullable=False),
+    sa.Column("updated", sa.Float, nullable=False),
+)
+
+rollout_devices = sa.Table(
+    "rollout_devices",
+    metadata,
+    sa.Column("rollout", sa.String(32), sa.ForeignKey("rollouts.id"), primary_key=True),
+    sa.Column("device", sa.String(63), sa.ForeignKey("devices.name"), primary_key=True),
+    sa.Column("wave", sa.Integer, nullable=False),
+    sa.Column("step", sa.String(16), nullable=False),
+    sa.Column("place", sa.JSON, nullable=False),
+    sa.Index("rollout_devices_by_step", "rollout", "wave", "step"),
 )
 
 audit = sa.Table(

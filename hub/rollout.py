@@ -208,7 +208,7 @@ class _Ticking:
         new = [name for name, seen in self.fleet.items() if seen.selected and name not in run.places]
         if not new:
             return
-        new.sort(key=lambda name: hashlib.sha256(f"{run.id} {name}".encode()).digest())
+        new.sort(key=lambda name: order(run.id, name))
         sizes = [0] * (len(self.stages) - 1) + [len(new)] if run.joined else split(self.stages, len(new))
         waves = (wave for wave, size in enumerate(sizes) for _ in range(size))
         for name, wave in zip(new, waves, strict=True):
@@ -436,11 +436,10 @@ def command(run: Run, verb: str, by: str, now: float) -> list[Decision]:
     """What a person wants: pause, resume, approve (the next wave), abort, rollback. Raises Refused 404, 409."""
     if verb not in COMMANDS:
         raise Refused(404, f"no command {verb}", f"one of {', '.join(COMMANDS)}")
-    possible, to = COMMANDS[verb]
+    statuses, to = COMMANDS[verb]
     at = _Ticking(run, {}, {}, now)
-    if run.status not in possible:
-        can = [name for name, (statuses, _) in COMMANDS.items() if run.status in statuses]
-        hint = f"it can: {', '.join(can)}" if can else "make a new one"
+    if run.status not in statuses:
+        hint = f"it can: {', '.join(can)}" if (can := possible(run)) else "make a new one"
         raise Refused(409, f"rollout {run.id} is {run.status}: no {verb} now", hint)
     if verb == "approve":
         due = [n for n, wave in enumerate(at.stages) if n > run.wave and wave.approval and n not in run.approved]
@@ -458,3 +457,19 @@ def command(run: Run, verb: str, by: str, now: float) -> list[Decision]:
             run.forgiven = run.forgiven | {number: (failed, missed, failed + count[_S.SUCCEEDED])}
     at.turn(to, f"{verb} by {by}")
     return at.decisions
+
+
+def possible(run: Run) -> list[str]:
+    """The commands that it can be given now."""
+    gates = [n for n, wave in enumerate(run.plan.stages) if n > run.wave and wave.approval and n not in run.approved]
+    return [name for name, (statuses, _) in COMMANDS.items() if run.status in statuses and (name != "approve" or gates)]
+
+
+def leave_out(run: Run, device: str, reason: str, now: float) -> None:
+    """Of a device that cannot be directed as was decided."""
+    _Ticking(run, {}, {}, now).move(run.places[device], Step.SKIPPED, reason)
+
+
+def order(run: str, device: str) -> bytes:
+    """What devices are sorted by: each rollout has an order of its own, and keeps it."""
+    return hashlib.sha256(f"{run} {device}".encode()).digest()

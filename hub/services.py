@@ -1,15 +1,9 @@
 """What the API and the dashboard call: one object with the hub's domain services, on `app.state.services`."""
 
 import asyncio
-import time
 from dataclasses import dataclass
-from typing import Any
-
-import msgspec
-import sqlalchemy as sa
 
 from edge_agent.sync.transport import MqttSession
-from edge_agent.wire.bundle import Directive, Sealed, open_directive, seal_directive
 from edge_agent.wire.messages import Desired
 from edge_agent.wire.signing import SigningKey
 from hub.audit import Audit
@@ -18,11 +12,11 @@ from hub.broker import EmbeddedBroker, Mosquitto
 from hub.db import Database
 from hub.devices import Devices
 from hub.downlink import Downlink
-from hub.errors import Refused
 from hub.jobs import Jobs
 from hub.registry import Registry
+from hub.rollout_runner import Rollouts
 from hub.telemetry import Telemetry
-from hub.twin import Twin
+from hub.twin import Twin, direction
 
 
 @dataclass(frozen=True)
@@ -52,26 +46,14 @@ class Services:
     twin: Twin
     jobs: Jobs
     registry: Registry
+    rollouts: Rollouts
     telemetry: Telemetry
     audit: Audit
 
     async def assign_bundle(self, device: str, name: str, version: str, by: str) -> Desired:
         """Direct the device to install a published bundle. Raises Refused 404, 409 (made for other hardware)."""
         manifest, target = await self.registry.get(name, version)
-
-        def direct(row: sa.Row[Any]) -> dict[str, Any]:
-            hardware = str(row.reported.get("agent", {}).get("machine", ""))
-            if hardware and manifest.hardware and hardware not in manifest.hardware:
-                need = f"{name} {version} is for {', '.join(manifest.hardware)}"
-                raise Refused(409, f"{need}, {device} is {hardware}", "assign a version for its hardware")
-            before = row.desired.get("director")
-            known = open_directive(self.key.public, msgspec.convert(before, Sealed)) if before else None
-            bundles = (known.bundles if known else {}) | {name: target}
-            counter = known.counter + 1 if known else 1
-            directive = Directive(self.fleet, device, hardware, counter, time.time(), bundles)
-            sealed = seal_directive(self.key, directive)
-            return msgspec.to_builtins({"bundles": bundles, "director": sealed})  # type: ignore[no-any-return]
-
+        direct = direction(self.key, self.fleet, name, manifest, target)
         return await self.twin.patch_desired(device, direct, by, "assign:bundle")
 
     async def revoke_user(self, name: str, by: str) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
+from edge_agent.wire.bundle import Directive, Manifest, Sealed, Target, open_directive, seal_directive
 from edge_agent.wire.errors import Undecodable
 from edge_agent.wire.messages import TWIN_LIMIT, Desired, check_depth
+from edge_agent.wire.signing import SigningKey
 from hub import audit
 from hub.db import Database, devices
 from hub.errors import Refused
@@ -43,37 +45,57 @@ def apply_reported(connection: sa.Connection, device: str, body: dict[str, Any])
         connection.execute(devices.update().where(devices.c.name == device).values(reported=document))
 
 
+def patch_desired(connection: sa.Connection, device: str, patch: Patch, by: str, action: str) -> Desired:
+    """Merge into the device's desired document, to be sent. Raises Refused 404, 413 (size), 422 (depth)."""
+    row = connection.execute(sa.select(devices).where(devices.c.name == device).with_for_update()).first()
+    if row is None:
+        raise Refused(404, f"no device {device}", "see GET /v1/devices")
+    given = patch(row) if callable(patch) else patch
+    try:
+        check_depth(given)
+    except Undecodable as error:
+        raise Refused(422, f"the desired document is refused: {error}", "flatten it") from None
+    document = merge(row.desired, given)
+    if len(msgspec.json.encode(document)) > TWIN_LIMIT:
+        raise Refused(413, f"the desired document of {device} would pass {TWIN_LIMIT} bytes", "remove something")
+    values = {"desired": document, "desired_version": row.desired_version + 1}
+    connection.execute(devices.update().where(devices.c.name == device).values(**values))
+    audit.append(connection, by, action, {"device": device, "patch": given})
+    return Desired(version=row.desired_version + 1, ts=time.time(), doc=document)
+
+
+def direction(key: SigningKey, fleet: str, name: str, manifest: Manifest | None, target: Target | None) -> Patch:
+    """A patch that directs a device to a version of a bundle, or to none; it raises Refused 409 for other hardware."""
+
+    def direct(row: sa.Row[Any]) -> dict[str, Any]:
+        hardware = str(row.reported.get("agent", {}).get("machine", ""))
+        if manifest and hardware and manifest.hardware and hardware not in manifest.hardware:
+            need = f"{name} {manifest.version} is for {', '.join(manifest.hardware)}"
+            raise Refused(409, f"{need}, {row.name} is {hardware}", "assign a version for its hardware")
+        before = row.desired.get("director")
+        known = open_directive(key.public, msgspec.convert(before, Sealed)) if before else None
+        bundles = dict(known.bundles) if known else {}
+        bundles.pop(name, None)
+        bundles |= {name: target} if target else {}
+        counter = known.counter + 1 if known else 1
+        sealed = seal_directive(key, Directive(fleet, row.name, hardware, counter, time.time(), bundles))
+        patch: dict[str, Any] = msgspec.to_builtins({"bundles": {name: None} | bundles, "director": sealed})
+        return patch
+
+    return direct
+
+
 class Twin:
     """Changing desired documents; `send` publishes one, signed and retained."""
 
     def __init__(self, db: Database, send: Send) -> None:
         self._db = db
-        self._send = send
+        self.send = send
 
     async def patch_desired(self, device: str, patch: Patch, by: str, action: str = "patch:desired") -> Desired:
         """Merge into the device's desired document and publish it. Raises Refused 404, 413 (size), 422 (depth)."""
-
-        def change(connection: sa.Connection) -> Desired:
-            row = connection.execute(sa.select(devices).where(devices.c.name == device).with_for_update()).first()
-            if row is None:
-                raise Refused(404, f"no device {device}", "see GET /v1/devices")
-            given = patch(row) if callable(patch) else patch
-            try:
-                check_depth(given)
-            except Undecodable as error:
-                raise Refused(422, f"the desired document is refused: {error}", "flatten it") from None
-            document = merge(row.desired, given)
-            if len(msgspec.json.encode(document)) > TWIN_LIMIT:
-                raise Refused(
-                    413, f"the desired document of {device} would pass {TWIN_LIMIT} bytes", "remove something"
-                )
-            values = {"desired": document, "desired_version": row.desired_version + 1}
-            connection.execute(devices.update().where(devices.c.name == device).values(**values))
-            audit.append(connection, by, action, {"device": device, "patch": given})
-            return Desired(version=row.desired_version + 1, ts=time.time(), doc=document)
-
-        desired = await self._db.write(change)
-        await self._send(device, desired)
+        desired = await self._db.write(lambda c: patch_desired(c, device, patch, by, action))
+        await self.send(device, desired)
         return desired
 
     async def send_all(self) -> None:
@@ -81,4 +103,4 @@ class Twin:
         query = sa.select(devices.c.name, devices.c.desired_version, devices.c.desired)
         rows = await self._db.read(lambda c: c.execute(query.where(devices.c.desired_version > 0)).all())
         for row in rows:
-            await self._send(row.name, Desired(version=row.desired_version, ts=time.time(), doc=row.desired))
+            await self.send(row.name, Desired(version=row.desired_version, ts=time.time(), doc=row.desired))
