@@ -10,6 +10,7 @@ import importlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,7 +53,17 @@ def bench(
     show(module.run() if minutes is None else module.run(minutes=minutes), as_json)
 
 
+class Demo(StrEnum):
+    """The demos there are."""
+
+    MAIN = "main"
+    ROLLOUT = "rollout"
+
+
 def demo(
+    which: Annotated[Demo, typer.Argument(help="`main`, or `rollout`: updates that go back, and one that helps.")] = (
+        Demo.MAIN
+    ),
     keep: Annotated[bool, typer.Option(help="Leave hub, devices and dashboard running at the end.")] = False,
     folder: Annotated[Path, typer.Option(help="Where the fleet lives while it runs; emptied first.")] = Path(".demo"),
     report: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("demo-report.json"),
@@ -61,7 +72,6 @@ def demo(
     """A fleet on this machine: enrol, install, ten tasks, a cut cable, a killed daemon, and the books."""
     from rich.console import Console
 
-    from bench.demo import run
     from models.fetch import default_cache
 
     if folder.exists() and not (folder / "hub").exists() and any(folder.iterdir()):
@@ -70,7 +80,8 @@ def demo(
     folder.mkdir(parents=True)
     console = Console(stderr=as_json)
     try:
-        found = asyncio.run(run(folder, default_cache(), console, keep, report))
+        module = importlib.import_module("bench.demo_rollout" if which is Demo.ROLLOUT else "bench.demo")
+        found = asyncio.run(module.run(folder, default_cache(), console, report, keep))
     except asyncio.CancelledError:
         raise typer.Exit(130) from None
     if as_json:
@@ -88,24 +99,50 @@ def soak(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, the account on stderr.")] = False,
 ) -> None:
     """Cut links, kill devices, broker and hub at random, and then compare what was promised with what is committed."""
+    from bench.soak import run
+
+    _play(lambda folder, say: run(folder, minutes, devices, seed, say), "soak", as_json)
+
+
+fleet = typer.Typer(help="Fleets of virtual devices.", no_args_is_help=True)
+
+
+@fleet.callback()
+def _fleet() -> None:
+    """A group, though it has one verb."""
+
+
+@fleet.command()
+def simulate(
+    devices: Annotated[int, typer.Option(min=1, help="How many, each its own MQTT session.")] = 1000,
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long they send.")] = 1.0,
+    script: Annotated[Path | None, typer.Option(help="Behaviours and faults (TOML); steady devices if not.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, the account on stderr.")] = False,
+) -> None:
+    """Thousands of virtual devices against a real hub and broker, and then the books."""
+    from bench.simulate import load, run
+
+    plan = load(script)
+    _play(lambda folder, say: run(folder, devices, minutes, plan, say), "fleet", as_json)
+
+
+def _play(run: Callable[[Path, Callable[[str], None]], dict[str, Any]], name: str, as_json: bool) -> None:
     import tempfile
     import time
 
     from rich.console import Console
-
-    from bench.soak import run as run_soak
 
     console, began = Console(stderr=as_json), time.monotonic()
 
     def say(text: str) -> None:
         console.print(f"{time.monotonic() - began:7.1f} s  {text}", highlight=False)
 
-    with tempfile.TemporaryDirectory(prefix="outrider-soak-") as folder:
-        report = run_soak(Path(folder), minutes, devices, seed, say)
+    with tempfile.TemporaryDirectory(prefix=f"outrider-{name}-") as folder:
+        report = run(Path(folder), say)
     if as_json:
         print(json.dumps(report, indent=1))
     else:
-        for name, value in report.items():
-            console.print(f"{name:12} {value}", highlight=False)
+        for key, value in report.items():
+            console.print(f"{key:17} {value}", highlight=False)
     if not report["held"]:
         raise typer.Exit(1)

@@ -1,7 +1,8 @@
 """A device without its daemon, and the books kept outside of it.
 
-Real identity, store, outbox and session; the ledger is a file with a line for each record promised, its seq and its
-content's hash, and is compared with what the hub's database holds, read past the hub.
+`attached`: real identity, store, outbox and session; the ledger is a file with a line for each record promised, its seq
+and its content's hash, and is compared with what the hub's database holds, read past the hub. `Light`: thousands in a
+process; true identity, MQTT session, batches and signatures, but its outbox is in memory, and ends with the process.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import multiprocessing
 import sqlite3
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,13 +24,18 @@ import msgspec
 
 from bench.fleet import Hub
 from edge_agent import enrol as enrolment
-from edge_agent.errors import Fatal
+from edge_agent.errors import Fatal, Retry
 from edge_agent.store import Store
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Outbox
 from edge_agent.sync.session import Session
+from edge_agent.sync.transport import MqttSession
 from edge_agent.sync.twin import GrantsCache, Twin
-from edge_agent.wire.signing import SigningKey
+from edge_agent.wire.batch import Batch, Header, encode_batch
+from edge_agent.wire.messages import Ack, Job, JobReport, JobState, Presence, PresenceState, Record, encode
+from edge_agent.wire.signed import seal, unseal
+from edge_agent.wire.signing import SigningKey, VerifyKey
+from edge_agent.wire.topics import Topic, TopicKind
 from hub.db import Database, devices
 
 SENSORS = 256  # callers that each wait until their record is on disk
@@ -73,6 +80,118 @@ async def attached(state: Path, broker: str = "") -> AsyncIterator[tuple[Outbox,
             await asyncio.wait([running])
     finally:
         store.close()
+
+
+class Light:
+    """A device of a few kilobytes. `jobs` says how it treats them (`succeed`, `fail`, `ignore`), `doubles` sends each
+    batch twice; while `mute` it answers nothing. Sends at most `MOST` records a batch and one batch at a time."""
+
+    MOST, PATIENCE_S = 500, 15.0
+
+    def __init__(self, enrolled: enrolment.Enrolled, key: SigningKey, jobs: str = "succeed") -> None:
+        self.name, self.fleet, self.key, self.jobs = enrolled.device, enrolled.fleet, key, jobs
+        self.hub_key, self.epoch = VerifyKey.from_text(enrolled.hub_key), int(time.time() * 1000)
+        self.made = self.acked = self.forged = self.done = 0
+        self.waits: list[float] = []  # seconds from a record to the ack that covers it, one a batch
+        self.doubles = self.mute = False
+        self._pending: deque[tuple[float, bytes]] = deque()  # of the seqs past `acked`
+        self._sent, self._nonce, self._again = 0, "", 0.0
+        self._known: set[str] = set()
+        self._wake = asyncio.Event()
+        self.connections, self._broker = 0, enrolled.broker
+        self.session = self._dial()
+
+    def _dial(self) -> MqttSession:
+        return MqttSession(
+            self._broker.url,
+            f"{self.fleet}.{self.name}",
+            username=self._broker.username or None,
+            password=self._broker.password or None,
+            subscriptions=[str(Topic(self.fleet, kind, self.name)) for kind in (TopicKind.ACK, TopicKind.JOBS)],
+            on_connect=self._on_connect,
+        )
+
+    def record(self, kind: str, content: dict[str, Any], priority: int = 5) -> None:
+        self.made += 1
+        now = time.time()
+        self._pending.append((now, encode(Record(self.made, now, kind, priority, content))))
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Serves until it is cancelled; may be run again, and goes on from the hub's last ack."""
+        self.session = self._dial()
+        async with self.session as session, asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._receive())
+            while True:
+                self._wake.clear()
+                late = time.monotonic() > self._again
+                if session.connected and not self.mute and self._pending and (late or self._sent <= self.acked):
+                    with contextlib.suppress(Retry):
+                        await self._send(session)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.PATIENCE_S):
+                        await self._wake.wait()
+
+    async def forge(self) -> None:
+        """A batch that this device did not sign, under its next seq."""
+        await self._publish(self._pack([encode(Record(self.made + 1, 0.0, "telemetry", 5, {}))], SigningKey.generate()))
+        self.forged += 1
+
+    def _on_connect(self, _present: bool) -> None:
+        self.connections += 1
+        self._again, self._nonce = 0.0, "?"
+        self._wake.set()
+
+    async def _send(self, session: MqttSession) -> None:
+        if self._nonce == "?":
+            self._nonce = ""
+            await self._present()
+        lines = [line for _, line in itertools.islice(self._pending, self.MOST)]
+        self._sent, self._again = self.acked + len(lines), time.monotonic() + self.PATIENCE_S
+        for _ in range(1 + self.doubles):
+            await self._publish(self._pack(lines, self.key))
+
+    def _pack(self, lines: list[bytes], key: SigningKey) -> Batch:
+        topic = str(Topic(self.fleet, TopicKind.UP, self.name))
+        return encode_batch(lines, key, topic, Header(self.epoch, self.acked + 1, self.acked + len(lines)))
+
+    async def _publish(self, batch: Batch) -> None:
+        topic = str(Topic(self.fleet, TopicKind.UP, self.name))
+        await self.session.publish(topic, batch.payload, properties=batch.properties, wait=False)
+
+    async def _present(self) -> None:
+        topic = str(Topic(self.fleet, TopicKind.PRESENCE, self.name))
+        said = Presence(PresenceState.ONLINE, time.time(), self.epoch, self.made, self._nonce, "virtual")
+        payload, properties = seal(self.key, topic, said)
+        await self.session.publish(topic, payload, properties=properties, retain=True, wait=False)
+
+    async def _receive(self) -> None:
+        async for message in self.session.messages():
+            message.ack()
+            opening = (self.hub_key, message.topic, message.payload, message.properties)
+            if self.mute:
+                continue
+            if message.topic.endswith(TopicKind.JOBS):
+                self._work(unseal(*opening, Job))
+                continue
+            came = unseal(*opening, Ack)
+            if came.epoch == self.epoch and came.seq > self.acked:
+                gone = [self._pending.popleft()[0] for _ in range(came.seq - self.acked)]
+                self.waits.append(time.time() - gone[0])
+                self.acked = came.seq
+                self._wake.set()
+            if came.nonce != self._nonce:
+                self._nonce = came.nonce
+                with contextlib.suppress(Retry):
+                    await self._present()
+
+    def _work(self, job: Job) -> None:
+        if self.jobs != "ignore" and job.id not in self._known:
+            self._known.add(job.id)
+            end = JobState.SUCCEEDED if self.jobs == "succeed" else JobState.FAILED
+            for state in (JobState.DELIVERED, JobState.RUNNING, end):
+                self.record("job", msgspec.to_builtins(JobReport(job.id, state, time.time(), {}, "")), 1)
+            self.done += 1
 
 
 def body(n: int) -> dict[str, Any]:
@@ -172,10 +291,10 @@ async def wait(process: BaseProcess) -> None:
         raise Fatal(f"a process of the benchmark ended with status {process.exitcode}", "its reason stands above")
 
 
-async def until(condition: Callable[[], bool], processes: Iterable[BaseProcess] = ()) -> None:
+async def until(condition: Callable[[], bool], processes: Iterable[BaseProcess] = (), every_s: float = 0.01) -> None:
     """Of something that another process or thread does. Raises Fatal when one of `processes` has ended."""
     while not condition():
         for process in processes:
             if not process.is_alive():
                 raise Fatal(f"a process of the benchmark ended with status {process.exitcode}", "see above")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(every_s)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import jetstream, offline, soak, uplink
+from bench import jetstream, offline, simulate, soak, uplink
 from bench.rows import FIELDS, show
 from bench.virtual import body, judge, line
 from edge_agent.errors import Refused
@@ -55,3 +55,45 @@ def test_a_short_soak_is_exact(tmp_path: Path) -> None:
     assert sum(report["faults"].values()) > 1
     assert (report["exact"], report["lost"], report["wrong"]) == (True, 0, {})
     assert report["made"] == report["rows"] >= report["promised"] > 50
+
+
+SCRIPT = """
+jobs = 5
+[[behaviour]]
+share = 0.5
+per_minute = 60.0
+[[behaviour]]
+name = "doubler"
+per_minute = 120.0
+doubles = true
+[[fault]]
+at_s = 1.0
+kind = "forge"
+share = 0.2
+[[fault]]
+at_s = 3.0
+kind = "cut"
+share = 0.5
+for_s = 1.0
+[[fault]]
+at_s = 4.0
+kind = "mute"
+for_s = 1.0
+"""
+
+
+@pytest.mark.slow
+def test_a_simulated_fleet_under_faults_is_committed_exactly_and_nothing_forged_gets_in(tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(SCRIPT)
+    report = simulate.run(tmp_path, 20, 0.15, simulate.load(tmp_path / "script"), lambda _: None)
+    assert report["held"], report
+    assert (report["forged"], report["audited_refusals"], report["jobs_done"]) == (4, 4, 5)
+    assert report["committed"] == report["made"] > 150
+    assert report["connections"] >= 30
+
+
+def test_a_script_with_an_unknown_word_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "script").write_text('[[fault]]\nat_s = 1.0\nkind = "earthquake"')
+    with pytest.raises(Refused) as caught:
+        simulate.load(tmp_path / "script")
+    assert "earthquake" in str(caught.value)
