@@ -39,6 +39,7 @@ from edge_agent.errors import Refused
 from edge_agent.update.download import Downloads
 from edge_agent.update.service import BundleReport, UpdateService
 from edge_agent.update.slots import Installed
+from edge_agent.update.trial import Activation, Figures
 from edge_agent.update.trust import Director, Repository
 from edge_agent.wire.bundle import (
     BundleKind,
@@ -244,8 +245,8 @@ async def _install(state: Path, plant: Plant, link: Meter, bundles: dict[str, Ta
 class _Loads:
     """Takes every candidate: what runs it is another benchmark's affair."""
 
-    async def probe(self, name: str, candidate: Installed) -> None:
-        return None
+    async def probe(self, name: str, candidate: Installed, activation: Activation) -> Figures:
+        return Figures("load")
 
 
 async def _device(given: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from edge_agent.wire.errors import WireError
 _VERBS = {
     "agent": ("Run the daemon of a device.", "edge"),
     "task": ("Give a device a task through its local API and watch it work.", "edge"),
+    "update": ("How a device's updates fare and why one rolled back; hold them back for a while.", "edge"),
     "workflow": ("Check workflows, and try them without a device.", "edge"),
+    "mcp": ("Serve a device's tools to MCP clients.", "mcp"),
     "doctor": ("Check what a device needs: extras, state, hub, broker, models by a real inference.", "edge"),
     "hub": ("Run the hub: devices, jobs, models, dashboard.", "hub"),
     "broker": ("The MQTT broker of a site: write its configuration.", "hub"),
@@ -134,6 +136,9 @@ def agent(
     outbox_mb: Annotated[int | None, _option("Quota of what waits for the hub, MiB (256).", "OUTBOX_MB")] = None,
     request_mb: Annotated[int | None, _option("Largest inference request, MiB (64).", "REQUEST_MB")] = None,
     task_s: Annotated[float | None, _option("Seconds a task may take (120).", "TASK_S")] = None,
+    bundles_mb: Annotated[
+        int | None, _option("Disk that installed models may take, MiB (no limit).", "BUNDLES_MB")
+    ] = None,
     log: Annotated[str | None, _option("debug, info, warning or error (info).", "LOG")] = None,
 ) -> None:
     """Run the daemon of a device; the first start enrols it."""
@@ -253,6 +258,65 @@ def run(
         good = seen["state"] == "succeeded"
         typer.secho(seen["answer"] if good else f"failed: {seen['error']}", fg="green" if good else "red")
     raise typer.Exit(seen["state"] != "succeeded")
+
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
+update = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+_API = "http://127.0.0.1:8471"
+
+
+@update.command("show")
+def update_show(api: Api = _API, token: Token = "", json: Json = False) -> None:
+    """Each bundle's state, what its trial saw, and the evidence against one that rolled back."""
+    _tell_updates(_ask(api, token, "GET", "/v1/updates"), json)
+
+
+@update.command("hold")
+def update_hold(
+    minutes: Annotated[float, typer.Option(help="How long at most; the device's limit goes before it.")],
+    reason: Annotated[str, typer.Option(help="Why not now; the hub sees it.")],
+    api: Api = _API,
+    token: Token = "",
+    json: Json = False,
+) -> None:
+    """Nothing is downloaded or activated for some minutes; what runs goes on."""
+    _tell_updates({"hold": _ask(api, token, "POST", "/v1/updates/hold", {"minutes": minutes, "reason": reason})}, json)
+
+
+@update.command("release")
+def update_release(api: Api = _API, token: Token = "", json: Json = False) -> None:
+    """End a hold."""
+    _tell_updates(_ask(api, token, "DELETE", "/v1/updates/hold"), json)
+
+
+def _ask(api: str, token: str, method: str, path: str, body: Any = None) -> Any:
+    import httpx
+
+    base = api if "://" in api else f"http://{api}"
+    with httpx.Client(base_url=base, headers={"Authorization": f"Bearer {token}"}, timeout=10) as client:
+        return _answer(client, method, path, json=body)
+
+
+def _tell_updates(seen: dict[str, Any], json: bool) -> None:
+    import msgspec
+
+    if json:
+        typer.echo(msgspec.json.encode(seen))
+        return
+    if (hold := seen.get("hold")) and hold["until"] > time.time():
+        typer.echo(f"held until {time.strftime('%H:%M', time.localtime(hold['until']))}: {hold['reason']}")
+    for name, one in seen.get("bundles", {}).items():
+        typer.echo(f"{name} {one['version']}: {one['state']}" + (f": {one['error']}" if one["error"] else ""))
+        if one["trial"]:
+            typer.echo("  trial: " + _figures(one["trial"]))
+        if why := one["why"]:
+            typer.echo(f"  {why['version']} rolled back: " + _figures(why["figures"]))
+            for line in [*why["samples"], *why["log"][-10:]]:
+                typer.echo(f"    {line}")
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in figures.items() if value not in (None, ""))
 
 
 def _show_steps(steps: list[dict[str, Any]], shown: int) -> int:

@@ -59,6 +59,8 @@ class Settings(msgspec.Struct, frozen=True):
     outbox_mb: int = 256
     request_mb: int = 64
     task_s: float = 120.0
+    bundles_mb: int = 0
+    updates: dict[str, Any] = {}
     log: str = "info"
 
 
@@ -101,6 +103,8 @@ def load(given: dict[str, Any], file: Path | None) -> Settings:
         raise Refused(
             "telemetry_s, outbox_mb, request_mb and task_s are more than 0", "leave them out for the defaults"
         )
+    if settings.bundles_mb < 0:
+        raise Refused("bundles_mb is not negative", "0 for all but the reserve of the disk")
     if settings.log not in ("debug", "info", "warning", "error"):
         raise Refused(f"log level {settings.log!r}", "debug, info, warning or error")
     address(settings.api)

@@ -102,6 +102,8 @@ class Daemon:
             self._hosting,
             self._switch,
             self._report,
+            budget=settings.bundles_mb << 20 or None,
+            rules=settings.updates,
         )
         self._renewal = enrol.Renewal(state, identity.enrolled.device, self._http, self._token)
         self._session = self._connect(inbox)
@@ -138,6 +140,7 @@ class Daemon:
             "warm": self._warm,
             "endpoints": self._set_up,
             "link": self._watch_link,
+            "hold": self._tell_hold,
         }
         try:
             async with asyncio.TaskGroup() as group:
@@ -159,6 +162,10 @@ class Daemon:
     @property
     def models(self) -> Hosting:
         return self._hosting
+
+    @property
+    def updates(self) -> UpdateService:
+        return self._updates
 
     def grants(self) -> Grants | None:
         return self._cache.grants
@@ -257,10 +264,21 @@ class Daemon:
                 _log.warning("the language model is not warm: %s", error)
 
     async def _report(self, name: str, report: BundleReport) -> None:
-        try:
-            await self._twin.report({"bundles": {name: msgspec.to_builtins(report)}})
-        except OutriderError as error:
-            _log.error("the state of %s is not reported: %s", name, error)
+        for shown in (report, msgspec.structs.replace(report, why=None)):  # the document may have no room for it
+            try:
+                await self._twin.report({"bundles": {name: msgspec.to_builtins(shown)}})
+                return
+            except OutriderError as error:
+                _log.error("the state of %s is not reported: %s", name, error)
+
+    async def _tell_hold(self) -> None:
+        """The hub sees that an application holds updates back, and since when."""
+        while True:
+            hold = self._updates.holding
+            shown = msgspec.to_builtins(hold) if hold and time.time() < hold.until else None
+            with contextlib.suppress(OutriderError):
+                await self._twin.report({"updates": {"hold": shown}})
+            await asyncio.sleep(1.0)
 
     async def _follow_desired(self) -> None:
         seen, error = 0, ""
@@ -268,10 +286,15 @@ class Daemon:
             desired = await self._twin.newer_than(seen)
             seen, error, told = desired.version, "", error
             try:
+                self._updates.configure(desired.doc)
+            except OutriderError as problem:
+                error = str(problem)
+            try:
                 if document := desired.doc.get("director"):
                     await self._updates.direct(document)
             except (OutriderError, OSError) as problem:
                 error = str(problem)
+            if error:
                 _log.error("the directive is refused: %s", error)
             if error != told:
                 with contextlib.suppress(OutriderError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from edge_agent.agent.ports import WorkerModel
 from edge_agent.config import Endpoint
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
-from edge_agent.serving.schedule import Serving
+from edge_agent.serving.schedule import LOWEST, Serving
 from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.telemetry import memory
 from edge_agent.update import probe
+from edge_agent.update.mirror import Mirror
 from edge_agent.update.slots import Installed
+from edge_agent.update.trial import SAMPLE, Activation, Figures, Trial, Why, Worse
 from edge_agent.wire import durable
 from edge_agent.wire.bundle import BundleKind, Manifest, scan
 from edge_agent.wire.tensor import Tensor
@@ -36,6 +39,7 @@ ENDPOINT = "endpoint"
 """The worker of all endpoints, and in place of a manifest's hash what they are installed as."""
 LOAD_S = 300.0
 NO_ADAPTER = "none"
+AT_ONCE = Activation()
 _MEMORY_FACTOR = 2.5  # a loaded model takes about its files' size, and as much while it is loaded
 
 
@@ -54,9 +58,10 @@ class Hosting:
     ) -> None:
         self.workers, self._preferred, self._chosen, self._env = workers, preferred, adapter, env or {}
         self.running: dict[str, Installed] = {}
+        self._trials: dict[str, Mirror[Any, Any]] = {}
 
-    async def switch(self, name: str, installed: Installed) -> None:
-        """Load a version in place of the one that runs. Raises Refused, Retry."""
+    async def switch(self, name: str, installed: Installed, beside: bool = True) -> None:
+        """Load a version in place of the one that runs, beside it where memory can hold two. Raises Refused, Retry."""
         worker, before = self.workers[_role(installed)], self.running.get(name)
         if before is not None and _role(before) != _role(installed):
             raise Refused(f"{name} is another kind of model on this device", "give the bundle or endpoint another name")
@@ -65,7 +70,8 @@ class Hosting:
             for follower in followers:
                 del self.running[follower]  # from here on no request names one
             try:
-                await _load(worker, name, installed)
+                if not worker.runs(name, installed.folder):
+                    await _load(worker, name, installed, beside)
             except BaseException:
                 self.running |= followers
                 raise
@@ -78,28 +84,61 @@ class Hosting:
             with contextlib.suppress(OutriderError):
                 await worker.drop(_alias(before))
 
-    async def probe(self, name: str, candidate: Installed) -> None:
-        """Try a candidate with its golden probe in a worker of its own. Raises Refused, Retry."""
+    async def probe(self, name: str, candidate: Installed, activation: Activation = AT_ONCE) -> Figures:
+        """Try a candidate, with its golden probe and beside the version that runs. Raises Worse, Refused, Retry.
+
+        It has a worker of its own; where that must not be (`kill-then-load`), the running version makes room.
+        """
+        before, plan = self.running.get(name), activation.trial
+        if activation.policy == "kill-then-load" and before is not None and candidate.manifest.base is None:
+            return await self._in_place(name, before, candidate, plan)
         worker = WorkerProcess.engine(_role(candidate), env=self._env)
         running = asyncio.create_task(worker.run(), name=f"probe-{name}")
         try:
-            model, adapter = name, ""
-            if (base := candidate.manifest.base) is None:
+            if candidate.manifest.base is None:
                 await _load(worker, name, candidate)
             else:
-                model, adapter = base.name, _alias(candidate)
-                await _load(worker, base.name, self._base(candidate))
+                await _load(worker, candidate.manifest.base.name, self._base(candidate))
                 await self._adapt(worker, candidate)
-            if (golden := await asyncio.to_thread(probe.golden, candidate)) is not None:
-                found = await worker.infer(name, golden.inputs, LOAD_S)
-                probe.compare(candidate.manifest.probe, golden.outputs, found)
-            if (request := probe.prompt(candidate)) is not None:
-                request = msgspec.structs.replace(request, adapter=adapter)
-                piece = await WorkerModel(worker, model).generate(request, LOAD_S)
-                probe.compare_text(candidate.manifest.probe, piece.text)
+            new = _asking(worker, candidate)
+            question = await _golden(candidate, new)
+            if before is None or plan is None:
+                return Figures("load" if question is None else "probe")
+            mirror = _mirror(plan, candidate, new)
+            if question is not None:
+                await mirror.measure(question, await mirror.probe(question, self._old(before)))
+            self._trials[name] = mirror
+            return await mirror.run()
+        except Refused as error:
+            raise _evident(error, worker) from error
         finally:
+            self._trials.pop(name, None)
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+    async def _in_place(self, name: str, before: Installed, candidate: Installed, plan: Trial | None) -> Figures:
+        worker = self.workers[_role(before)]
+        mirror = _mirror(plan or Trial(seconds=0), candidate, new := _asking(worker, candidate))
+        question = await asyncio.to_thread(_question, candidate)
+        answers = [] if question is None or plan is None else await mirror.probe(question, self._old(before))
+        try:
+            await self.switch(name, candidate, beside=False)
+            mirror.alone = True
+            await _golden(candidate, new)
+            await mirror.measure(question, answers)
+            self._trials[name] = mirror
+            return await mirror.run()
+        except OutriderError as error:
+            self._trials.pop(name, None)
+            worse = _evident(error, worker) if isinstance(error, Refused) else error
+            await self.switch(name, before, beside=False)
+            raise worse from error
+        finally:
+            self._trials.pop(name, None)
+
+    def _old(self, before: Installed) -> Callable[[Any], Awaitable[Any]]:
+        ask = _asking(self.workers[_role(before)], before)
+        return lambda question: ask(question, LOAD_S)
 
     async def generate(self, request: Generate, timeout_s: float) -> Piece:
         """A whole completion by the agent's language model. Raises Refused, Retry."""
@@ -110,7 +149,12 @@ class Hosting:
         worker = self.workers[_role(self.running[name])]
         if request.adapter and request.adapter not in worker.adapters:
             raise Retry("the adapter was switched meanwhile", "ask again")
-        return await WorkerModel(worker, name).generate(request, timeout_s)
+
+        async def old(asked: Generate) -> Piece:
+            return await WorkerModel(worker, name).generate(asked, timeout_s)
+
+        trial = self._trials.get(request.adapter.partition("@")[0] or name)
+        return await (old(request) if trial is None else trial.ask(request, old))
 
     def speaker(self) -> Speaker:
         """The agent's language model and adapter. Raises Retry when the configured adapter is not there."""
@@ -136,7 +180,12 @@ class Hosting:
         if model not in self.running:
             networks = [n for n, i in self.running.items() if i.manifest.kind is BundleKind.ONNX]
             raise Refused(f"the network {model} is not installed", f"installed: {', '.join(networks) or 'none'}")
-        return await self.workers["network"].infer(model, inputs, within_s, priority)
+
+        async def old(asked: dict[str, Tensor]) -> dict[str, Tensor]:
+            return await self.workers["network"].infer(model, asked, within_s, priority)
+
+        trial = self._trials.get(model)
+        return await (old(inputs) if trial is None else trial.ask(inputs, old))
 
     def languages(self) -> list[str]:
         """What can be talked to: `NAME` of a language model, `NAME:ADAPTER` of it with an adapter."""
@@ -150,9 +199,13 @@ class Hosting:
         model, adapter = known[name]
         role = _role(self.running[model])
         request = msgspec.structs.replace(request, adapter=adapter, chat=request.chat if role == ENDPOINT else {})
+        text, began, trial = "", time.monotonic(), self._trials.get(adapter.partition("@")[0] or model)
         async with contextlib.aclosing(self.workers[role].generate(model, request, timeout_s)) as pieces:
             async for piece in pieces:
+                text += piece.text if trial else ""
                 yield piece
+                if piece.done and trial is not None:
+                    trial.heard(request, msgspec.structs.replace(piece, text=text), time.monotonic() - began)
 
     def _languages(self) -> dict[str, tuple[str, str]]:
         """By the name to talk to: the model, and the adapter as the engine knows it."""
@@ -241,14 +294,63 @@ def _alias(adapter: Installed) -> str:
     return f"{adapter.manifest.name}@{adapter.id[:16]}"
 
 
-async def _load(worker: WorkerProcess, name: str, installed: Installed) -> None:
+Ask = Callable[[Any, float], Awaitable[Any]]
+
+
+def _asking(worker: WorkerProcess, installed: Installed) -> Ask:
+    """How a version on a worker is asked, after everybody else: tensors, or a request to a language model."""
+    base, name = installed.manifest.base, installed.manifest.name
+
+    async def infer(inputs: dict[str, Tensor], within_s: float) -> dict[str, Tensor]:
+        return await worker.infer(name, inputs, within_s, LOWEST)
+
+    async def generate(request: Generate, within_s: float) -> Piece:
+        asked = msgspec.structs.replace(request, adapter=_alias(installed) if base else "")
+        return await WorkerModel(worker, base.name if base else name).generate(asked, within_s)
+
+    return infer if installed.manifest.kind is BundleKind.ONNX else generate
+
+
+def _mirror(plan: Trial, candidate: Installed, new: Ask) -> Mirror[Any, Any]:
+    if candidate.manifest.kind is BundleKind.ONNX:
+        least = 0.9 if plan.min_agreement is None else plan.min_agreement
+        return Mirror(msgspec.structs.replace(plan, min_agreement=least), new, probe.agreement, probe.shown)
+
+    def agree(old: Piece, answer: Piece) -> float:
+        return probe.said_alike(old, answer)
+
+    return Mirror(plan, new, agree, lambda request: f"{request.prompt[-SAMPLE:]}")
+
+
+def _question(candidate: Installed) -> Any | None:
+    golden = probe.golden(candidate)
+    return golden.inputs if golden is not None else probe.prompt(candidate)
+
+
+async def _golden(candidate: Installed, ask: Ask) -> Any | None:
+    """Ask the golden question, if there is one, and give it back. Raises Refused when the answer is another."""
+    if (golden := await asyncio.to_thread(probe.golden, candidate)) is not None:
+        probe.compare(candidate.manifest.probe, golden.outputs, await ask(golden.inputs, LOAD_S))
+        return golden.inputs
+    if (request := probe.prompt(candidate)) is not None:
+        probe.compare_text(candidate.manifest.probe, (await ask(request, LOAD_S)).text)
+    return request
+
+
+def _evident(error: Refused, worker: WorkerProcess) -> Worse:
+    """The refusal with the end of the worker's log."""
+    why = error.why if isinstance(error, Worse) else Why(Figures("probe"))
+    return Worse(error.message, error.hint, msgspec.structs.replace(why, log=list(worker.tail)))
+
+
+async def _load(worker: WorkerProcess, name: str, installed: Installed, beside: bool = True) -> None:
     try:
         serving = msgspec.convert(installed.manifest.meta.get("serving", {}), Serving)
     except msgspec.ValidationError as error:
         raise Refused(
             f"{name} says wrongly how it is served: {error}", "mend meta.serving and package it again"
         ) from error
-    beside = _MEMORY_FACTOR * installed.manifest.size < available_memory()
+    beside = beside and _MEMORY_FACTOR * installed.manifest.size < available_memory()
     await _loading(worker, installed, lambda: worker.load(name, installed.folder, LOAD_S, serving, beside))
 
 

@@ -35,6 +35,11 @@ class TaskRequest(msgspec.Struct, frozen=True):
     text: str
 
 
+class HoldRequest(msgspec.Struct, frozen=True):
+    minutes: float
+    reason: str
+
+
 class ToolRequest(msgspec.Struct, frozen=True):
     args: dict[str, Any] = {}
 
@@ -57,7 +62,11 @@ def create_app(
             gate.route("/v1/tasks", "POST", "run:task", _submit),
             gate.route("/v1/tasks", "GET", "read:task", _tasks),
             gate.route("/v1/tasks/{id}", "GET", "read:task", _task),
+            gate.route("/v1/tools", "GET", "", _tools),  # those the caller may use
             gate.route("/v1/tools/{name}", "POST", "", _tool),  # which permission depends on the tool's risk
+            gate.route("/v1/updates", "GET", "read:device", _updates),
+            gate.route("/v1/updates/hold", "POST", "run:task", _hold),
+            gate.route("/v1/updates/hold", "DELETE", "run:task", _release),
             *chat.routes(gate),
             *oip.routes(gate),
         ],
@@ -91,9 +100,28 @@ async def _task(caller: Caller) -> Response:
     return answer(task)
 
 
+async def _tools(caller: Caller) -> Response:
+    return answer(await caller.device.work.tools(caller.subject))
+
+
 async def _tool(caller: Caller) -> Response:
     args, name = (await caller.read(ToolRequest)).args, caller.request.path_params["name"]
     return answer({"result": await caller.device.work.call(name, args, caller.subject)}, 202)
+
+
+async def _updates(caller: Caller) -> Response:
+    updates = caller.device.updates
+    return answer({"hold": updates.holding, "bundles": updates.evidence()})
+
+
+async def _hold(caller: Caller) -> Response:
+    asked = await caller.read(HoldRequest)
+    return answer(await caller.device.updates.hold(asked.minutes, asked.reason), 201)
+
+
+async def _release(caller: Caller) -> Response:
+    await caller.device.updates.release()
+    return await _updates(caller)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

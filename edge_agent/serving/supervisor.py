@@ -17,6 +17,7 @@ import os
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class WorkerProcess:
         self.infos: dict[str, EngineInfo] = {}
         self.adapters: dict[str, tuple[str, str]] = {}  # the model each one is loaded into, its folder
         self.specs: bytes = b""
+        self.tail = deque[str](maxlen=40)  # the last lines of its log
         self.starts = 0
 
     @classmethod
@@ -133,6 +135,10 @@ class WorkerProcess:
         await self.ready(timeout_s)
         await self._adapt(model, adapter, str(path), timeout_s)
         self.adapters[adapter] = model, str(path)
+
+    def runs(self, model: str, path: Path) -> bool:
+        """Whether a model is loaded from that folder."""
+        return self.connected and self._loads.get(model, ("",))[0] == str(path)
 
     async def drop(self, adapter: str, timeout_s: float = 60.0) -> None:
         """Unload an adapter, after the requests that were sent before. Raises Refused, Retry."""
@@ -379,4 +385,5 @@ class WorkerProcess:
         assert process.stderr is not None
         with contextlib.suppress(ValueError):
             async for line in process.stderr:
-                self._log.info("%s", line.decode(errors="replace").rstrip())
+                self.tail.append(text := line.decode(errors="replace").rstrip()[:400])
+                self._log.info("%s", text)

@@ -3,7 +3,8 @@
 Invariants: a state is saved before its action runs; a transition that is not in the table does not happen; after a
 restart every state has one place to go on from (`AFTER_RESTART`), and an unknown one goes back to `idle`, where
 nothing but the verified current version counts. A version that was refused is quarantined: the same manifest is not
-tried again. Trials are counted before they begin, so a model that takes the worker or the device down cannot loop.
+tried again, and the reason is kept with its evidence. Trials are counted before they begin, so a model that takes the
+worker or the device down cannot loop. `waiting` is for a better moment, which is nobody's failure.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from edge_agent.errors import Fatal, Refused
+from edge_agent.update.trial import Figures, Why
 from edge_agent.wire import durable
 from edge_agent.wire.bundle import Target
 
@@ -29,6 +31,7 @@ class State(StrEnum):
     COMMITTED = "committed"
     FAILED = "failed"
     QUARANTINED = "quarantined"
+    WAITING = "waiting"
     UNKNOWN = "unknown"
 
     @classmethod
@@ -37,7 +40,7 @@ class State(StrEnum):
 
 
 _S = State
-ENDS = frozenset({_S.FAILED, _S.QUARANTINED})
+ENDS = frozenset({_S.FAILED, _S.QUARANTINED, _S.WAITING})
 TRANSITIONS: dict[State, frozenset[State]] = {
     _S.IDLE: frozenset({_S.RESOLVING, _S.COMMITTED}) | ENDS,
     _S.RESOLVING: frozenset({_S.DOWNLOADING, _S.VERIFYING, _S.RESOLVING}) | ENDS,
@@ -48,6 +51,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     _S.COMMITTED: frozenset({_S.RESOLVING, _S.COMMITTED}) | ENDS,
     _S.FAILED: frozenset({_S.RESOLVING, _S.COMMITTED}) | ENDS,
     _S.QUARANTINED: frozenset({_S.RESOLVING, _S.COMMITTED}) | ENDS,
+    _S.WAITING: frozenset({_S.RESOLVING, _S.COMMITTED}) | ENDS,
     _S.UNKNOWN: frozenset({_S.IDLE}),
 }
 WORKING = (_S.RESOLVING, _S.DOWNLOADING, _S.STAGED, _S.VERIFYING, _S.TRIAL)
@@ -55,6 +59,7 @@ AFTER_RESTART: dict[State, State] = {
     **dict.fromkeys(WORKING, _S.IDLE),  # what was downloaded stays, and is checked again on the way
     _S.COMMITTED: _S.COMMITTED,  # the decision is made: point at it, if that was cut off
     _S.FAILED: _S.IDLE,
+    _S.WAITING: _S.IDLE,
     _S.QUARANTINED: _S.QUARANTINED,
     _S.IDLE: _S.IDLE,
     _S.UNKNOWN: _S.IDLE,
@@ -73,6 +78,8 @@ class Update(msgspec.Struct):
     changed: float = 0.0
     trials: int = 0
     quarantine: dict[str, str] = {}
+    trial: Figures | None = None
+    why: Why | None = None
 
     @property
     def id(self) -> str:
@@ -103,7 +110,7 @@ class Machine:
     def aim(self, target: Target, state: State, error: str = "") -> None:
         """Enter a state for a target; the count of trials belongs to it alone."""
         if target.manifest_sha256 != self.update.id:
-            self.update.trials = 0
+            self.update.trials, self.update.trial = 0, None
         self.update.version, self.update.manifest_sha256 = target.version, target.manifest_sha256
         self.to(state, error)
 
@@ -119,6 +126,8 @@ class Machine:
             if update.trials >= MAX_TRIALS:
                 raise Refused(f"version {update.version} was tried {update.trials} times and never answered")
             update.trials += 1
+        if (update.state, state) == (State.TRIAL, State.COMMITTED):
+            update.why = None  # a better one came; only to go back to what ran keeps it
         update.state, update.error, update.changed = state, error, time.time()
         if state is State.QUARANTINED and update.id:
             update.quarantine[update.id] = error

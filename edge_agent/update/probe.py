@@ -9,18 +9,34 @@ loaded and no more.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
-from typing import Any
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from operator import eq, mul
+from typing import Any, NamedTuple
 
 import msgspec
 
-from edge_agent.engines.base import Generate, bundle_path
+from edge_agent.engines.base import Generate, Piece, bundle_path
 from edge_agent.errors import Refused
 from edge_agent.update.slots import Installed
 from edge_agent.wire.tensor import Tensor
 
 _CODES = {"float32": "f", "float64": "d", "int8": "b", "uint8": "B", "int32": "i", "int64": "q", "bool": "?"}
+_COMPARED = 1 << 15
+
+
+class _Float(NamedTuple):
+    itemsize: int
+    read: Callable[[bytes], Sequence[float]]
+
+
+_FLOATS = {
+    "float16": _Float(2, lambda data: struct.unpack(f"{len(data) // 2}e", data)),  # a view of it needs Python 3.12
+    "float32": _Float(4, lambda data: memoryview(data).cast("f")),
+    "float64": _Float(8, lambda data: memoryview(data).cast("d")),
+}
 
 
 class Golden(msgspec.Struct, frozen=True):
@@ -55,6 +71,48 @@ def compare(probe: Mapping[str, Any], expected: Mapping[str, Tensor], found: Map
         worst = max((_excess(a, b, rtol, atol) for a, b in pairs), default=0.0)
         if worst > 0:
             raise Refused(f"probe: output {name} is {worst:g} beyond its tolerance", "the model or its engine is worse")
+
+
+def agreement(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
+    """How alike two answers are, 0 to 1: the least alike output counts, by the cosine of the two.
+
+    Whole numbers by the share that is equal, single numbers by 1 % of their size; at most _COMPARED values an output.
+    """
+    return min((_alike(tensor, new.get(name)) for name, tensor in old.items()), default=0.0)
+
+
+def _alike(old: Tensor, new: Tensor | None) -> float:
+    if new is None or (old.dtype, old.shape) != (new.dtype, new.shape):
+        return 0.0
+    if old.dtype not in _FLOATS or not old.data:
+        return sum(map(eq, old.data[:_COMPARED], new.data)) / len(old.data[:_COMPARED]) if old.data else 1.0
+    count = len(old.data) // _FLOATS[old.dtype].itemsize
+    a, b = (_FLOATS[old.dtype].read(tensor.data)[:: max(1, -(-count // _COMPARED))] for tensor in (old, new))
+    if not all(map(math.isfinite, (*a, *b))):
+        return float(old.data == new.data)
+    if len(a) <= 1:
+        return float(all(abs(y - x) <= 0.01 * abs(x) + 1e-6 for x, y in zip(a, b, strict=True)))
+    dot, sizes = sum(map(mul, a, b)), math.sqrt(sum(map(mul, a, a)) * sum(map(mul, b, b)))
+    return float(list(a) == list(b)) if sizes == 0 else min(1.0, max(0.0, dot / sizes))
+
+
+def shown(inputs: Mapping[str, Tensor], values: int = 24) -> str:
+    """Inputs in a line: what they are, their first values, a hash of all."""
+    parts = []
+    for name, tensor in inputs.items():
+        first = ""
+        if tensor.dtype in _CODES:
+            first = ", ".join(f"{value:.6g}" for value in _numbers(tensor)[:values])
+        digest = hashlib.sha256(tensor.data).hexdigest()[:16]
+        parts.append(f"{name} {tensor.dtype}{tensor.shape} [{first}, …] sha256 {digest}")
+    return "; ".join(parts)
+
+
+def said_alike(old: Piece, new: Piece) -> float:
+    """Whether two language models answer a request alike: the same calls, else the same words."""
+    if old.calls is not None and new.calls is not None:
+        return float(old.calls == new.calls)
+    return float(old.text.split() == new.text.split())
 
 
 def prompt(candidate: Installed) -> Generate | None:

@@ -1,10 +1,11 @@
 """Installs what the hub assigns, one bundle after the other, and keeps one good model at every instant.
 
 Invariants: `current` moves only to a version whose signature and every byte were checked on this device and that
-answered its golden probe in a worker. A failure is reported with its reason and never blocks the other bundles; a
+passed its trial in a worker. A failure is reported with its reason and never blocks the other bundles; a
 Retry (no hub, full disk) comes back with a capped delay, a Refused quarantines the version. What runs is announced
 through `switch`; when the new version is refused there, the one before comes back. An adapter runs only with the very
-base model it is for: until that runs it waits with a reason, and it is switched in again whenever its base is.
+base model it is for: until that runs it waits with a reason, and it is switched in again whenever its base is. Nothing
+is fetched or tried at a bad moment (update/moments.py), but what is installed never waits for a good one.
 """
 
 from __future__ import annotations
@@ -22,30 +23,38 @@ from typing import Any, Protocol
 import msgspec
 
 from edge_agent.errors import Fatal, Refused, Retry
-from edge_agent.update import disk
+from edge_agent.update import disk, moments
 from edge_agent.update.assembly import Assembly
 from edge_agent.update.download import Downloads
-from edge_agent.update.machine import Machine, State
+from edge_agent.update.machine import Machine, State, Update
+from edge_agent.update.moments import Facts, Hold, NotNow
 from edge_agent.update.slots import Installed, Slots
+from edge_agent.update.trial import Activation, Figures, Why, activation
 from edge_agent.update.trust import Director, Trust
+from edge_agent.wire import durable
 from edge_agent.wire.bundle import Manifest, Target, decode_manifest, sha256
 from edge_agent.wire.errors import WireError
 from edge_agent.wire.topics import check_name
 
 log = logging.getLogger("outrider.update")
 RETRY_S = (2.0, 300.0)
+WANTED_S = 0.5
+"""How often a trial asks whether it is still wanted."""
 
 
 class Prober(Protocol):
-    """Tries a candidate beside what runs: loads it in a worker and compares its golden probe (update/probe.py)."""
+    """Tries a candidate beside what runs: its golden probe (update/probe.py), then live traffic (update/trial.py)."""
 
-    async def probe(self, name: str, candidate: Installed) -> None:
-        """Raises Refused when it does not load or answers otherwise, Retry when it cannot be tried now."""
+    async def probe(self, name: str, candidate: Installed, activation: Activation) -> Figures:
+        """Raises Worse or Refused when it does not load or is not as good, Retry when it cannot be tried now."""
         ...
 
 
 class BundleReport(msgspec.Struct, frozen=True):
-    """`reported.bundles[name]`: what is current (version, digest, kind; empty: nothing), how the target fares."""
+    """`reported.bundles[name]`: what is current (version, digest, kind; empty: nothing), how the target fares.
+
+    `trial`: what the last trial saw; `why`: the evidence against a version that rolled back, cut short.
+    """
 
     version: str
     digest: str
@@ -53,6 +62,8 @@ class BundleReport(msgspec.Struct, frozen=True):
     error: str
     target: str
     kind: str = ""
+    trial: Figures | None = None
+    why: Why | None = None
 
 
 Switch = Callable[[str, Installed], Awaitable[None]]
@@ -77,6 +88,9 @@ class UpdateService:
         reserve: int = disk.RESERVE,
         budget: int | None = None,
         agent_version: str = "",
+        rules: Mapping[str, Any] | None = None,
+        facts: Callable[[], Facts] = moments.facts,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.slots = Slots(root)
         self._director, self._trust, self._downloads, self._prober = director, trust, downloads, prober
@@ -88,8 +102,56 @@ class UpdateService:
         self._active: dict[str, str] = {}
         self._due: dict[str, float] = {}  # when to try again (monotonic)
         self._delay: dict[str, float] = {}  # how long to wait after the next failure
+        self._waiting: set[str] = set()  # for a better moment
         self._waits: dict[str, str] = {}  # adapters and the model they wait for
         self._wake = asyncio.Event()
+        self._own, self._rules = rules or {}, moments.rules(rules or {})
+        self._facts, self._clock = facts, clock
+        self._activation: dict[str, Mapping[str, Any]] = {}
+        self._hold_path = root / "hold.json"
+        self.holding: Hold | None = _read_hold(self._hold_path)
+
+    def configure(self, document: Mapping[str, Any]) -> None:
+        """Take `updates` and `activation` of the desired document. Raises Refused, and keeps what was before."""
+        asked, plans = document.get("updates") or {}, document.get("activation") or {}
+        if not isinstance(asked, dict) or not isinstance(plans, dict):
+            raise Refused("updates and activation are tables", "see docs/updates.md")
+        self._rules = moments.rules(self._own, asked)
+        for plan in plans.values():
+            activation(plan)
+        self._activation = plans
+        self._hurry()
+
+    async def hold(self, minutes: float, reason: str) -> Hold:
+        """An application's "not now": nothing is downloaded or activated, what runs goes on. Raises Refused."""
+        kept = moments.held(self.holding, self._clock(), minutes, reason, self._rules.max_hold_minutes)
+        await self._keep_hold(kept)
+        return kept
+
+    async def release(self) -> None:
+        """End a hold."""
+        if self.holding is not None and self._clock() < self.holding.until:
+            await self._keep_hold(msgspec.structs.replace(self.holding, until=self._clock()))
+
+    async def _keep_hold(self, hold: Hold) -> None:
+        await asyncio.to_thread(self.slots.root.mkdir, parents=True, exist_ok=True)
+        await asyncio.to_thread(durable.write, self._hold_path, msgspec.json.encode(hold))
+        self.holding = hold
+        self._hurry()
+
+    def evidence(self) -> dict[str, Update]:
+        """The whole records, evidence included."""
+        return {name: machine.update for name, machine in self._machines.items()}
+
+    async def _moment(self, step: moments.Step) -> None:
+        moments.check(step, self._rules, await asyncio.to_thread(self._facts), self.holding, self._clock())
+
+    def _hurry(self) -> None:
+        """Ask again whether what waits may go on."""
+        for name in self._waiting:
+            self._due.pop(name, None)
+        self._waiting.clear()
+        self._wake.set()
 
     async def direct(self, document: Mapping[str, Any]) -> None:
         """Take `desired.director`. Raises Refused, naming what is wrong: what was wanted before is still wanted."""
@@ -138,7 +200,7 @@ class UpdateService:
         for name in folders:
             machine = self._machines[name] = Machine(self.slots.root / name / "update.json")
             left = await asyncio.to_thread(machine.load)
-            if left not in (State.IDLE, State.COMMITTED, State.QUARANTINED):
+            if left not in (State.IDLE, State.COMMITTED, State.QUARANTINED, State.WAITING):
                 log.warning("%s: the update was cut off in state %s", name, left)
             if left is State.COMMITTED and await asyncio.to_thread(self.slots.has, name, machine.update.id):
                 await asyncio.to_thread(self.slots.commit, name, machine.update.id)
@@ -166,6 +228,17 @@ class UpdateService:
             try:
                 await self._bring(name)
                 self._delay.pop(name, None)
+            except NotNow as error:
+                self._waiting.add(name)
+                wait = min(max(0.05, error.until - self._clock()), moments.ASK_AGAIN_S)  # a clock may be set
+                self._due[name] = time.monotonic() + wait
+                update, target = self._machine(name).update, self._desired.get(name)
+                if (update.state, update.error, target and target.manifest_sha256) != (
+                    State.WAITING,
+                    str(error),
+                    update.id,
+                ):
+                    await self._end(name, State.WAITING, str(error), target)
             except _Superseded as error:
                 await self._end(name, State.FAILED, str(error))
             except Retry as error:
@@ -173,7 +246,7 @@ class UpdateService:
                     self._waits[name] = error.base
                 await self._fail(name, error)
             except Refused as error:
-                await self._end(name, State.QUARANTINED, str(error))
+                await self._end(name, State.QUARANTINED, str(error), why=getattr(error, "why", None))
             except OSError as error:
                 await self._fail(name, _disk_error(error))
 
@@ -246,6 +319,7 @@ class UpdateService:
             if not known or machine.update.state is not State.QUARANTINED:
                 await self._end(name, State.QUARANTINED, machine.update.quarantine[id], target)
             return
+        await self._moment("activate" if await asyncio.to_thread(self.slots.has, name, id) else "download")
         await asyncio.to_thread(machine.aim, target, State.RESOLVING)
         while machine.update.state is not State.COMMITTED:
             await self._tell(name)
@@ -267,12 +341,33 @@ class UpdateService:
                 return State.VERIFYING
             case State.VERIFYING:
                 await asyncio.to_thread(self._read_again, name, target)
+                await self._moment("activate")
                 return State.TRIAL
             case State.TRIAL:
-                await self._prober.probe(name, await asyncio.to_thread(self.slots.open, name, id))
+                await self._try(name, await asyncio.to_thread(self.slots.open, name, id), target)
                 return State.COMMITTED
             case _:
                 raise Fatal(f"{name}: state {state} has no action")
+
+    async def _try(self, name: str, candidate: Installed, target: Target) -> None:
+        """The trial, for as long as it is wanted."""
+        given = candidate.manifest.meta.get("activation") or {}
+        plan = activation(given if isinstance(given, dict) else {"policy": given}, self._activation.get(name) or {})
+        trying = asyncio.ensure_future(self._prober.probe(name, candidate, plan))
+        try:
+            while not (await asyncio.wait([trying], timeout=WANTED_S))[0]:
+                if self._desired.get(name) != target:
+                    raise _Superseded(f"{name} {target.version} is no longer wanted")
+            machine = self._machine(name)
+            machine.update.trial, machine.update.trials = await trying, 0
+            moments.check("activate", moments.Rules(), Facts(), self.holding, self._clock())  # a window may have closed
+        finally:
+            trying.cancel()
+            await asyncio.gather(trying, return_exceptions=True)
+            if plan.policy == "kill-then-load":  # what runs was moved, and perhaps put back without its adapters
+                for model in (name, *await asyncio.to_thread(self._followers, name)):
+                    self._active.pop(model, None)
+                self._wake.set()
 
     async def _resolve(self, name: str, target: Target) -> State:
         id = target.manifest_sha256
@@ -316,6 +411,7 @@ class UpdateService:
         def tick(left: int) -> None:
             if self._desired.get(name) != target:
                 raise _Superseded(f"{name} {target.version} is no longer wanted")
+            moments.check("download", self._rules, Facts(), self.holding, self._clock())
 
         manifest = await asyncio.to_thread(self._manifest, name, target)
         try:
@@ -340,11 +436,23 @@ class UpdateService:
         self._delay[name] = min(delay * 2, self._retry_s[1])
         await self._end(name, State.FAILED, str(error))
 
-    async def _end(self, name: str, state: State, error: str, target: Target | None = None) -> None:
+    async def _end(
+        self, name: str, state: State, error: str, target: Target | None = None, why: Why | None = None
+    ) -> None:
         """End the update of a bundle and say why; a disk too full to save it does not hide it."""
         machine = self._machine(name)
         target = target or Target(machine.update.version, machine.update.id)
-        log.error("%s %s: %s: %s", name, target.version, state, error)
+        log.log(
+            logging.INFO if state is State.WAITING else logging.ERROR,
+            "%s %s: %s: %s",
+            name,
+            target.version,
+            state,
+            error,
+        )
+        known = machine.update.why
+        if state is State.QUARANTINED and (why is not None or known is None or known.version != target.version):
+            machine.update.why = msgspec.structs.replace(why or Why(Figures("check")), version=target.version)
         try:
             await asyncio.to_thread(machine.aim, target, state, error)
             if state is State.QUARANTINED:
@@ -358,7 +466,9 @@ class UpdateService:
         update = self._machine(name).update
         version, digest = (current.manifest.version, current.digest) if current else ("", "")
         kind = str(current.manifest.kind) if current else ""
-        await self._report(name, BundleReport(version, digest, str(update.state), update.error, update.version, kind))
+        evidence = update.trial, update.why and update.why.short()
+        shown = BundleReport(version, digest, str(update.state), update.error, update.version, kind, *evidence)
+        await self._report(name, shown)
 
     def _machine(self, name: str) -> Machine:
         if name not in self._machines:
@@ -376,6 +486,12 @@ class _NoBase(Retry):
 
 class _Superseded(Retry):
     """The hub wants something else by now."""
+
+
+def _read_hold(path: Path) -> Hold | None:
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode(path.read_bytes(), type=Hold)
+    return None
 
 
 def _numbers(version: str) -> list[int]:

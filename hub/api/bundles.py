@@ -74,3 +74,17 @@ async def assign(
 ) -> dict[str, Any]:
     desired = await hub.assign_bundle(device, body.name, body.version, who.name)
     return {"device": device, "desired_version": desired.version, "desired": desired.doc}
+
+
+class UpdateRules(BaseModel):
+    updates: dict[str, Any] | None = Field(None, description="time_zone, download, activate (windows), min_battery, …")
+    activation: dict[str, Any] | None = Field(None, description="by bundle: policy, trial {mode, share, seconds, …}")
+
+
+@router.patch("/devices/{device}/updates", summary="When a device may update, and what a new version must show")
+async def update_rules(
+    device: str, body: UpdateRules, hub: Hub, who: Annotated[Subject, Depends(May("assign:bundle"))]
+) -> dict[str, Any]:
+    patch = body.model_dump(exclude_unset=True)
+    desired = await hub.twin.patch_desired(device, patch, who.name, "change:updates")
+    return {"device": device, "desired_version": desired.version, "desired": desired.doc}

@@ -67,12 +67,25 @@ def models_html(device: dict[str, Any]) -> str:
     rows = ""
     for model in models_of(device):
         why = f'<p class="bad">{e(model["why"])}</p>' if model["why"] else ""
+        why += evidence_html(device, model["name"])
         digest = f'<code title="{e(model["digest"])}">{e(model["digest"][:12])}</code>' if model["digest"] else ""
         note = f'<span class="chip {model["tone"]}"><em>{e(model["note"])}</em></span>'
         kind = '<span class="muted">adapter</span>' if model["kind"] == "adapter" else ""
         rows += f'<div class="row"><b>{e(model["name"])}</b>{kind}{digest}{note}</div>{why}'
     none = '<p class="muted">Nothing installed. Assign a bundle on the <a href="/models">Models</a> page.</p>'
     return f'<div class="heading"><h2>Models</h2></div><div class="card pad">{rows or none}</div>'
+
+
+def evidence_html(device: dict[str, Any], bundle: str) -> str:
+    """Why a version rolled back, as the device reported it: figures, requests it failed at, the end of its log."""
+    bundles = device["reported"].get("bundles")
+    has = bundles.get(bundle) if isinstance(bundles, dict) else None
+    why = has.get("why") if isinstance(has, dict) else None
+    if not isinstance(why, dict):
+        return ""
+    text = e(json.dumps({key: value for key, value in why.items() if value}, indent=2, ensure_ascii=False))
+    title = f"<b>Why {e(why.get('version') or 'it')} rolled back</b><span>figures, samples, log</span>"
+    return f"<details><summary>{title}</summary><pre>{text}</pre></details>"
 
 
 def documents_html(device: dict[str, Any]) -> str:

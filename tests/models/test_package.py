@@ -26,6 +26,7 @@ from edge_agent.update import probe
 from edge_agent.update.download import Downloads, hub_client
 from edge_agent.update.service import BundleReport, UpdateService
 from edge_agent.update.slots import Installed
+from edge_agent.update.trial import Activation, Figures
 from edge_agent.update.trust import Director, Repository
 from edge_agent.wire.bundle import BundleKind, Manifest, content_digest, scan
 from edge_agent.wire.signing import SigningKey, VerifyKey
@@ -142,12 +143,13 @@ def hub(tmp_path: Path) -> Iterator[str]:
 class RunsProbe:
     """Loads the candidate with the serving engine and compares its golden probe."""
 
-    async def probe(self, name: str, candidate: Installed) -> None:
+    async def probe(self, name: str, candidate: Installed, activation: Activation) -> Figures:
         golden = probe.golden(candidate)
         assert golden is not None
         network = await asyncio.to_thread(OnnxNetwork, candidate.folder)
         probe.compare(candidate.manifest.probe, golden.outputs, network.infer(golden.inputs))
         network.close()
+        return Figures("probe")
 
 
 def _enrol(hub: str, token: str) -> tuple[SigningKey, str, str, VerifyKey]:

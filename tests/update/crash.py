@@ -25,6 +25,7 @@ from edge_agent.update.download import Downloads, hub_client
 from edge_agent.update.machine import Machine
 from edge_agent.update.service import BundleReport, UpdateService
 from edge_agent.update.slots import Installed, Slots
+from edge_agent.update.trial import Activation, Figures
 from edge_agent.update.trust import Director, Repository
 from edge_agent.wire import durable
 from edge_agent.wire.signing import SigningKey, VerifyKey
@@ -84,9 +85,9 @@ def run(setup: dict[str, Any], state: Path, wanted: dict[str, Any], die_at: int)
     told: list[BundleReport] = []
 
     class Prober(ReadsGood):
-        async def probe(self, name: str, candidate: Installed) -> None:
+        async def probe(self, name: str, candidate: Installed, activation: Activation) -> Figures:
             points.reached()
-            await super().probe(name, candidate)
+            return await super().probe(name, candidate, activation)
 
     async def report(name: str, report: BundleReport) -> None:
         told.append(report)

@@ -23,6 +23,7 @@ from starlette.routing import Route
 from edge_agent.errors import Refused
 from edge_agent.update.download import Downloads, hub_client
 from edge_agent.update.slots import Installed
+from edge_agent.update.trial import Activation, Figures
 from edge_agent.update.trust import Director
 from edge_agent.update.trust import Repository as Known
 from edge_agent.wire.bundle import (
@@ -209,9 +210,10 @@ class PlantHub:
 class ReadsGood:
     """A prober that reads the model: good ones begin with `good`."""
 
-    async def probe(self, name: str, candidate: Installed) -> None:
+    async def probe(self, name: str, candidate: Installed, activation: Activation) -> Figures:
         if not (candidate.folder / "model.bin").read_bytes().startswith(b"good"):
             raise Refused(f"{name} {candidate.manifest.version} answers the probe wrongly")
+        return Figures("probe")
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:

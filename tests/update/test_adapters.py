@@ -12,6 +12,7 @@ import pytest
 
 from edge_agent.update.machine import Target
 from edge_agent.update.slots import Installed
+from edge_agent.update.trial import Activation, Figures
 from edge_agent.wire.bundle import BundleKind, FileEntry, Manifest, content_digest
 from edge_agent.wire.messages import decode
 from tests.update.plant_hub import PlantHub, until
@@ -101,8 +102,9 @@ async def test_a_base_that_is_refused_gives_way_and_takes_its_adapter_along(hub:
 
 async def test_waiting_for_the_base_uses_up_no_trials(hub: PlantHub, tmp_path: Path) -> None:
     class Once:
-        async def probe(self, name: str, candidate: Installed) -> None:
+        async def probe(self, name: str, candidate: Installed, activation: Activation) -> Figures:
             tried.append(candidate.manifest.version)
+            return Figures("probe")
 
     one, tried = b"good one", list[str]()
     tools = adapter(hub, "a", one, tmp_path)

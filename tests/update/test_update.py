@@ -21,6 +21,7 @@ from edge_agent.errors import Fatal, Refused, Retry
 from edge_agent.update.machine import AFTER_RESTART, MAX_TRIALS, TRANSITIONS, Machine, State, Target
 from edge_agent.update.service import BundleReport, UpdateService
 from edge_agent.update.slots import Installed
+from edge_agent.update.trial import Activation, Figures
 from edge_agent.wire.bundle import FileEntry, content_digest
 from edge_agent.wire.chunks import MAX_CHUNK
 from tests.update.plant_hub import PlantHub, ReadsGood, until
@@ -286,7 +287,7 @@ async def test_model_that_never_answers_its_trial_is_quarantined(hub: PlantHub, 
     class Dies:
         tries = 0
 
-        async def probe(self, name: str, candidate: Installed) -> None:
+        async def probe(self, name: str, candidate: Installed, activation: Activation) -> Figures:
             self.tries += 1
             raise Retry("the worker died")
 
@@ -343,12 +344,13 @@ def _crash(mode: str, tmp_path: Path, hub: PlantHub, old: Target, new: Target) -
         "new": {"version": new.version, "director": hub.directs(bundles={"net": new})},
     }  # fmt: skip
     command = [sys.executable, "-W", "error", "-m", "tests.update.crash", json.dumps(setup)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
+@pytest.mark.timeout(600)
 async def test_kill_at_any_point_leaves_one_good_version_and_then_converges(hub: PlantHub, tmp_path: Path) -> None:
     old = hub.publish("net", "1", {"model.bin": BIG, "same.txt": b"same"}, tmp_path)
     new = hub.publish("net", "2", {"model.bin": BIG + b"2", "same.txt": b"same", "sub/more": b"x" * 9000}, tmp_path)
