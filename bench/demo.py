@@ -13,7 +13,7 @@ import json
 import signal
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -128,12 +128,8 @@ class Demo:
             device = self.devices[DEVICES[number % len(DEVICES)]]
             began = time.monotonic()
             job = await hub.post(f"/v1/devices/{device.name}/tasks", {"text": task.text})
-            done = await until(f"task {number + 1}", 90, self._ended, hub, job["id"])
+            done = await until(f"task {number + 1}", 90, finished, hub, job["id"])
             self._judge(number, task, device, done, time.monotonic() - began)
-
-    async def _ended(self, hub: Hub, id: str) -> dict[str, Any] | None:
-        job: dict[str, Any] = await hub.get(f"/v1/jobs/{id}")
-        return job if job["state"] in TERMINAL else None
 
     def _judge(self, number: int, task: DemoTask, device: Device, job: dict[str, Any], seconds: float) -> None:
         result = job.get("result") or {}
@@ -230,7 +226,7 @@ class Demo:
         self.say(f"{device.name} killed with -9 in the middle of {LONG_TASK!r}")
         began = time.monotonic()
         await device.start()
-        done = await until("the task ending after the crash", 120, self._ended, hub, job["id"])
+        done = await until("the task ending after the crash", 120, finished, hub, job["id"])
         runs = (done.get("result") or {}).get("runs", 0)
         self.promise(
             "a killed daemon resumes its task",
@@ -289,6 +285,15 @@ class Demo:
         table.add_row("took", f"{summary['seconds']:.0f} s")
         self.console.print(table)
 
+    async def end(self, hub: Hub, report: Path, keep: bool) -> None:
+        """Write the report, and stay until a signal comes, if asked to."""
+        text = json.dumps(self.report, indent=1, ensure_ascii=False) + "\n"
+        await asyncio.to_thread(report.write_text, text)
+        self.say(f"the whole account: {report}")
+        if keep:
+            self.console.print(f"dashboard: {hub.url}   user admin, password {hub.password}   Ctrl-C ends it")
+            await asyncio.Event().wait()
+
 
 def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f} ms"
@@ -299,19 +304,19 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 110 else text[:109] + "…"
 
 
-async def run(folder: Path, cache: Path, console: Console, keep: bool, report: Path) -> dict[str, Any]:
+async def finished(hub: Hub, id: str) -> dict[str, Any] | None:
+    """A job when it has ended, for `until`."""
+    job: dict[str, Any] = await hub.get(f"/v1/jobs/{id}")
+    return job if job["state"] in TERMINAL else None
+
+
+async def run(folder: Path, cache: Path, console: Console, report: Path, keep: bool = False) -> dict[str, Any]:
     """The whole demo; the report. Raises OutriderError when something did not happen at all."""
-    me = asyncio.current_task()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the fleet is ended on the way out
-        asyncio.get_running_loop().add_signal_handler(number, lambda: me and me.cancel())
     demo = Demo(folder, console)
-    demo.title("models, from pinned packages to bundles")
-    names = (*BUNDLES, *({ADAPTER} & shipped().keys()))
-    bundles = {name: await asyncio.to_thread(_package, demo, name, cache) for name in names}
+    bundles = await packages(demo, (*BUNDLES, *({ADAPTER} & shipped().keys())), cache)
     manifests = {name: manifest for name, (_, manifest) in bundles.items()}
-    demo.report["digests"] = {name: manifest.meta["content_digest"] for name, manifest in manifests.items()}
     demo.began = time.monotonic()
-    async with _fleet(demo) as hub:
+    async with fleet(demo) as hub:
         demo.title("publish, assign, install over the wire")
         for bundle, _ in bundles.values():
             await asyncio.to_thread(publish, hub.url, hub.token, bundle)
@@ -325,13 +330,19 @@ async def run(folder: Path, cache: Path, console: Console, keep: bool, report: P
         demo.title("the books")
         await demo.books(hub)
         demo.table()
-        text = json.dumps(demo.report, indent=1, ensure_ascii=False) + "\n"
-        await asyncio.to_thread(report.write_text, text)
-        demo.say(f"the whole account: {report}")
-        if keep:
-            console.print(f"dashboard: {hub.url}   user admin, password {hub.password}   Ctrl-C ends it")
-            await asyncio.Event().wait()
+        await demo.end(hub, report, keep)
     return demo.report
+
+
+async def packages(demo: Demo, names: Iterable[str], cache: Path) -> dict[str, tuple[Path, Manifest]]:
+    """Bundles of these models by name; a signal from here on ends the demo with its fleet."""
+    me = asyncio.current_task()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, lambda: me and me.cancel())
+    demo.title("models, from pinned packages to bundles")
+    bundles = {name: await asyncio.to_thread(_package, demo, name, cache) for name in names}
+    demo.report["digests"] = {name: manifest.meta["content_digest"] for name, (_, manifest) in bundles.items()}
+    return bundles
 
 
 def _package(demo: Demo, name: str, cache: Path) -> tuple[Path, Manifest]:
@@ -345,7 +356,8 @@ def _package(demo: Demo, name: str, cache: Path) -> tuple[Path, Manifest]:
 
 
 @asynccontextmanager
-async def _fleet(demo: Demo) -> AsyncIterator[Hub]:
+async def fleet(demo: Demo) -> AsyncIterator[Hub]:
+    """The hub, with the devices enrolled."""
     async with AsyncExitStack() as stack:
         hub = await stack.enter_async_context(running(demo.folder))
         demo.say(f"hub at {hub.url} with its own broker")
