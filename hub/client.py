@@ -59,6 +59,9 @@ class HubClient:
     def post(self, path: str, body: dict[str, Any], **more: Any) -> Any:
         return _answer(self._http, "POST", path, json=body, **more)
 
+    def put(self, path: str, body: dict[str, Any]) -> Any:
+        return _answer(self._http, "PUT", path, json=body)
+
     def delete(self, path: str) -> Any:
         return _answer(self._http, "DELETE", path)
 

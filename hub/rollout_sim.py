@@ -7,6 +7,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -103,6 +104,17 @@ def play(
         step = STEP_S[0] if decisions else min(step * 2, STEP_S[1])
         now = min(now + step, max(now + STEP_S[0], events[0][0])) if events else now + step
     return Play(run, now - start, course)
+
+
+def facts(play: Play) -> dict[str, Any]:
+    """The play as JSON data."""
+    run = play.run
+    waves: list[Counter[str]] = [Counter() for _ in run.plan.stages]
+    for place in run.places.values():
+        waves[place.wave][place.step] += 1
+    said = {"status": run.status, "reason": run.reason, "wave": run.wave + 1, "seconds": play.seconds}
+    said |= {"devices": len(run.places), "told": play.told, "waves": [dict(sorted(each.items())) for each in waves]}
+    return said | {"course": [{"seconds": at, "wave": wave + 1, "steps": steps} for at, wave, steps in play.course]}
 
 
 def show(play: Play) -> str:

@@ -31,7 +31,12 @@ LOGO = (
     'stroke-linecap="round"><path d="M9 21a9.5 9.5 0 0 1 0-10M14 18.500a4.500 4.500 0 0 1 0-5"/></g>'
     '<circle cx="21" cy="16" r="4" fill="#fff"/></svg>'
 )
-NAVIGATION = (("/", "Fleet", "hub"), ("/models", "Models", "inventory_2"), ("/events", "Events", "history"))
+NAVIGATION = (
+    ("/", "Fleet", "hub"),
+    ("/models", "Models", "inventory_2"),
+    ("/rollouts", "Rollouts", "waves"),
+    ("/events", "Events", "history"),
+)
 LOOKS = {None: ("brightness_auto", "as the system"), True: ("dark_mode", "dark"), False: ("light_mode", "light")}
 NEXT_LOOK = {None: True, True: False, False: None}
 Show = Callable[[], Awaitable[None]]
@@ -161,7 +166,8 @@ def header(view: View) -> None:
     with ui.header().classes("top"), ui.element("nav"):
         ui.html(f'<a class="brand" href="/">{LOGO}<span>Outrider</span></a>')
         for target, text, icon in NAVIGATION:
-            here = view.path == target or (target == "/" and view.path.startswith("/devices"))
+            below = "/devices" if target == "/" else f"{target}/"
+            here = view.path == target or view.path.startswith(below)
             with ui.link(target=target).classes("nav here" if here else "nav"):
                 ui.icon(icon)
                 ui.label(text)

@@ -20,13 +20,13 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hub.errors import Refused
-from hub.ui import bundles, device, events, overview
+from hub.ui import bundles, device, events, overview, rollouts
 from hub.ui.frame import ACCENT, LOGO, Hub
 from hub.ui.sessions import COOKIE
 
 FOLDER = Path(__file__).parent
 STATIC = f"/_nicegui/{nicegui_version}/static"
-PAGES = (overview, device, bundles, events)  # importing them registers their routes
+PAGES = (overview, device, bundles, rollouts, events)  # importing them registers their routes
 MAX_FORM = 8192
 FIRST_TIME = (
     """<p class="faint">First time here? The hub printed the password of <code>admin</code> at its first start.</p>"""
