@@ -23,10 +23,11 @@ from edge_agent.sync.transport import MqttSession
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import check_name
 from hub import db as tables
-from hub.api import bundles, deadletters, devices, health, people, problems, rollouts
+from hub.api import blobs, bundles, deadletters, devices, health, people, problems, rollouts
 from hub.api.guard import declare_actions
 from hub.audit import Audit
 from hub.auth import GRANTS_RENEWAL_S, Auth, TokenKeys
+from hub.blobs import Uploads
 from hub.broker import EmbeddedBroker, Mosquitto
 from hub.ca import DAY_S, Authority
 from hub.db import Database
@@ -86,7 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     problems.install(app)
-    for router in (people.router, devices.router, deadletters.router, bundles.router, rollouts.router):
+    for router in (people.router, devices.router, deadletters.router, bundles.router, rollouts.router, blobs.router):
         declare_actions(router)
         app.include_router(router)
     app.include_router(health.router)
@@ -149,6 +150,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         registry=registry,
         rollouts=Rollouts(database, twin, registry, devices_, key),
         telemetry=Telemetry(database),
+        uploads=Uploads(settings.data),
         audit=Audit(database),
     )
     await stack.enter_async_context(session)

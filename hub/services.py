@@ -8,6 +8,7 @@ from edge_agent.wire.messages import Desired
 from edge_agent.wire.signing import SigningKey
 from hub.audit import Audit
 from hub.auth import Auth
+from hub.blobs import Uploads
 from hub.broker import EmbeddedBroker, Mosquitto
 from hub.db import Database
 from hub.devices import Devices
@@ -48,6 +49,7 @@ class Services:
     registry: Registry
     rollouts: Rollouts
     telemetry: Telemetry
+    uploads: Uploads
     audit: Audit
 
     async def assign_bundle(self, device: str, name: str, version: str, by: str) -> Desired:

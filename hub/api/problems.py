@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hub.errors import Refused
 
-MAX_BODY = 1 << 20  # bytes, all requests but blob uploads
+MAX_BODY = 1 << 20  # bytes, all requests but uploads
 MEDIA_TYPE = "application/problem+json"
 
 
@@ -24,7 +24,7 @@ class BoundedBody:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith("/v1/blobs/"):
+        if scope["type"] != "http" or scope["path"].startswith(("/v1/blobs/", "/v1/uploads/")):
             await self._app(scope, receive, send)
             return
         taken = 0

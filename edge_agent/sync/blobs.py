@@ -1,0 +1,127 @@
+"""Large payloads that go by HTTP: images, logs, support bundles; a record tells of each.
+
+    <folder>/<n>-<sha256>    waits for the hub, in the order of n
+
+Invariants: the file is on disk before the record that names it; it leaves when the hub has it whole, or when the quota
+makes it the victim (oldest first, told by a record too). A cut costs nothing that the hub has: it is asked how much is
+there, and the rest is sent (tus 1.0). What the hub refuses for good is told and let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+from base64 import b64encode
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import httpx
+
+from edge_agent.errors import Refused, Retry
+from edge_agent.sync.outbox import Outbox
+from edge_agent.trouble import Trouble
+from edge_agent.wire import durable
+
+QUOTA = 256 << 20  # bytes that may wait
+PIECE = 1 << 16
+BACKOFF_S = (1.0, 60.0)
+_FOR_GOOD = (400, 413, 422)
+PRIORITY = 4
+log = logging.getLogger(__name__)
+
+
+class Blobs:
+    """`run()` uploads what `put` keeps; `token` makes a fresh device token for each request."""
+
+    def __init__(
+        self, folder: Path, outbox: Outbox, client: httpx.AsyncClient, token: Callable[[], str], quota: int = QUOTA
+    ) -> None:
+        self._folder, self._outbox, self._client, self._token, self._quota = folder, outbox, client, token, quota
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._next = 1 + max((_order(path) for path in self._waiting()), default=0)
+        self._put, self._more = asyncio.Lock(), asyncio.Event()
+        self._trouble = Trouble(log, "uploads wait")
+
+    async def put(self, content: bytes, name: str, media_type: str = "application/octet-stream") -> str:
+        """Its SHA-256, once it and its record are on disk. Raises Refused past the quota, Retry for a full disk."""
+        if not 0 < len(content) <= self._quota:
+            raise Refused(f"{name} has {len(content)} bytes", f"1 to {self._quota} can be uploaded")
+        async with self._put:
+            sha256 = await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest())
+            for path in await asyncio.to_thread(self._victims, len(content)):
+                await self._let_go(path, "quota")
+            try:
+                await asyncio.to_thread(durable.write, self._folder / f"{self._next}-{sha256}", content, 0o600)
+            except OSError as error:
+                raise Retry(f"cannot keep {name}: {error}", "free some space on the disk") from error
+            self._next += 1
+            about = {"sha256": sha256, "size": len(content), "name": name, "media_type": media_type}
+            await self._outbox.append("blob", about, PRIORITY)
+        self._more.set()
+        return sha256
+
+    async def run(self) -> None:
+        delay = BACKOFF_S[0]
+        while True:
+            self._more.clear()
+            try:
+                for path in await asyncio.to_thread(self._waiting):
+                    await self._upload(path)
+                self._trouble.over()
+                delay = BACKOFF_S[0]
+                await self._more.wait()
+            except (Retry, httpx.HTTPError, OSError) as error:
+                self._trouble.tell(error)
+                await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+                delay = min(delay * 2, BACKOFF_S[1])
+
+    async def _upload(self, path: Path) -> None:
+        """Raises Retry or httpx.HTTPError when it is to be tried again."""
+        sha256, size = path.name.partition("-")[2], (await asyncio.to_thread(path.stat)).st_size
+        named = {"Upload-Length": str(size), "Upload-Metadata": f"sha256 {b64encode(sha256.encode()).decode()}"}
+        answer = await self._ask("POST", "/v1/uploads", named)
+        offset = int(answer.headers.get("Upload-Offset", 0)) if answer.status_code == 201 else 0
+        if answer.status_code == 201 and offset < size:
+            told = {"Upload-Offset": str(offset), "Content-Length": str(size - offset)}
+            told["Content-Type"] = "application/offset+octet-stream"
+            answer = await self._ask("PATCH", f"/v1/uploads/{sha256}", told, _pieces(path, offset))
+        if answer.is_success:
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+        elif answer.status_code in _FOR_GOOD:
+            await self._let_go(path, f"refused: {answer.text[:200]}")
+        else:
+            raise Retry(f"the hub answers {answer.status_code} to a blob: {answer.text[:200]}")
+
+    async def _ask(
+        self, method: str, path: str, headers: dict[str, str], content: AsyncIterator[bytes] | None = None
+    ) -> httpx.Response:
+        shown = {"Authorization": f"Bearer {self._token()}", "Tus-Resumable": "1.0.0"}
+        return await self._client.request(method, path, headers=shown | headers, content=content)
+
+    async def _let_go(self, path: Path, why: str) -> None:
+        await self._outbox.append("blob", {"sha256": path.name.partition("-")[2], "lost": why}, PRIORITY)
+        await asyncio.to_thread(path.unlink, missing_ok=True)
+
+    def _victims(self, size: int) -> list[Path]:
+        waiting = self._waiting()
+        room, victims = self._quota - size - sum(path.stat().st_size for path in waiting), []
+        while room < 0:
+            victims.append(waiting.pop(0))
+            room += victims[-1].stat().st_size
+        return victims
+
+    def _waiting(self) -> list[Path]:
+        return sorted((path for path in self._folder.iterdir() if path.name[0].isdigit()), key=_order)
+
+
+def _order(path: Path) -> int:
+    return int(path.name.partition("-")[0])
+
+
+async def _pieces(path: Path, offset: int) -> AsyncIterator[bytes]:
+    with await asyncio.to_thread(path.open, "rb") as file:
+        file.seek(offset)
+        while piece := await asyncio.to_thread(file.read, PIECE):
+            yield piece

@@ -1,0 +1,123 @@
+"""What devices upload beside their records: images, logs, support bundles.
+
+    <data>/uploads/<device>/<sha256>                whole, read back with that hash
+    <data>/uploads/<device>/<sha256>.<size>.part    what has come of it
+
+Invariants: a blob gets its name only whole and fsynced; one whose hash is wrong is begun anew; a device has at most
+`quota` bytes here, declared sizes counted, of which parts that nobody went on with for STALE_S go; one writer a blob.
+"""
+
+import asyncio
+import hashlib
+import os
+import re
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from edge_agent.wire import durable
+from hub.errors import Refused
+
+QUOTA = 1 << 30  # bytes of a device
+STALE_S = 7 * 86400.0
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class Uploads:
+    """Blobs by device and SHA-256. A device's name is one that enrolment took."""
+
+    def __init__(self, data_dir: Path, quota: int = QUOTA) -> None:
+        self._folder, self._quota = data_dir / "uploads", quota
+        self._busy: set[tuple[str, str]] = set()
+
+    async def begin(self, device: str, sha256: str, size: int) -> int:
+        """How many bytes are here. Raises Refused 422 (also for another size), 507 past the quota."""
+        if size <= 0:
+            raise Refused(422, f"a blob of {size} bytes", "declare its size in Upload-Length")
+        return await asyncio.to_thread(self._begin, device, _checked(sha256), size)
+
+    async def state(self, device: str, sha256: str) -> tuple[int, int]:
+        """Bytes here and bytes in all. Raises Refused 404."""
+        path, size = await asyncio.to_thread(self._find, device, _checked(sha256))
+        return (await asyncio.to_thread(path.stat)).st_size, size
+
+    async def append(self, device: str, sha256: str, at: int, pieces: AsyncIterator[bytes]) -> int:
+        """Add what comes, as far as it comes: how many bytes are here then.
+
+        Raises Refused 404, 409 for another offset than `state` gives, 413 for more than was declared, 422 for another
+        hash, 423 while somebody else appends, 507 when the disk is full.
+        """
+        path, size = await asyncio.to_thread(self._find, device, _checked(sha256))
+        if (device, sha256) in self._busy:
+            raise Refused(423, "this blob is being uploaded", "wait for that to end, then ask for the offset")
+        self._busy.add((device, sha256))
+        try:
+            here = (await asyncio.to_thread(path.stat)).st_size
+            if at != here:
+                raise Refused(409, f"offset {at}, but {here} bytes are here", "go on from there")
+            if path.name == sha256:
+                return here
+            with await asyncio.to_thread(path.open, "ab", 0) as file:
+                async for piece in pieces:
+                    here += len(piece)
+                    if here > size:
+                        raise Refused(413, f"more than the {size} bytes that were declared", "begin it anew")
+                    await asyncio.to_thread(file.write, piece)
+            if here == size:
+                await asyncio.to_thread(_complete, path, sha256)
+            return here
+        except OSError as error:
+            raise Refused(507, f"the hub cannot keep it: {error}", "free some space on the hub's disk") from error
+        finally:
+            self._busy.discard((device, sha256))
+
+    async def file(self, device: str, sha256: str) -> Path:
+        """A whole blob. Raises Refused 404."""
+        path, _ = await asyncio.to_thread(self._find, device, _checked(sha256))
+        if path.name != sha256:
+            raise Refused(404, f"blob {sha256} of {device} has not come whole", "the device goes on with it by itself")
+        return path
+
+    def _begin(self, device: str, sha256: str, size: int) -> int:
+        folder = self._folder / device
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        taken = 0
+        for path in folder.iterdir():
+            if path.name.startswith(sha256):
+                if _size(path) != size:
+                    raise Refused(422, f"this blob was declared with {_size(path)} bytes, not {size}", "which is it?")
+                return path.stat().st_size
+            if path.suffix == ".part" and time.time() - path.stat().st_mtime > STALE_S:
+                path.unlink()
+            else:
+                taken += _size(path)
+        if taken + size > self._quota:
+            raise Refused(507, f"{device} has {taken} bytes here and may have {self._quota}", "remove some at the hub")
+        (folder / f"{sha256}.{size}.part").touch()
+        durable.sync(folder)
+        return 0
+
+    def _find(self, device: str, sha256: str) -> tuple[Path, int]:
+        for path in (self._folder / device).glob(f"{sha256}*"):
+            return path, _size(path)
+        raise Refused(404, f"{device} has begun no blob {sha256}", "POST /v1/uploads first")
+
+
+def _checked(sha256: str) -> str:
+    if not _SHA256.fullmatch(sha256):
+        raise Refused(422, f"{sha256[:80]!r} is not a SHA-256", "64 hexadecimal digits, lower case")
+    return sha256
+
+
+def _size(path: Path) -> int:
+    return int(path.name.split(".")[1]) if path.suffix == ".part" else path.stat().st_size
+
+
+def _complete(path: Path, sha256: str) -> None:
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            path.unlink()
+            raise Refused(422, f"what came is not {sha256}", "begin it anew")
+        os.fsync(file.fileno())
+    path.replace(path.with_name(sha256))
+    durable.sync(path.parent)

@@ -1,0 +1,162 @@
+"""What a device uploads arrives whole, however often it is cut, and nobody else's token puts it there."""
+
+import asyncio
+import contextlib
+import hashlib
+import random
+import time
+from base64 import b64encode
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from bench.fleet import free_port
+from bench.link import Link
+from edge_agent.errors import Refused
+from edge_agent.store import Store
+from edge_agent.sync.blobs import Blobs
+from edge_agent.sync.outbox import Outbox
+from edge_agent.wire.signing import SigningKey
+from edge_agent.wire.tokens import issue_device_token
+from hub.blobs import Uploads
+from hub.errors import Refused as HubRefused
+from tests.hub.rig import Device, Hub, enrolled, running, until
+
+
+class Cutter(Link):
+    """Cuts a connection after so many bytes, while it has some."""
+
+    def __init__(self, port: int, cuts: list[int]) -> None:
+        super().__init__("127.0.0.1", port)
+        self.cuts, self.carried = cuts, 0
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:  # type: ignore[override]
+        left = self.cuts.pop(0) if self.cuts else 1 << 40
+        with contextlib.suppress(OSError):
+            while data := await reader.read(8192):
+                writer.write(data[:left])
+                await writer.drain()
+                self.carried += len(data[:left])
+                left -= len(data)
+                if left <= 0:
+                    writer.transport.abort()
+
+
+@pytest.fixture
+async def served(hub: Hub) -> AsyncIterator[int]:
+    config = uvicorn.Config(hub.app, port=(port := free_port()), lifespan="off", log_level="error")
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve())
+    await until(lambda: server.started)
+    yield port
+    server.should_exit = True
+    await task
+
+
+@contextlib.asynccontextmanager
+async def blobs(device: Device, state: Path, port: int, quota: int = 1 << 24) -> AsyncIterator[tuple[Blobs, Outbox]]:
+    store = Store(state / "outrider.db")
+    outbox = await Outbox.open(store)
+
+    def token() -> str:
+        return issue_device_token(device.key, device.fleet, device.name, now=time.time())
+
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+        yield Blobs(state / "blobs", outbox, client, token, quota), outbox
+    store.close()
+
+
+async def test_an_upload_cut_at_random_bytes_arrives_whole_and_sends_nothing_twice(
+    hub: Hub, served: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.sync.blobs.BACKOFF_S", (0.01, 0.02))
+    device, chance = await enrolled(hub, "press-1"), random.Random(11)
+    content = chance.randbytes(3_000_000)
+    cuts = [chance.randrange(600_000) for _ in range(12)]
+    async with Cutter(served, cuts) as link, blobs(device, tmp_path, link.port) as (queue, outbox):
+        sha256 = await queue.put(content, "bundle.tar", "application/x-tar")
+        task = asyncio.create_task(queue.run())
+        await until(lambda: not list((tmp_path / "blobs").iterdir()), 60)
+        task.cancel()
+        part = await outbox.batch(0)
+    assert not cuts, "every cut was made"
+    assert link.carried < 1.4 * len(content) + 12 * 200_000, "what the hub had was not sent again"
+    assert part is not None
+    assert sha256.encode() in part.lines[0], "a record names it"
+    admin = await hub.login()
+    answer = await admin.get(f"/v1/devices/press-1/blobs/{sha256}")
+    assert hashlib.sha256(answer.content).hexdigest() == sha256
+    assert (await hub.http.get(f"/v1/devices/press-1/blobs/{sha256}")).status_code == 401
+
+
+async def test_past_the_devices_quota_the_oldest_goes_and_is_told(hub: Hub, served: int, tmp_path: Path) -> None:
+    device = await enrolled(hub, "press-1")
+    async with blobs(device, tmp_path, served, quota=1000) as (queue, outbox):
+        first = await queue.put(bytes(600), "a")
+        await queue.put(b"1" * 600, "b")
+        with pytest.raises(Refused):
+            await queue.put(bytes(1001), "c")
+        part = await outbox.batch(0)
+    assert len(list((tmp_path / "blobs").iterdir())) == 1
+    assert part is not None
+    assert first.encode() in part.lines[1]
+    assert b'"lost":"quota"' in part.lines[1]
+
+
+async def begin(client: httpx.AsyncClient, content: bytes, sha256: str = "") -> httpx.Response:
+    named = b64encode((sha256 or hashlib.sha256(content).hexdigest()).encode()).decode()
+    told = {"Upload-Length": str(len(content)), "Upload-Metadata": f"filename eA==,sha256 {named}"}
+    return await client.post("/v1/uploads", headers=told)
+
+
+def as_device(hub: Hub, device: Device, key: SigningKey | None = None) -> httpx.AsyncClient:
+    return hub.client(issue_device_token(key or device.key, device.fleet, device.name, now=time.time()))
+
+
+async def test_only_the_devices_own_key_uploads_and_only_what_was_declared(hub: Hub) -> None:
+    device, content = await enrolled(hub, "press-1"), b"x" * 1000
+    assert (await begin(as_device(hub, device, SigningKey.generate()), content)).status_code == 401
+    assert (await begin(await hub.user("viewer"), content)).status_code == 403
+    assert (await begin(await hub.login(), content)).status_code == 422
+    client = as_device(hub, device)
+    at = (await begin(client, content)).headers["Location"]
+    assert (await client.patch(at, headers={"Upload-Offset": "1"}, content=content[1:])).status_code == 409
+    assert (await client.patch(at, headers={"Upload-Offset": "0"}, content=content + b"y")).status_code == 413
+    await begin(client, b"y" * 1000, hashlib.sha256(b"z" * 1000).hexdigest())
+    wrong = f"/v1/uploads/{hashlib.sha256(b'z' * 1000).hexdigest()}"
+    assert (await client.patch(wrong, headers={"Upload-Offset": "0"}, content=b"y" * 1000)).status_code == 422
+    assert (await client.head(wrong)).status_code == 404, "it is begun anew"
+    assert (await begin(client, content, "../../etc/passwd")).status_code == 422
+
+
+async def test_a_device_cannot_fill_the_hub(tmp_path: Path) -> None:
+    uploads = Uploads(tmp_path, quota=1000)
+    await uploads.begin("press-1", "a" * 64, 600)
+    assert await uploads.begin("press-1", "a" * 64, 600) == 0, "the same again"
+    with pytest.raises(HubRefused) as caught:
+        await uploads.begin("press-1", "b" * 64, 600)
+    assert caught.value.status == 507
+    assert await uploads.begin("press-2", "b" * 64, 600) == 0, "another device has its own"
+
+
+async def test_a_restarted_hub_goes_on_with_an_upload(tmp_path: Path) -> None:
+    content = random.Random(2).randbytes(5000)
+    async with running(tmp_path / "hub") as hub:
+        device = await enrolled(hub, "press-1")
+        client = as_device(hub, device)
+        at = (await begin(client, content)).headers["Location"]
+        sha256 = at.rpartition("/")[2]
+
+        async def half() -> AsyncIterator[bytes]:
+            yield content[:2500]
+
+        await hub.services.uploads.append("press-1", sha256, 0, half())
+    async with running(tmp_path / "hub") as hub:
+        client = as_device(hub, device)
+        assert (await client.head(at)).headers["Upload-Offset"] == "2500"
+        answer = await client.patch(at, headers={"Upload-Offset": "2500"}, content=content[2500:])
+        assert (answer.status_code, answer.headers["Upload-Offset"]) == (204, "5000")
+        assert (await hub.services.uploads.file("press-1", sha256)).read_bytes() == content
