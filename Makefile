@@ -29,7 +29,7 @@ demo: models ## a hub, three devices, ten tasks, a cut cable: the main job in fo
 	@$(BIN)/outrider demo $(ARGS)
 
 test: models system ## the whole test suite
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 faults: models system ## the fault matrix against real processes: prints it and writes docs/reliability.md (minutes)
 	@$(BIN)/python -m tests.faults --docs docs/reliability.md $(ARGS)
