@@ -140,8 +140,8 @@ class Slots:
         missing = []
         for entry in manifest.files:
             target = files / entry.path
-            if target.is_file() and target.stat().st_size == entry.size:
-                continue
+            if target.is_file() and target.stat().st_size == entry.size and sha256_file(target) == entry.sha256:
+                continue  # a power loss keeps a length without its bytes
             if target.is_file():
                 target.unlink()
             source = held.get(entry.sha256)

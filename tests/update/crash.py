@@ -1,7 +1,8 @@
 """Kills an update at every durable step. Run as a process: `python -m tests.update.crash SETUP-JSON`.
 
 The parent forks one child per crash point; the child dies by SIGKILL there. Then the disk is judged, and a second
-child runs to the end.
+child runs to the end. Mode `sweep` counts the steps; mode `states` names those where a state or a pointer changes, and
+with `disk` the power fails there: the file system is shut down with no flush, then mounted again.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from typing import Any
 
 from edge_agent.update import download, trust
 from edge_agent.update.download import Downloads, hub_client
-from edge_agent.update.machine import Machine
+from edge_agent.update.machine import Machine, State
 from edge_agent.update.service import BundleReport, UpdateService
 from edge_agent.update.slots import Installed, Slots
 from edge_agent.update.trial import Activation, Figures
 from edge_agent.update.trust import Director, Repository
 from edge_agent.wire import durable
+from edge_agent.wire.bundle import Target
 from edge_agent.wire.signing import SigningKey, VerifyKey
 from edge_agent.wire.tokens import issue_device_token
+from tests.faults.disk import Disk
 from tests.update.plant_hub import DEVICE, FLEET, ReadsGood
 
 
@@ -71,10 +74,49 @@ class Points:
         return wrapped
 
 
-def run(setup: dict[str, Any], state: Path, wanted: dict[str, Any], die_at: int) -> None:
+class Named(Points):
+    """Points by name: before and after a state is saved, after its action, around a pointer's move."""
+
+    def __init__(self, die_at: str, lose_power: Callable[[], None] | None, told: Path) -> None:
+        super().__init__(0)
+        self._name, self._lose_power, self._told = die_at, lose_power, told
+        self._names: list[str] = []
+
+    def named(self, name: str) -> None:
+        if name not in self._names:
+            self._names.append(name)
+            self._told.write_text(json.dumps(self._names))
+        if name == self._name:
+            if self._lose_power is not None:
+                self._lose_power()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def patch(self) -> None:
+        save, step, point = Machine._save, UpdateService._step, Slots._point
+
+        def saved(machine: Machine) -> None:
+            self.named(f"enter {machine.update.state}")
+            save(machine)
+            self.named(f"in {machine.update.state}")
+
+        async def stepped(service: UpdateService, name: str, state: State, target: Target) -> State:
+            after = await step(service, name, state, target)
+            self.named(f"leave {state}")
+            return after
+
+        def pointed(slots: Slots, name: str, pointer: str, id: str) -> None:
+            self.named(f"before {pointer} moves")
+            point(slots, name, pointer, id)
+            self.named(f"after {pointer} moved")
+
+        Machine._save, UpdateService._step, Slots._point = saved, stepped, pointed  # type: ignore[method-assign]
+
+
+def run(setup: dict[str, Any], state: Path, wanted: dict[str, Any], points: Points) -> None:
     """One life of the service: ends when the target runs, has failed, or by its own kill."""
-    points = Points(die_at)
-    if die_at:
+    if isinstance(points, Named):
+        points.patch()
+    elif points.die_at:
         durable.sync = points.around(durable.sync)
         download._keep = points.around(download._keep, times=4)
         trust.DurableUpdater._persist_file = points.once(trust.DurableUpdater._persist_file)  # type: ignore[method-assign]
@@ -138,22 +180,52 @@ def forked(*args: Any) -> bool:
 
 def sweep(setup: dict[str, Any]) -> None:
     base, state = Path(setup["state"]) / "base", Path(setup["state"]) / "state"
-    assert not forked(setup, base, setup["old"], 0)
+    assert not forked(setup, base, setup["old"], Points(0))
     kills: list[dict[str, Any]] = []
     for die_at in range(1, 400):
         for end in ("", "-trust"):
             shutil.rmtree(f"{state}{end}", ignore_errors=True)
             shutil.copytree(f"{base}{end}", f"{state}{end}", symlinks=True)
-        if not forked(setup, state, setup["new"], die_at):
+        if not forked(setup, state, setup["new"], Points(die_at)):
             break
-        slots = Slots(state)
-        current = slots.current("net")
-        found = slots.check("net", current.id).manifest.version if current else ""
-        left = Machine(state / "net" / "update.json").load()
-        assert not forked(setup, state, setup["new"], 0)
-        after = slots.current("net")
-        version = slots.check("net", after.id).manifest.version if after else ""
-        kills.append({"at": die_at, "state": left, "current": found, "after": version})
+        kills.append({"at": die_at} | judged(setup, state))
+    print(json.dumps({"kills": kills}))
+
+
+def judged(setup: dict[str, Any], state: Path) -> dict[str, Any]:
+    """What a kill left, and what the next life made of it. Raises Refused where a current version is not whole."""
+    slots = Slots(state)
+    current = slots.current("net")
+    found = slots.check("net", current.id).manifest.version if current else ""
+    left = Machine(state / "net" / "update.json").load()
+    assert not forked(setup, state, setup["new"], Points(0))
+    after = slots.current("net")
+    version = slots.check("net", after.id).manifest.version if after else ""
+    return {"state": left, "current": found, "after": version}
+
+
+def states(setup: dict[str, Any]) -> None:
+    where, told = Path(setup["state"]), Path(setup["state"]).with_name("points.json")
+    disk = Disk(where) if setup["disk"] else None
+    base, state = Path(setup["state"]).with_name("base"), where / "state"
+    assert not forked(setup, base, setup["old"], Points(0))
+    names, kills = [""], list[dict[str, Any]]()
+    for name in names:
+        for end in ("", "-trust"):
+            shutil.rmtree(f"{state}{end}", ignore_errors=True)
+            shutil.copytree(f"{base}{end}", f"{state}{end}", symlinks=True)
+        os.sync()
+        killed = forked(setup, state, setup["new"], Named(name, disk and disk.lose_power, told))
+        if not name:
+            names += json.loads(told.read_text())
+            continue
+        assert killed, name
+        if disk is not None:
+            disk.unmount()
+            disk.mount()
+        kills.append({"at": name} | judged(setup, state))
+    if disk is not None:
+        disk.unmount()
     print(json.dumps({"kills": kills}))
 
 
@@ -162,6 +234,6 @@ if __name__ == "__main__":
     if given["mode"] == "full":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
-        run(given, Path(given["state"]), given["new"], 0)
+        run(given, Path(given["state"]), given["new"], Points(0))
     else:
-        sweep(given)
+        {"sweep": sweep, "states": states}[given["mode"]](given)

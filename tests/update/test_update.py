@@ -335,16 +335,16 @@ async def test_damaged_version_gives_way_at_start_and_is_fetched_again(
         await until(lambda: it.running[-1] == "2")
 
 
-def _crash(mode: str, tmp_path: Path, hub: PlantHub, old: Target, new: Target) -> dict[str, Any]:
+def _crash(mode: str, tmp_path: Path, hub: PlantHub, old: Target, new: Target, **more: Any) -> dict[str, Any]:
     hub.device_key.save(tmp_path / "device.key")
-    setup = {
+    setup = more | {
         "mode": mode, "url": hub.url, "hub_key": hub.key.public.text, "device_key": str(tmp_path / "device.key"),
         "state": str(tmp_path / "crash"),
         "old": {"version": old.version, "director": hub.directs(bundles={"net": old})},
         "new": {"version": new.version, "director": hub.directs(bundles={"net": new})},
     }  # fmt: skip
     command = [sys.executable, "-W", "error", "-m", "tests.update.crash", json.dumps(setup)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=850, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
