@@ -223,7 +223,8 @@ class Daemon:
 
     def _allowed(self, subject: Subject, action: str, resource: str) -> bool:
         grants = self._cache.grants
-        return grants is not None and allowed(grants, subject, action, resource, now=time.time())
+        device = self._identity.enrolled.device
+        return grants is not None and allowed(grants, subject, action, resource, now=time.time(), device=device)
 
     def _runner(self) -> list[str]:
         options = [part for option in self._settings.option for part in ("--option", option)]

@@ -9,6 +9,7 @@ for a while, both with a bounded memory, and an unknown name is treated like a k
 
 import asyncio
 import hashlib
+import logging
 import re
 import secrets
 import time
@@ -17,26 +18,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, InvalidHashError
 
 from edge_agent.wire import tokens
 from edge_agent.wire.errors import WireError
-from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, allowed, public_jwk, sign_grants
+from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, allowed, groups_named, public_jwk, sign_grants
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import check_name
 from hub import audit
-from hub.db import Database, refresh_tokens, roles, settings, users
+from hub.db import Database, devices, refresh_tokens, roles, settings, users
 from hub.errors import Refused
 
 TOKEN_LIFETIME_S = 3600.0
+log = logging.getLogger(__name__)
 GRANTS_LIFETIME_S = 30 * 86400.0  # a device without network keeps its permissions this long
 GRANTS_RENEWAL_S = 3600.0  # also how old a device's floor of time may be while it is connected
 REFRESH_LIFETIME_S = 30 * 86400.0  # from the login on, however often it is renewed
 KEY_LIFETIME_S = 90 * 86400.0
 MIN_PASSWORD = 8
-_PERMISSION = re.compile(r"(\*|[a-z-]+):(\*|[a-z-]+)(:[^:\s]{1,128})?")
+MAX_GROUPS = 128 * 1024  # bytes in grants, which devices take up to 256 KiB of
+_CONDITION = r"(?:device|group|tool|model)=[^:\s=&]{1,128}"
+_PERMISSION = re.compile(rf"(\*|[a-z-]+):(\*|[a-z-]+)(:([^:\s=&]{{1,128}}|{_CONDITION}(&{_CONDITION}){{0,3}}))?")
+_EXAMPLES = "such as call:tool:set_* or call:tool:group=line-2&tool=set_*"
 _hasher = PasswordHasher()
 _DUMMY_HASH = _hasher.hash(secrets.token_hex(8))
 
@@ -141,10 +147,20 @@ class Auth:
                 roles=custom | SHIPPED_ROLES,
                 jwks=self.keys.jwks,
                 revoked={row.name: row.revoked for row in revoked},
+                groups=_groups(connection, groups_named(custom)) or msgspec.UNSET,
             )
 
         self.grants = await self._db.write(change)
+        if len(msgspec.json.encode(self.grants.groups or {})) > MAX_GROUPS:
+            log.error("groups are left out of the grants, as they are too large: name fewer of them in roles' scopes")
+            self.grants = msgspec.structs.replace(self.grants, groups=msgspec.UNSET)
         self.grants_text = sign_grants(self._key, self.grants)
+
+    async def regroup(self) -> bool:
+        """After a device changed its groups: whether there are new grants, as some role's scope names a group."""
+        if scoped := bool(groups_named(self.grants.roles)):
+            await self.issue_grants()
+        return scoped
 
     async def rotate_keys(self, by: str) -> None:
         """Sign with the next key from now on, and let everybody know the one after it."""
@@ -157,7 +173,7 @@ class Auth:
         if name in SHIPPED_ROLES:
             raise Refused(409, f"{name} ships with Outrider", "make a role of another name")
         if wrong := [each for each in permissions or [] if not _PERMISSION.fullmatch(each)]:
-            raise Refused(422, f"not permissions: {wrong}", "verb:noun or verb:noun:scope, such as call:tool:set_*")
+            raise Refused(422, f"not permissions: {wrong}", f"verb:noun or verb:noun:scope, {_EXAMPLES}")
         _checked_name(name, "role")
 
         def change(connection: sa.Connection) -> None:
@@ -290,11 +306,21 @@ class Auth:
         except WireError as error:
             raise Refused(401, str(error), "log in again: outrider hub login") from None
 
-    def require(self, subject: Subject, action: str, resource: str = "") -> None:
+    def require(self, subject: Subject, action: str, device: str = "") -> None:
         """Raises Refused 403 when the subject may not."""
-        if not allowed(self.grants, subject, action, resource, now=time.time()):
+        if not allowed(self.grants, subject, action, device, now=time.time(), device=device):
             roles = ", ".join(subject.roles) or "no role"
             raise Refused(403, f"{subject.name} may not {action}", f"{subject.name} has {roles}; ask an admin")
+
+
+def _groups(connection: sa.Connection, named: set[str]) -> dict[str, list[str]]:
+    """The devices of those groups that are named, by group."""
+    found: dict[str, list[str]] = {}
+    rows = connection.execute(sa.select(devices.c.name, devices.c.labels).order_by(devices.c.name)) if named else ()
+    for row in rows:
+        for group in named & set(row.labels.get("groups", ())):
+            found.setdefault(group, []).append(row.name)
+    return found
 
 
 def _new_refresh(connection: sa.Connection, row: dict[str, Any]) -> str:

@@ -123,7 +123,7 @@ class Caller:
     def must(self, action: str, resource: str = "") -> None:
         """Raises Denied unless the grants allow it."""
         gate, roles = self._gate, ", ".join(self.subject.roles) or "none"
-        if not allowed(_grants(gate.device), self.subject, action, resource, now=self.now):
+        if not allowed(_grants(gate.device), self.subject, action, resource, now=self.now, device=gate.name):
             what = f"{action} {resource}".strip()
             raise Denied(f"{self.subject.name} may not {what}", f"the roles of this token are {roles}")
 

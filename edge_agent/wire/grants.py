@@ -45,7 +45,10 @@ SHIPPED_ROLES: dict[str, list[str]] = {
 
 
 class Grants(msgspec.Struct, frozen=True):
-    """Roles and their permissions `verb:noun[:scope]`, the hub's keys now and next, and who was revoked when."""
+    """Roles and their permissions `verb:noun[:scope]`, the hub's keys now and next, and who was revoked when.
+
+    `groups` has the devices of each group that a scope names.
+    """
 
     epoch: int
     issued_at: float
@@ -54,6 +57,7 @@ class Grants(msgspec.Struct, frozen=True):
     jwks: list[dict[str, str]]
     revoked: dict[str, float] = {}
     v: int = VERSION
+    groups: dict[str, list[str]] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Subject(msgspec.Struct, frozen=True):
@@ -95,9 +99,11 @@ def verify_grants(key: VerifyKey, text: str, known_epoch: int = 0) -> Grants:
     return grants
 
 
-def allowed(grants: Grants, subject: Subject, action: str, resource: str = "", *, now: float) -> bool:
-    """May the subject do `verb:noun` to the resource at `now`? No unless a permission says so.
+def allowed(grants: Grants, subject: Subject, action: str, resource: str = "", *, now: float, device: str = "") -> bool:
+    """May the subject do `verb:noun` to the resource on the device at `now`? No unless a permission says so.
 
+    A scope is a pattern for the resource (for the device, where none is named), or such conditions as
+    `group=line-2&tool=set_*`, of `device`, `group`, `tool` and `model`, which must all hold.
     When the grants were issued is signed, so a clock that stands before that is wrong and is not believed.
     """
     now = max(now, grants.issued_at)
@@ -111,6 +117,32 @@ def allowed(grants: Grants, subject: Subject, action: str, resource: str = "", *
         for permission in grants.roles.get(role, []):
             p_verb, _, rest = permission.partition(":")
             p_noun, _, scope = rest.partition(":")
-            if p_verb in (verb, "*") and p_noun in (noun, "*") and (not scope or fnmatchcase(resource, scope)):
+            if p_verb in (verb, "*") and p_noun in (noun, "*") and _within(scope, grants, noun, resource, device):
                 return True
     return False
+
+
+def _within(scope: str, grants: Grants, noun: str, resource: str, device: str) -> bool:
+    for condition in scope.split("&") if scope else ():
+        kind, named, pattern = condition.rpartition("=")
+        groups = grants.groups or {}
+        match kind:
+            case "" if not named:
+                holds = fnmatchcase(resource or device, pattern)
+            case "device":
+                holds = bool(device) and fnmatchcase(device, pattern)
+            case "group":
+                holds = device in groups.get(pattern, ())
+            case "tool" | "model":
+                holds = noun == kind and fnmatchcase(resource, pattern)
+            case _:
+                holds = False
+        if not holds:
+            return False
+    return True
+
+
+def groups_named(roles: dict[str, list[str]]) -> set[str]:
+    """The groups that some scope names."""
+    scopes = (permission.split(":", 2)[2:] for given in roles.values() for permission in given)
+    return {part[6:] for scope in scopes for whole in scope for part in whole.split("&") if part.startswith("group=")}

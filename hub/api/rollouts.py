@@ -68,4 +68,7 @@ async def command(
 async def label(
     device: str, body: Labels, hub: Hub, who: Annotated[Subject, Depends(May("label:device"))]
 ) -> dict[str, Any]:
-    return await hub.rollouts.label(device, body.model_dump(), who.name)
+    labels = await hub.rollouts.label(device, body.model_dump(), who.name)
+    if await hub.auth.regroup():
+        await hub.publish_grants()
+    return labels

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from starlette.routing import Route
 
@@ -74,8 +75,9 @@ async def client(plant: Plant) -> AsyncIterator[httpx.AsyncClient]:
         yield made
 
 
-def bearer(*roles: str, key: SigningKey = KEY, now: float = NOW) -> dict[str, str]:
-    return {"Authorization": f"Bearer {issue_access_token(key, 'ada', list(roles), now=now, lifetime_s=600)}"}
+def bearer(*roles: str, key: SigningKey = KEY, ago_s: float = 0.0) -> dict[str, str]:
+    token = issue_access_token(key, "ada", list(roles), now=time.time() - ago_s, lifetime_s=600)
+    return {"Authorization": f"Bearer {token}"}
 
 
 ROUTES = [
@@ -96,7 +98,7 @@ async def test_every_route_asks_for_a_token(client: httpx.AsyncClient, method: s
         {"Authorization": "Bearer nonsense"},
         {"Authorization": "Basic YTpi"},
         bearer("admin", key=others),
-        bearer("admin", now=NOW - 7200),
+        bearer("admin", ago_s=7200),
         {"Authorization": f"Bearer {issue_device_token(KEY, 'outrider', 'ada', now=NOW)}"},
     ]
     for headers in bad:
@@ -127,6 +129,19 @@ async def test_the_health_of_the_device_needs_no_token(client: httpx.AsyncClient
     assert (await client.get("/v1/status", headers=bearer("admin"))).status_code == 503
 
 
+async def test_a_role_for_a_group_is_good_on_the_devices_of_that_group_alone(plant: Plant) -> None:
+    assert plant.known is not None
+    roles, groups = {"fitter": ["run:task:group=line-2"]}, {"line-2": ["press-1"]}
+    plant.known = msgspec.structs.replace(plant.known, roles=roles, groups=groups)
+    codes = []
+    for name in ("press-1", "press-2"):
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(create_app(plant, name=name)), base_url="http://d"
+        ) as at:
+            codes.append((await at.post("/v1/tasks", json={"text": "how hot"}, headers=bearer("fitter"))).status_code)
+    assert codes == [202, 403]
+
+
 async def test_an_operator_runs_a_task_and_reads_it(client: httpx.AsyncClient, plant: Plant) -> None:
     accepted = await client.post("/v1/tasks", json={"text": "how hot"}, headers=bearer("operator"))
     assert (accepted.status_code, accepted.json()) == (202, {"id": "t1"})
@@ -143,7 +158,7 @@ async def test_a_role_that_may_not_is_told_which_permission_is_missing(client: h
     assert "viewer" in refused.json()["hint"]
     tool = await client.post("/v1/tools/stop_line", json={}, headers=bearer("viewer"))
     assert tool.status_code == 403
-    plant.known = Grants(2, NOW, NOW + 3600, SHIPPED_ROLES, [public_jwk(KEY.public)], {"ada": NOW})
+    plant.known = Grants(2, NOW, NOW + 3600, SHIPPED_ROLES, [public_jwk(KEY.public)], {"ada": time.time()})
     revoked = await client.post("/v1/tasks", json={"text": "x"}, headers=bearer("admin"))
     assert revoked.status_code == 403
     plant.known = Grants(3, NOW - 7200, NOW - 60, SHIPPED_ROLES, [public_jwk(KEY.public)])

@@ -86,9 +86,9 @@ async def test_a_devices_own_token_opens_blobs_bundles_uploads_and_grants_only(h
     forged = hub.client(tokens.issue_device_token(SigningKey.generate(), "main", "press-1", now=time.time()))
     for method, path, action in await routes(hub):
         if action:
-            opens = path == "/v1/devices/{device}/certificate" or path.startswith("/v1/uploads") or (method in ("GET", "HEAD") and path in (
-                "/v1/grants", "/v1/blobs/{sha256}", "/v1/trust", "/v1/trust/{file}"
-            ))  # fmt: skip
+            own = path == "/v1/devices/{device}/certificate" or path.startswith("/v1/uploads")
+            shared = ("/v1/grants", "/v1/blobs/{sha256}", "/v1/trust", "/v1/trust/{file}")
+            opens = own or (method in ("GET", "HEAD") and path in shared)
             assert (await call(client, method, path) != 401) is opens, (method, path)
             assert await call(forged, method, path) == 401
 
@@ -180,3 +180,30 @@ async def test_the_page_of_the_api_loads_nothing_from_elsewhere(hub: Hub) -> Non
     for address in addresses:
         assert address.startswith("/"), address
         assert (await hub.http.get(address)).status_code == 200
+
+
+async def test_a_role_for_a_group_reaches_its_devices_alone_at_the_hub_and_on_the_device(hub: Hub) -> None:
+    admin = await hub.login()
+    for name in ("press-1", "press-2"):
+        await enrolled(hub, name)
+    for wrong in ("run:task:group=", "run:task:planet=mars", "run:task:group=a&b"):
+        answer = await admin.put("/v1/roles/line-2", json={"permissions": [wrong]})
+        assert answer.status_code == 422, wrong
+    given = ["run:task:group=line-2", "call:tool:group=line-2&tool=set_*"]
+    assert (await admin.put("/v1/roles/line-2", json={"permissions": given})).status_code == 204
+    ann = await hub.user("line-2")
+
+    async def asked(device: str) -> int:
+        return (await ann.post(f"/v1/devices/{device}/tasks", json={"text": "stop line 2"})).status_code
+
+    assert [await asked("press-1"), await asked("press-2")] == [403, 403], "nobody is in the group"
+    labelled = await admin.put("/v1/devices/press-1/labels", json={"groups": ["line-2"], "tags": []})
+    assert labelled.status_code == 200, labelled.text
+    assert [await asked("press-1"), await asked("press-2")] == [201, 403]
+    there = verify_grants(hub.services.key.public, (await admin.get("/v1/grants")).text)
+    subject, now = Subject("some-line-2", ["line-2"], time.time() + 1), time.time()
+    assert allowed(there, subject, "call:tool", "set_speed", now=now, device="press-1")
+    assert not allowed(there, subject, "call:tool", "stop_line", now=now, device="press-1")
+    assert not allowed(there, subject, "call:tool", "set_speed", now=now, device="press-2")
+    await admin.put("/v1/devices/press-1/labels", json={"groups": [], "tags": []})
+    assert await asked("press-1") == 403

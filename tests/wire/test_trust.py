@@ -90,6 +90,36 @@ def test_a_scope_narrows_a_permission() -> None:
     assert not allowed(grants, ann, "call:tool", now=NOW)
 
 
+@pytest.mark.parametrize(
+    ("permission", "action", "resource", "device", "yes"),
+    [
+        ("run:task:group=line-2", "run:task", "", "press-1", True),
+        ("run:task:group=line-2", "run:task", "", "press-9", False),
+        ("run:task:group=line-2", "run:task", "", "", False),
+        ("run:task:group=nobody", "run:task", "", "press-1", False),
+        ("run:task:device=press-*", "run:task", "", "press-9", True),
+        ("run:task:device=*", "run:task", "", "", False),
+        ("run:task:press-1", "run:task", "", "press-1", True),
+        ("run:task:press-1", "run:task", "press-1", "press-1", True),
+        ("run:task:press-1", "run:task", "", "press-2", False),
+        ("call:tool:press-1", "call:tool", "stop_line", "press-1", False),
+        ("call:tool:group=line-2&tool=set_*", "call:tool", "set_speed", "press-1", True),
+        ("call:tool:group=line-2&tool=set_*", "call:tool", "stop_line", "press-1", False),
+        ("call:tool:group=line-2&tool=set_*", "call:tool", "set_speed", "press-9", False),
+        ("run:model:model=ocr", "run:model", "ocr", "press-1", True),
+        ("*:*:model=ocr", "call:tool", "ocr", "press-1", False),
+        ("*:*:planet=mars", "call:tool", "ocr", "press-1", False),
+        ("*:*:=", "call:tool", "ocr", "press-1", False),
+    ],
+)
+def test_a_scope_names_devices_groups_tools_and_models(
+    permission: str, action: str, resource: str, device: str, yes: bool
+) -> None:
+    signed = msgspec.structs.replace(GRANTS, roles={"a": [permission]}, groups={"line-2": ["press-1", "press-2"]})
+    grants = verify_grants(KEY.public, sign_grants(KEY, signed))
+    assert allowed(grants, Subject("ann", ["a"], NOW), action, resource, now=NOW, device=device) is yes
+
+
 def test_what_a_revoked_subject_got_before_is_void_and_after_is_not() -> None:
     assert not may(["admin"], "read:device", name="eve")
     assert allowed(GRANTS, Subject("eve", ["admin"], NOW - 5), "read:device", now=NOW)
