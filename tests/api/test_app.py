@@ -158,7 +158,7 @@ async def test_a_role_that_may_not_is_told_which_permission_is_missing(client: h
     assert "viewer" in refused.json()["hint"]
     tool = await client.post("/v1/tools/stop_line", json={}, headers=bearer("viewer"))
     assert tool.status_code == 403
-    plant.known = Grants(2, NOW, NOW + 3600, SHIPPED_ROLES, [public_jwk(KEY.public)], {"ada": time.time()})
+    plant.known = Grants(2, NOW, NOW + 3600, SHIPPED_ROLES, [public_jwk(KEY.public)], {"ada": time.time() + 5})
     revoked = await client.post("/v1/tasks", json={"text": "x"}, headers=bearer("admin"))
     assert revoked.status_code == 403
     plant.known = Grants(3, NOW - 7200, NOW - 60, SHIPPED_ROLES, [public_jwk(KEY.public)])
