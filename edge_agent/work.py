@@ -144,6 +144,10 @@ class Work:
         """The newest tasks, with no steps."""
         return await self._transcripts.latest()
 
+    async def tools(self, subject: Subject) -> list[ToolSpec]:
+        """Those that the subject may use. Raises Retry."""
+        return policy.usable(await self._tools.specs(), subject, self._allowed)
+
     async def _start(self, id: str, subject: Subject, args: dict[str, Any], created: float) -> None:
         """Queue a run. Raises Denied, Refused, Retry."""
         self._installed(args, subject)

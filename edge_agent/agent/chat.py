@@ -72,11 +72,11 @@ def _call(text: str) -> Call | None:
 
 
 def _tool(spec: ToolSpec) -> dict[str, Any]:
-    function = {"name": spec.name, "description": spec.description, "parameters": _object(spec.params)}
+    function = {"name": spec.name, "description": spec.description, "parameters": schema_of(spec.params)}
     return {"type": "function", "function": function}
 
 
-def _object(params: Sequence[Param]) -> dict[str, Any]:
+def schema_of(params: Sequence[Param]) -> dict[str, Any]:
     required = [param.name for param in params if param.required]
     parts = {param.name: _schema(param) for param in params}
     return {"type": "object", "properties": parts, "required": required, "additionalProperties": False}
@@ -91,4 +91,4 @@ def _schema(param: Param) -> dict[str, Any]:
     schema |= {key: at for key, at in (("minimum", param.low), ("maximum", param.high)) if at is not None}
     if param.items:
         schema["items"] = _schema(param.items)
-    return schema | _object(param.fields) if param.fields else schema
+    return schema | schema_of(param.fields) if param.fields else schema

@@ -14,7 +14,7 @@ import msgspec
 
 from edge_agent.agent import grammar, prompt
 from edge_agent.agent.calls import Answer, Call, Decision, render_all
-from edge_agent.api.functions import Function, Functions
+from edge_agent.agent.functions import Function, Functions
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import Refused
 
