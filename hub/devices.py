@@ -9,6 +9,7 @@ for it counts, and its certificates are on the broker's list; what is shown as o
 import hashlib
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -154,17 +155,26 @@ class Devices:
             raise Refused(404, f"no device {name}", "see GET /v1/devices")
         return row
 
-    async def heard(self, name: str, presence: Presence, received: float) -> Heard:
-        """Take note of a presence whose signature was checked. A fresh one also tells the clock's offset."""
-        heard = self.liveness.heard(name, presence, time.monotonic())
-        if heard in (Heard.FRESH, Heard.BACK):
-            values = {
-                "last_seen": received,
-                "clock_offset_s": presence.ts - received,
-                "agent": presence.agent.replace("\0", "")[:64],
-            }
-            await self._db.write(lambda c: c.execute(devices.update().where(devices.c.name == name).values(**values)))
-        return heard
+    async def rows(self, names: set[str]) -> dict[str, Any]:
+        """Those of these devices that there are: name, public key, epoch and watermark."""
+        columns = (devices.c.name, devices.c.public_key, devices.c.epoch, devices.c.watermark)
+        query = sa.select(*columns).where(devices.c.name.in_(names))
+        return {row.name: row for row in await self._db.read(lambda c: c.execute(query).all())}
+
+    async def heard(self, presences: Sequence[tuple[str, Presence]], received: float) -> Sequence[tuple[str, Heard]]:
+        """Take note of presences whose signatures were checked. A fresh one also tells the clock's offset."""
+        told, values = list[tuple[str, Heard]](), list[dict[str, Any]]()
+        for name, presence in presences:
+            heard = self.liveness.heard(name, presence, time.monotonic())
+            told.append((name, heard))
+            if heard in (Heard.FRESH, Heard.BACK):
+                offset, agent = presence.ts - received, presence.agent.replace("\0", "")[:64]
+                values.append({"of": name, "last_seen": received, "clock_offset_s": offset, "agent": agent})
+        if values:
+            columns: dict[str, Any] = {each: sa.bindparam(each) for each in ("last_seen", "clock_offset_s", "agent")}
+            update = devices.update().where(devices.c.name == sa.bindparam("of")).values(**columns)
+            await self._db.write(lambda c: c.execute(update, values))
+        return told
 
     def online(self, name: str) -> bool:
         return self.liveness.online(name, time.monotonic())

@@ -75,8 +75,8 @@ class Ingest:
         others = [message for message in group if not message.topic.endswith(f"/{TopicKind.UP}")]
         try:
             committed = await self._commit(ups) if ups else Committed()
-            for message in others:
-                await self._presence(message)
+            if others:
+                await self._presences(others)
         except Exception:  # whatever it is, the loop lives: a device sends again what no ack of ours covers
             log.exception("%d messages were set aside", len(group))
             return
@@ -118,26 +118,35 @@ class Ingest:
         nonce = self._devices.liveness.nonce(device, time.monotonic())
         await self._downlink.ack(device, ack.epoch, ack.seq, nonce)
 
-    async def _presence(self, message: Message) -> None:
-        device = device_of(message.topic, self._devices.fleet)
-        try:
-            row = await self._devices.row(device)
-            key = VerifyKey.from_text(row.public_key)
-            presence = unseal(key, message.topic, message.payload, message.properties, Presence)
-        except (Refused, WireError) as error:
-            reason = str(error)
-            await self._db.write(lambda c: self._committer.tell(c, device or "unknown", "refuse:presence", reason))
-            return
-        heard = await self._devices.heard(device, presence, time.time())
-        if heard is Heard.STALE:
-            await self._ack(device, Ackable(row.epoch, row.watermark))
-        elif heard is Heard.BACK:
-            await self._on_online(device)
+    async def _presences(self, messages: list[Message]) -> None:
+        """Of a group at once: one read, and one write of what they told."""
+        named = [(message, device_of(message.topic, self._devices.fleet)) for message in messages]
+        rows = await self._devices.rows({device for _, device in named})
+        heard = list[tuple[str, Presence]]()
+        for message, device in named:
+            try:
+                if (row := rows.get(device)) is None:
+                    raise Refused(404, f"no device {device}", "see GET /v1/devices")
+                opening = (message.topic, message.payload, message.properties)
+                heard.append((device, unseal(VerifyKey.from_text(row.public_key), *opening, Presence)))
+            except (Refused, WireError) as error:
+                await self._refused(device, str(error))
+        for device, what in await self._devices.heard(heard, time.time()):
+            if what is Heard.STALE:
+                await self._ack(device, Ackable(rows[device].epoch, rows[device].watermark))
+            elif what is Heard.BACK:
+                await self._on_online(device)
+
+    async def _refused(self, device: str, reason: str) -> None:
+        await self._db.write(lambda c: self._committer.tell(c, device or "unknown", "refuse:presence", reason))
 
     async def _heartbeat(self) -> None:
         """Challenge every device that says it is online with a new nonce, and repeat its watermark."""
         while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            for device in self._devices.liveness.claiming():
-                row = await self._devices.row(device)
-                await self._ack(device, Ackable(row.epoch, row.watermark))
+            claiming = self._devices.liveness.claiming()
+            for at in range(0, len(claiming), GROUP):
+                for device, row in (await self._devices.rows(set(claiming[at : at + GROUP]))).items():
+                    await self._ack(device, Ackable(row.epoch, row.watermark))
+                await asyncio.sleep(HEARTBEAT_S * min(GROUP, len(claiming) - at) / len(claiming))
+            if not claiming:
+                await asyncio.sleep(HEARTBEAT_S)
