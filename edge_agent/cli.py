@@ -139,6 +139,7 @@ def agent(
     bundles_mb: Annotated[
         int | None, _option("Disk that installed models may take, MiB (no limit).", "BUNDLES_MB")
     ] = None,
+    neighbours: Annotated[list[str] | None, _option("A device next door: URL, or auto.", "NEIGHBOURS")] = None,
     log: Annotated[str | None, _option("debug, info, warning or error (info).", "LOG")] = None,
 ) -> None:
     """Run the daemon of a device; the first start enrols it."""

@@ -61,6 +61,7 @@ class Settings(msgspec.Struct, frozen=True):
     task_s: float = 120.0
     bundles_mb: int = 0
     updates: dict[str, Any] = {}
+    neighbours: list[str] = []
     log: str = "info"
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -43,6 +44,7 @@ from edge_agent.sync.session import Session
 from edge_agent.sync.twin import GrantsCache, Twin
 from edge_agent.telemetry import Telemetry
 from edge_agent.update.download import Downloads, hub_client
+from edge_agent.update.neighbours import Neighbours
 from edge_agent.update.service import BundleReport, UpdateService
 from edge_agent.update.slots import Installed
 from edge_agent.update.trust import Director, Repository
@@ -105,6 +107,9 @@ class Daemon:
             budget=settings.bundles_mb << 20 or None,
             rules=settings.updates,
         )
+        if settings.neighbours:
+            slots = self._updates.slots
+            self._updates.neighbours = Neighbours(enrolled.device, enrolled.fleet, slots, settings.neighbours)
         self._renewal = enrol.Renewal(state, identity.enrolled.device, self._http, self._token)
         self._session = self._connect(inbox)
         own = identity.enrolled.device
@@ -141,6 +146,7 @@ class Daemon:
             "endpoints": self._set_up,
             "link": self._watch_link,
             "hold": self._tell_hold,
+            "neighbours": self._find_neighbours,
         }
         try:
             async with asyncio.TaskGroup() as group:
@@ -272,13 +278,22 @@ class Daemon:
             except OutriderError as error:
                 _log.error("the state of %s is not reported: %s", name, error)
 
+    async def _find_neighbours(self) -> None:
+        if (near := self._updates.neighbours) is None:
+            await asyncio.Event().wait()
+        else:
+            url = urlsplit(self._api.url)
+            await near.find(str(url.hostname), url.port or 80)
+
     async def _tell_hold(self) -> None:
-        """The hub sees that an application holds updates back, and since when."""
+        """The hub sees that an application holds updates back, and which neighbours were refused."""
         while True:
             hold = self._updates.holding
             shown = msgspec.to_builtins(hold) if hold and time.time() < hold.until else None
+            near = self._updates.neighbours
+            told = {"hold": shown, "poisoned": near.dropped if near and near.dropped else None}
             with contextlib.suppress(OutriderError):
-                await self._twin.report({"updates": {"hold": shown}})
+                await self._twin.report({"updates": told})
             await asyncio.sleep(1.0)
 
     async def _follow_desired(self) -> None:

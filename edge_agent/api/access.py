@@ -73,9 +73,19 @@ class Models(Protocol):
         ...
 
 
+class Neighbours(Protocol):
+    """Chunks for the devices next door."""
+
+    async def answer(self, asked: bytes) -> bytes:
+        """Raises Retry when too many ask."""
+        ...
+
+
 class Updates(Protocol):
     """How updates fare, and an application's "not now"."""
 
+    @property
+    def neighbours(self) -> Neighbours | None: ...
     @property
     def holding(self) -> Any | None: ...
     def evidence(self) -> Mapping[str, Any]: ...

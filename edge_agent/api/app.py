@@ -1,8 +1,8 @@
 """The device's own HTTP API: the same token as at the hub, checked here with no network.
 
-Invariants: every route but the health checks verifies the bearer token against the cached grants and asks `allowed`;
-bodies are bounded before they are parsed; every error comes with a hint, in the form of its route's protocol (see
-access.py). Nothing here blocks the loop.
+Invariants: every route but the health checks and a site's chunks verifies the bearer token against the cached grants
+and asks `allowed`; bodies are bounded before they are parsed; every error comes with a hint, in the form of its route's
+protocol (see access.py). Nothing here blocks the loop.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from edge_agent.errors import Refused, Retry
 
 MAX_BODY_MB = 64
 """The largest inference request, unless the settings say otherwise."""
+MAX_ASKED = 4096
 
 
 class TaskRequest(msgspec.Struct, frozen=True):
@@ -54,9 +55,23 @@ def create_app(
         healthy = device.healthy()
         return answer({"status": "ok" if healthy else "starting"}, 200 if healthy else 503)
 
+    async def chunks(request: Request) -> Response:
+        """For the devices next door, which have no token here: a chunk's hash stands in the signed index alone."""
+        if (near := device.updates.neighbours) is None:
+            raise HTTPException(404, "this device has no neighbours: see `neighbours` in its settings")
+        body = b""
+        async for piece in request.stream():
+            if len(body := body + piece) > MAX_ASKED:
+                raise HTTPException(413, f"at most {MAX_ASKED} bytes of hashes")
+        try:
+            return Response(await near.answer(body), media_type="application/msgpack")
+        except Retry as error:
+            raise HTTPException(503, error.message) from error
+
     return Starlette(
         routes=[
             Route("/healthz", healthz),
+            Route("/v1/chunks", chunks, methods=["POST"]),
             gate.route("/metrics", "GET", "read:device", _metrics),
             gate.route("/v1/status", "GET", "read:device", _status),
             gate.route("/v1/tasks", "POST", "run:task", _submit),

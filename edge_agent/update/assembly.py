@@ -33,6 +33,7 @@ class Assembly:
         self.missing = {entry.sha256: entry for entry in missing}
         self._wanted: dict[bytes, Chunk] = {}
         self._places: dict[bytes, list[tuple[str, int]]] = {}
+        self._sizes: dict[bytes, int] = {}
         self.left = 0  # bytes that still have to come, packed
         seen: set[tuple[str, int]] = set()
         for chunk in index.chunks():
@@ -41,6 +42,7 @@ class Assembly:
                 seen.add(place)
                 if chunk.hash not in self._wanted:
                     self._wanted[chunk.hash] = chunk
+                    self._sizes[chunk.hash] = chunk.size
                     self.left += chunk.packed
                 self._places.setdefault(chunk.hash, []).append(place)
 
@@ -71,7 +73,7 @@ class Assembly:
         for seed in seeds:
             for chunk in seed.index.chunks():
                 if chunk.hash in self._wanted:
-                    data = _read(seed.folder / seed.files[chunk.file].path, chunk.at, chunk.size)
+                    data = read(seed.folder / seed.files[chunk.file].path, chunk.at, chunk.size)
                     if chunk_hash(data) == chunk.hash:
                         self.put(chunk.hash, data)
 
@@ -86,19 +88,30 @@ class Assembly:
         if (chunk := self._wanted.pop(hash, None)) is not None:
             self.left -= chunk.packed
 
+    def __contains__(self, hash: bytes) -> bool:
+        """Whether a chunk is still to come."""
+        return hash in self._wanted
+
+    def get(self, hash: bytes) -> bytes:
+        """A chunk that has come, unchecked; nothing when it has not."""
+        if hash in self._wanted or hash not in self._sizes:
+            return b""
+        name, at = self._places[hash][0]
+        return read(self._parts / name, at, self._sizes[hash])
+
     def part(self, entry: FileEntry) -> Path:
         return self._parts / entry.sha256
 
     def _read_back(self, resumed: set[str]) -> None:
         for hash, chunk in list(self._wanted.items()):
             for name, at in self._places[hash]:
-                data = _read(self._parts / name, at, chunk.size) if name in resumed else b""
+                data = read(self._parts / name, at, chunk.size) if name in resumed else b""
                 if len(data) == chunk.size and chunk_hash(data) == hash:
                     self.put(hash, data)
                     break
 
 
-def _read(path: Path, at: int, size: int) -> bytes:
+def read(path: Path, at: int, size: int) -> bytes:
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(at)

@@ -60,10 +60,10 @@ class Downloads:
             raise _unreachable(error) from error
         return bytes(body)
 
-    async def fill(self, assembly: Assembly, tick: Tick = lambda left: None) -> None:
-        """Fetch every chunk an assembly wants. Raises Retry; OSError when the disk is full."""
-        idle = 0
-        while wanted := assembly.wanted():
+    async def fill(self, assembly: Assembly, tick: Tick = lambda left: None, only: Sequence[Chunk] = ()) -> None:
+        """Fetch every chunk an assembly wants, or `only` some of them. Raises Retry; OSError when the disk is full."""
+        idle, hashes = 0, {chunk.hash for chunk in only}
+        while wanted := [chunk for chunk in assembly.wanted() if not hashes or chunk.hash in hashes]:
             try:
                 for span in _spans(wanted):
                     await self._span(span, assembly, tick)
@@ -72,7 +72,7 @@ class Downloads:
                 problem: Retry = _unreachable(error)
             except _Cut as error:
                 problem = error
-            idle = idle + 1 if assembly.wanted()[0] == wanted[0] else 1
+            idle = idle + 1 if wanted[0].hash in assembly else 1
             if idle == ATTEMPTS:
                 raise problem
             await asyncio.sleep(self._backoff_s * 2 ** (idle - 1) * random.uniform(0.5, 1.0))

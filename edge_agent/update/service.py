@@ -28,6 +28,7 @@ from edge_agent.update.assembly import Assembly
 from edge_agent.update.download import Downloads
 from edge_agent.update.machine import Machine, State, Update
 from edge_agent.update.moments import Facts, Hold, NotNow
+from edge_agent.update.neighbours import Neighbours
 from edge_agent.update.slots import Installed, Slots
 from edge_agent.update.trial import Activation, Figures, Why, activation
 from edge_agent.update.trust import Director, Trust
@@ -107,6 +108,7 @@ class UpdateService:
         self._wake = asyncio.Event()
         self._own, self._rules = rules or {}, moments.rules(rules or {})
         self._facts, self._clock = facts, clock
+        self.neighbours: Neighbours | None = None
         self._activation: dict[str, Mapping[str, Any]] = {}
         self._hold_path = root / "hold.json"
         self.holding: Hold | None = _read_hold(self._hold_path)
@@ -416,6 +418,8 @@ class UpdateService:
         manifest = await asyncio.to_thread(self._manifest, name, target)
         try:
             assembly = await asyncio.to_thread(self._open, name, target, manifest)
+            if self.neighbours is not None:
+                await self.neighbours.fill(assembly, lambda some: self._downloads.fill(assembly, tick, some), tick)
             await self._downloads.fill(assembly, tick)
             await asyncio.to_thread(self.slots.complete, name, target.manifest_sha256, manifest, assembly)
         except OSError:

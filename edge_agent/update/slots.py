@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -116,17 +116,21 @@ class Slots:
                 self._place(files / entry.path, assembly.part(entry))
                 made[entry.sha256] = files / entry.path
 
-    def seeds(self) -> Iterator[Seed]:
-        """The versions that are current or previous, of every bundle, and how they were cut."""
-        for name in self.names():
-            for slot in (self.current(name), self.previous(name)):
-                if slot is not None and (path := slot.folder.parent / "index").is_file():
-                    try:
-                        yield Seed(
-                            slot.folder, slot.manifest.files, decode_index(path.read_bytes(), slot.manifest.files)
-                        )
-                    except WireError:
-                        continue
+    def seeds(self, folders: Iterable[Path] | None = None) -> Iterator[Seed]:
+        """The versions that are current or previous, of every bundle, or those of `folders`, and how they were cut."""
+        if folders is None:
+            slots = (slot for name in self.names() for slot in (self.current(name), self.previous(name)))
+            folders = [slot.folder.parent for slot in slots if slot is not None]
+        for folder in folders:
+            try:
+                files = decode_manifest(_manifest(folder)).files
+                yield Seed(folder / "files", files, decode_index((folder / "index").read_bytes(), files))
+            except (OSError, WireError):
+                continue
+
+    def whole(self) -> frozenset[Path]:
+        """The folders of every version that is whole, of every bundle."""
+        return frozenset(path.parent for path in self.root.glob("*/versions/*/manifest.json"))
 
     def size(self) -> int:
         """Bytes of disk that all versions take, whole or coming in."""
