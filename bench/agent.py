@@ -1,15 +1,17 @@
 """What the agent's loop costs, and how long it is from an utterance to its effect.
 
 Invariants: transcripts are in a real store on disk; `loop_overhead` is a whole step (decide, policy, act) with a
-model and a tool that take no time; `effect.*` runs the shipped model and adapter in the language worker and the tools
-in the tool runner, as a device does, with the preamble read, and its clock stops in the tool; `memory_search` is words
-and vectors fused over 100,000 chunks, the question's embedding not counted (`memory_embed` is that).
+model and a tool that take no time, its peer as many commits by SQLite alone, in turns with it, `cpu` its processor
+time; `effect.*` runs the shipped model and adapter in the language worker and the tools in the tool runner, as a device
+does, with the preamble read, and its clock stops in the tool; `memory_search` is words and vectors fused over 100,000
+chunks, the question's embedding not counted (`memory_embed` is that).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 import sys
 import tempfile
 import time
@@ -41,10 +43,10 @@ _MODEL = "smollm2"
 def run(folder: Path | None = None) -> Iterator[dict[str, Any]]:
     """The rows."""
     with tempfile.TemporaryDirectory(prefix="bench-agent-", dir=folder) as scratch:
-        began = time.process_time()
-        steps = asyncio.run(_overhead(Path(scratch)))
-        cpu = 1e3 * (time.process_time() - began) / len(steps) / (STEPS + 1)
-        yield row("loop_overhead", steps) | {"cpu": round(cpu, 3)}
+        steps, commits, cpu = asyncio.run(_overhead(Path(scratch)))
+        peer = {"peer": "its commits alone", "peer_value": round(median(commits), 3)}
+        ratio = {"ratio": round(median(steps) / median(commits), 2)}
+        yield row("loop_overhead", steps) | peer | ratio | {"cpu": round(cpu, 3)}
         yield from asyncio.run(_effects(Path(scratch)))
         yield from _memory(Path(scratch))
 
@@ -98,17 +100,26 @@ def _loop(folder: Path, model: Model, tools: Tools, speaker: Speaker, steps: int
         store.close()
 
 
-async def _overhead(folder: Path) -> list[float]:
-    """Milliseconds a step of each task."""
-    found = []
+async def _overhead(folder: Path) -> tuple[list[float], list[float], float]:
+    """Milliseconds a step of each task, those of its commits alone, and of processor time."""
+    found, bare, cpu = [], [], 0.0
+    db = sqlite3.connect(folder / "bare.db", isolation_level=None)
+    for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "CREATE TABLE t (body BLOB)"):
+        db.execute(statement)
     with _loop(folder / "overhead", Scripted(), Instant(), Speaker(), STEPS + 1) as loop:
         for n in range(TASKS):
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             await loop.accept(f"t{n}", "read the gauges", _ADA)
             task = await loop.run(f"t{n}")
             found.append(1e3 * (time.perf_counter() - began) / (STEPS + 1))
+            cpu += 1e3 * (time.process_time() - used) / (STEPS + 1) / TASKS
             assert task.state == "succeeded", task.error
-    return found
+            began = time.perf_counter()
+            for _ in range(len(task.steps) + 3):  # accepted, begun, ended
+                db.execute("INSERT INTO t VALUES (?)", [b"x" * 300])
+            bare.append(1e3 * (time.perf_counter() - began) / (STEPS + 1))
+    db.close()
+    return found, bare, cpu
 
 
 def stopwatches(_: Path, options: dict[str, str]) -> list[Tool]:
@@ -182,13 +193,15 @@ def _memory(folder: Path) -> Iterator[dict[str, Any]]:
         texts = (" ".join(words[at] for at in rng.integers(0, len(words), 90)) for _ in range(5000))
         many.add(f"document {have}", "\n\n".join(texts))
     many.embed(directions)
-    asked, vectors, ms = list(questions) * 2, directions(list(questions) * 2), []
+    asked, vectors, ms, cpu = list(questions) * 2, directions(list(questions) * 2), [], []
     many.search("warm", vectors[0])
     for question, vector in zip(asked[:QUESTIONS], vectors, strict=False):
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         many.search(question, vector)
         ms.append(1e3 * (time.perf_counter() - began))
-    yield row("memory_search", ms, p95(ms)) | {"p50": round(median(ms), 3), "pieces": have}
+        cpu.append(1e3 * (time.process_time() - used))
+    more = {"p50": round(median(ms), 3), "cpu": round(p95(cpu), 3), "pieces": have}
+    yield row("memory_search", ms, p95(ms)) | more
     yield from _retrieval(folder, pages, questions)
 
 
