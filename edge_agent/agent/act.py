@@ -16,7 +16,7 @@ from edge_agent.agent import policy, prompt
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Call, render
 from edge_agent.agent.tool import Param, ToolError, ToolSpec
-from edge_agent.agent.transcript import State, Step, Task
+from edge_agent.agent.transcript import State, Step, Task, Transcripts
 from edge_agent.errors import OutriderError, Refused
 
 
@@ -30,16 +30,6 @@ class Tools(Protocol):
     async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
         """The JSON result. Raises ToolError (ordinary failure), Refused (not made), Retry (effect unknown)."""
         ...
-
-
-class Transcripts(Protocol):
-    """Where tasks are kept; see `transcript.Transcripts`."""
-
-    async def add(self, task: Task) -> Task: ...
-    async def get(self, id: str) -> Task | None: ...
-    async def unfinished(self) -> list[Task]: ...
-    async def append(self, task: Task, step: Step) -> None: ...
-    async def save(self, task: Task) -> None: ...
 
 
 class Ended(Exception):

@@ -15,11 +15,11 @@ from typing import Literal, Protocol
 import msgspec
 
 from edge_agent.agent import chat, grammar, policy, prompt, taint
-from edge_agent.agent.act import Acts, Ended, Tools, Transcripts
+from edge_agent.agent.act import Acts, Ended, Tools
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Answer, Call, CallError, Decision, Nothing, parse, render, validate
 from edge_agent.agent.tool import ToolSpec
-from edge_agent.agent.transcript import Step, Task
+from edge_agent.agent.transcript import Step, Task, Transcripts
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.wire.grants import Subject
@@ -93,10 +93,6 @@ class AgentLoop:
     async def accept(self, id: str, text: str, subject: Subject) -> Task:
         """Save a new task; asking again with the same id gives the one there is. Raises Refused."""
         return await self._transcripts.add(Task(id, request(text), subject, self._clock()))
-
-    async def unfinished(self) -> list[Task]:
-        """Tasks to `run` after a start."""
-        return await self._transcripts.unfinished()
 
     async def run(self, id: str) -> Task:
         """Run an accepted task until it is over or waits, from wherever its transcript stands.

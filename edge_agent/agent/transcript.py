@@ -96,14 +96,9 @@ class Transcripts:
 
     async def latest(self, limit: int = 50) -> list[Task]:
         """The newest tasks, with no steps."""
-        return await self._store.read(
-            lambda db: _list(db, "SELECT head FROM tasks ORDER BY created DESC LIMIT ?", limit)
-        )
-
-    async def unfinished(self) -> list[Task]:
-        """Tasks that a crash or a stop left running, oldest first, with no steps."""
-        sql = "SELECT head FROM tasks WHERE state = ? ORDER BY created"
-        return await self._store.read(lambda db: _list(db, sql, "running"))
+        rows = "SELECT head FROM tasks ORDER BY created DESC LIMIT ?"
+        decode = msgspec.json.Decoder(Task).decode
+        return await self._store.read(lambda db: [decode(head) for (head,) in db.execute(rows, (limit,))])
 
     async def append(self, task: Task, step: Step) -> None:
         """Add a step; it is on disk when this returns."""
@@ -134,10 +129,6 @@ def _get(db: Connection, id: str) -> Task | None:
     rows = db.execute("SELECT body FROM task_steps WHERE task = ? ORDER BY n", (id,))
     task.steps = [msgspec.json.decode(body, type=Step) for (body,) in rows]
     return task
-
-
-def _list(db: Connection, sql: str, value: Any) -> list[Task]:
-    return [msgspec.json.decode(head, type=Task) for (head,) in db.execute(sql, (value,))]
 
 
 def _head(task: Task) -> bytes:

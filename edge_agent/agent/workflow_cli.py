@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from edge_agent.agent.calls import render
@@ -99,18 +100,8 @@ def simulate(
     if flow is None or found:
         _tell(file, found)
         raise typer.Exit(1)
-    answers = {step: json_of(value) for step, value in map(_pair, result or [])}
-    told = asyncio.run(
-        simulated(
-            flow,
-            text,
-            specs,
-            {name: json_of(value) for name, value in map(_pair, given or [])},
-            answers,
-            dict(map(_pair, fail or [])),
-            Subject("simulate", role or flow.run_as or ["admin"], 0.0),
-        )
-    )
+    subject = Subject("simulate", role or flow.run_as or ["admin"], 0.0)
+    told = asyncio.run(_simulated(flow, text, specs, (given or [], result or [], fail or []), subject))
     if as_json:
         typer.echo(json.dumps(told, indent=1))
     else:
@@ -138,57 +129,45 @@ def json_of(text: str) -> Any:
         return text
 
 
-class _Simulated:
-    """Tools that answer with samples. The step that calls is known by the journal."""
+class _Simulated(Transcripts):
+    """Tools that answer with samples, and the journal, which knows the step that calls. Dangerous calls are made."""
 
-    def __init__(self, specs: Sequence[ToolSpec], answers: dict[str, Any], fail: dict[str, str]) -> None:
-        self._specs, self._answers, self._fail = {spec.name: spec for spec in specs}, answers, fail
-        self.at = ""
+    def __init__(self, store: Store, specs: Sequence[ToolSpec], answers: dict[str, Any], fail: dict[str, str]) -> None:
+        super().__init__(store)
+        self._specs, self._answers, self._fail, self._at = specs, answers, fail, ""
+
+    async def append(self, task: Task, step: Entry) -> None:
+        self._at = step.at
+        await super().append(task, step)
 
     async def specs(self) -> Sequence[ToolSpec]:
-        return list(self._specs.values())
+        return [msgspec.structs.replace(s, risk="act") if s.risk == "danger" else s for s in self._specs]
 
     async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
-        step = self.at.partition("[")[0]
+        step = self._at.partition("[")[0]
         if step in self._fail:
             raise ToolError(self._fail[step])
-        value = sample(self._specs[name].returns)
+        value = sample(next(spec.returns for spec in self._specs if spec.name == name))
         value = value | {key: args[key] for key in args.keys() & value.keys()} if isinstance(value, dict) else value
-        given = self._answers.get(self.at, self._answers.get(step, value))
+        given = self._answers.get(self._at, self._answers.get(step, value))
         return value | given if isinstance(value, dict) and isinstance(given, dict) else given
 
 
-class _Journal(Transcripts):
-    """Tells the tools which step calls."""
-
-    def __init__(self, store: Store, tools: _Simulated) -> None:
-        super().__init__(store)
-        self._tools = tools
-
-    async def append(self, task: Task, step: Entry) -> None:
-        self._tools.at = step.at
-        await super().append(task, step)
-
-
-async def simulated(
-    flow: Workflow,
-    text: str,
-    specs: Sequence[ToolSpec],
-    inputs: dict[str, Any],
-    answers: dict[str, Any],
-    fail: dict[str, str],
-    subject: Subject,
+async def _simulated(
+    flow: Workflow, text: str, specs: Sequence[ToolSpec], given: Sequence[Sequence[str]], subject: Subject
 ) -> dict[str, Any]:
     """Path, calls by risk, and the longest time in seconds of one simulated run. Raises Refused."""
-    tools, slept = _Simulated(specs, answers, fail), [0.0]
+    inputs, answers, fail = ([_pair(each) for each in texts] for texts in given)
+    slept = [0.0]
 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
 
     with tempfile.TemporaryDirectory(prefix="simulate-") as state:
         store = Store(Path(state) / "runs.db", migrations)
-        runner = Runner(tools, _Journal(store, tools), _allowed, clock=time.time, sleep=sleep)
-        await runner.accept("simulated", text, inputs, subject, {})
+        tools = _Simulated(store, specs, {name: json_of(value) for name, value in answers}, dict(fail))
+        runner = Runner(tools, tools, _allowed, clock=time.time, sleep=sleep)
+        await runner.accept("simulated", text, {name: json_of(value) for name, value in inputs}, subject, {})
         task = await runner.run("simulated")
         store.close()
     by_name, by_id = {spec.name: spec for spec in specs}, {step.id: step for step in flow.steps}

@@ -16,13 +16,13 @@ from typing import Any
 import msgspec
 
 from edge_agent.agent import policy
-from edge_agent.agent.act import Acts, Ended, Tools, Transcripts
+from edge_agent.agent.act import Acts, Ended, Tools
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Call, CallError, validate
 from edge_agent.agent.loop import MAX_RUNS
 from edge_agent.agent.tool import ToolError, ToolSpec
 from edge_agent.agent.transcript import Step as Entry
-from edge_agent.agent.transcript import Task
+from edge_agent.agent.transcript import Task, Transcripts
 from edge_agent.agent.workflow import Broken, Step, evaluate, fill, read
 from edge_agent.agent.workflow_check import check
 from edge_agent.errors import OutriderError, Refused

@@ -176,12 +176,12 @@ async def test_an_intent_without_a_result_is_replayed_only_when_idempotent(
     task = await loop.accept("t1", "do it", ADA)
     await transcripts.append(task, Step("model", "said"))
     await transcripts.append(task, Step("intent", call=call))
-    assert [left.id for left in await loop.unfinished()] == ["t1"]
+    assert [left.state for left in await transcripts.latest()] == ["running"]
     ended = await loop.run("t1")
     assert (len(tools.calls), ended.state) == (replayed, state)
     if not replayed:
         assert "interrupted: effect unknown" in ended.error
-    assert await loop.unfinished() == []
+    assert [left.state for left in await transcripts.latest()] == [state]
     assert await loop.run("t1") == ended
 
 

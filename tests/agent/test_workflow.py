@@ -204,3 +204,6 @@ def test_check_and_simulate_tell_machines_the_same(tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["simulate", str(tmp_path / "good.yaml"), "--json"])
     assert told.exit_code == 0
     assert json.loads(told.output)["calls"] == {"read": 1}
+    (tmp_path / "danger.yaml").write_text(f"{HEAD}steps:\n  - {{id: a, tool: purge}}\n")
+    told = CliRunner().invoke(app, ["simulate", str(tmp_path / "danger.yaml"), "--pack", "tests.agent.plant"])
+    assert told.output.splitlines()[-1] == "succeeded; calls: 1 danger; at most 10 s"

@@ -41,7 +41,7 @@ async def main(folder: Path, tool: str) -> None:
 
 
 async def left(store: Store) -> bool:
-    return bool(await Transcripts(store).unfinished())
+    return any(task.state == "running" for task in await Transcripts(store).latest())
 
 
 if __name__ == "__main__":
