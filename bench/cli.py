@@ -27,6 +27,7 @@ class Name(StrEnum):
     FOOTPRINT = "footprint"
     LLM = "llm"
     OFFLINE = "offline"
+    ROLLOUT = "rollout"
     SERVING = "serving"
     SWAP = "swap"
     TOOLCALL = "toolcall"
@@ -38,19 +39,21 @@ def bench(
     name: Annotated[Name, typer.Argument(help="Which benchmark.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a row.")] = False,
     minutes: Annotated[float | None, typer.Option(help="How long, for `footprint` (10).")] = None,
+    devices: Annotated[int | None, typer.Option(help="How many, for `rollout` (10000).")] = None,
 ) -> None:
     """Run a benchmark against its peers.
 
     `agent`: a step of the loop, utterance to effect, memory search. `footprint`: memory and processor time of a daemon
-    without a model. `llm`: prefill, decode, call. `offline`: a million records while cut off. `serving`: requests/s of
-    networks, in process and over HTTP. `swap`: requests while versions change. `toolcall`: from an utterance to its
-    call. `update`: what new versions cost on the wire. `uplink`: records/s, lost, doubled, against plain MQTT and
-    JetStream.
+    without a model. `llm`: prefill, decode, call. `offline`: a million records while cut off. `rollout`: a wave that
+    fails among ten thousand devices, each with its MQTT session. `serving`: requests/s of networks, in process and over
+    HTTP. `swap`: requests while versions change. `toolcall`: from an utterance to its call. `update`: what new versions
+    cost on the wire. `uplink`: records/s, lost, doubled, against plain MQTT and JetStream.
     """
     from bench.rows import show
 
     module: Any = importlib.import_module(f"bench.{name}")
-    show(module.run() if minutes is None else module.run(minutes=minutes), as_json)
+    given = {"minutes": minutes, "devices": devices}
+    show(module.run(**{name: value for name, value in given.items() if value is not None}), as_json)
 
 
 class Demo(StrEnum):

@@ -79,7 +79,8 @@ class Rollouts:
         found = await self._db.read(lambda c: _show(c, c.execute(query).all()))
         if not found:
             raise Refused(404, f"no rollout {id}", "outrider rollout list")
-        return found[0]
+        took = sorted(self.took) or [0.0]
+        return found[0] | {"tick_ms": {"p50": took[len(took) // 2] * 1000, "max": took[-1] * 1000, "ticks": len(took)}}
 
     async def devices(self, id: str, step: str = "", after: str = "", limit: int = 100) -> list[dict[str, Any]]:
         """Devices of a rollout, by name, those past `after`: wave, step, reason, figures, history."""
