@@ -338,6 +338,7 @@ class _Device:
     def __init__(self, models: Hosting) -> None:
         key = SigningKey.generate()
         self.models, self.work = models, self
+        self.blobs: Any = None
         self.token = issue_access_token(key, "bench", ["operator"], now=time.time(), lifetime_s=3600)
         self._grants = Grants(1, 0.0, 1e12, dict(SHIPPED_ROLES), [public_jwk(key.public)])
 

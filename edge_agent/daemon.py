@@ -38,6 +38,7 @@ from edge_agent.hosting import ENDPOINT, ROLES, Hosting, endpoint
 from edge_agent.notify import notify, watchdog
 from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.store import Store
+from edge_agent.sync.blobs import Blobs
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Limits, Outbox
 from edge_agent.sync.session import Session
@@ -94,6 +95,7 @@ class Daemon:
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
         self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample)
         self._http = hub_client(settings.hub or identity.hub)
+        self.blobs = Blobs(state / "blobs", outbox, self._http, self._token)
         enrolled, downloads, trust = identity.enrolled, Downloads(self._http, self._token), state / "trust"
         director = Director(trust, identity.hub_key, enrolled.fleet, enrolled.device)
         self._updates = UpdateService(
@@ -137,6 +139,7 @@ class Daemon:
             "session": self._session.run,
             "certificate": self._renewal.run,
             "updates": self._updates.run,
+            "blobs": self.blobs.run,
             "desired": self._follow_desired,
             "telemetry": self._telemetry.run,
             "work": self.work.run,

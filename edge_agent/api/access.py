@@ -96,6 +96,14 @@ class Updates(Protocol):
     async def release(self) -> None: ...
 
 
+class Blobs(Protocol):
+    """What goes to the hub beside the records."""
+
+    async def put(self, content: bytes, name: str, media_type: str) -> str:
+        """Its SHA-256. Raises Refused, Retry."""
+        ...
+
+
 class Device(Protocol):
     """What the API shows, its work and its models."""
 
@@ -103,6 +111,8 @@ class Device(Protocol):
     def work(self) -> Work: ...
     @property
     def updates(self) -> Updates: ...
+    @property
+    def blobs(self) -> Blobs: ...
     @property
     def models(self) -> Models: ...
     def grants(self) -> Grants | None: ...

@@ -79,6 +79,7 @@ def create_app(
             gate.route("/v1/tasks/{id}", "GET", "read:task", _task),
             gate.route("/v1/tools", "GET", "", _tools),  # those the caller may use
             gate.route("/v1/tools/{name}", "POST", "", _tool),  # which permission depends on the tool's risk
+            gate.route("/v1/blobs", "POST", "upload:blob", _blob),
             gate.route("/v1/updates", "GET", "read:device", _updates),
             gate.route("/v1/updates/hold", "POST", "run:task", _hold),
             gate.route("/v1/updates/hold", "DELETE", "run:task", _release),
@@ -122,6 +123,13 @@ async def _tools(caller: Caller) -> Response:
 async def _tool(caller: Caller) -> Response:
     args, name = (await caller.read(ToolRequest)).args, caller.request.path_params["name"]
     return answer({"result": await caller.device.work.call(name, args, caller.subject)}, 202)
+
+
+async def _blob(caller: Caller) -> Response:
+    """The body goes to the hub when that is there; a record names it."""
+    content, name = await caller.body(caller.max_body), caller.request.query_params.get("name", "")
+    kind = caller.request.headers.get("content-type", "application/octet-stream")
+    return answer({"sha256": await caller.device.blobs.put(bytes(content), name[:200], kind[:100])}, 202)
 
 
 async def _updates(caller: Caller) -> Response:

@@ -29,7 +29,7 @@ class Plant:
         self.known: Grants | None = Grants(1, NOW, NOW + 3600, SHIPPED_ROLES, [public_jwk(KEY.public)])
         self.asked: list[tuple[str, str]] = []
         self.full = False
-        self.work = self
+        self.work = self.blobs = self
         self.models = Hosting({})
 
     def grants(self) -> Grants | None:
@@ -48,6 +48,10 @@ class Plant:
             raise Refused("an empty request", "write something")
         self.asked.append((text, subject.name))
         return "t1"
+
+    async def put(self, content: bytes, name: str, media_type: str) -> str:
+        self.asked.append((content.decode(), f"{name} {media_type}"))
+        return "ab" * 32
 
     async def task(self, id: str) -> Any | None:
         return {"id": id, "state": "succeeded"} if id == "t1" else None
@@ -127,6 +131,14 @@ async def test_the_health_of_the_device_needs_no_token(client: httpx.AsyncClient
     plant.known = None
     assert (await client.get("/healthz")).status_code == 503
     assert (await client.get("/v1/status", headers=bearer("admin"))).status_code == 503
+
+
+async def test_an_image_is_taken_for_upload_from_who_may(client: httpx.AsyncClient, plant: Plant) -> None:
+    kind = {"Content-Type": "image/png"}
+    accepted = await client.post("/v1/blobs?name=weld", content=b"PNG", headers=bearer("operator") | kind)
+    assert (accepted.status_code, accepted.json()) == (202, {"sha256": "ab" * 32})
+    assert plant.asked == [("PNG", "weld image/png")]
+    assert (await client.post("/v1/blobs", content=b"PNG", headers=bearer("viewer"))).status_code == 403
 
 
 async def test_a_role_for_a_group_is_good_on_the_devices_of_that_group_alone(plant: Plant) -> None:
