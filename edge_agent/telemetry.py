@@ -72,14 +72,15 @@ class Telemetry:
         for wanted in calls[:MAX_CALLS]:
             if wanted.name not in reading:
                 raise Refused(f"{wanted.name} is not a reading tool of this pack", f"these are: {', '.join(reading)}")
-            trouble = self._failing.setdefault(text := render(wanted), Trouble(_log, f"sample {text}"))
             try:
                 call = validate(wanted, specs)
                 value = await self._tools.call(call.name, call.args, reading[call.name].timeout_s)
             except (CallError, ToolError) as error:
-                trouble.tell(error)
+                text = render(wanted)
+                self._failing.setdefault(text, Trouble(_log, f"sample {text}")).tell(error)
                 continue
-            trouble.over()
+            if self._failing and (trouble := self._failing.get(render(wanted))):
+                trouble.over()
             bodies.append({"tool": call.name, "args": call.args, "result": value})
 
     def _health(self) -> dict[str, Any]:

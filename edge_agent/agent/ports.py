@@ -39,10 +39,14 @@ class RunnerTools:
 
     def __init__(self, worker: WorkerProcess, start_s: float = 60.0) -> None:
         self._worker, self._start_s = worker, start_s
+        self._specs: tuple[bytes, Sequence[ToolSpec]] = (b"", ())
 
     async def specs(self) -> Sequence[ToolSpec]:
         await self._worker.ready(self._start_s)
-        return msgspec.msgpack.decode(self._worker.specs, type=list[ToolSpec])
+        if self._specs[0] is not self._worker.specs:  # each sample asks; they change with the runner's process
+            known = self._worker.specs
+            self._specs = (known, tuple(msgspec.msgpack.decode(known, type=list[ToolSpec])))
+        return self._specs[1]
 
     async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
         answer = await self._worker.call(name, args, timeout_s)

@@ -91,6 +91,8 @@ class WorkerProcess:
 
     async def ready(self, timeout_s: float) -> None:
         """Wait until the child serves. Raises Retry."""
+        if self._ready.is_set():
+            return
         try:
             async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 can lose a cancellation
                 await self._ready.wait()

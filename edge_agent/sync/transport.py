@@ -254,7 +254,7 @@ class _Link:
     async def hold(self) -> OutriderError:
         """Keep alive until the connection ends: why it did."""
         while not self.lost.done():
-            await asyncio.wait([self.lost], timeout=1.0)
+            await asyncio.wait([self.lost], timeout=self.session.keepalive / 4)
             if self._reading:
                 self._guard(self.client.loop_misc)
         return self.lost.result()
