@@ -334,13 +334,16 @@ def disk(site: Plant, name: str) -> Disk:
     "real: an ext4 image of 48 MiB filled to the last block",
 )
 async def test_a_full_disk_at_the_hub_holds_the_acks_back(site: Plant, record_property: Seen) -> None:
+    full = disk(site, "hub")
     await site.settled()
-    disk(site, "hub").fill()
+    with contextlib.closing(sqlite3.connect(site.hub.data / "hub.db", timeout=30)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else the log has room of its own for a while
+    full.fill()
     await site.beyond(30)
     await asyncio.sleep(10)
     status = await site.device.status()
-    assert status["acked"] < status["last_seq"]
-    disk(site, "hub").free()
+    assert status["acked"] < status["last_seq"] - 30
+    full.free()
     record_property("seen", f"seq {status['acked']} acked of {status['last_seq']} while full; then "
                             f"{await site.settled()} records, each once and in order")  # fmt: skip
 
