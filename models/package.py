@@ -53,6 +53,7 @@ CONVERSIONS = {
     ),
     "ppocr-det": Conversion("models.package:copy", ("models.golden",), (1, 3, 64, 160)),
     "ppocr-rec": Conversion("models.ppocr:finish", ("models.golden",), (1, 3, 48, 128)),
+    "objects": Conversion("models.objects:make", (), "models.objects:probe"),
     "digits": Conversion("models.digits:make", ("models.tasks",), "models.digits:probe"),
     "silero-vad": Conversion("models.silero:finish", (), "models.silero:probe"),
     "efficientnet-lite0": Conversion("models.efficientnet:make", ("models.golden",), (1, 3, 224, 224)),

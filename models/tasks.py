@@ -6,6 +6,7 @@ calibration part is the calibration data. Every measure is in 0 to 1, 1 is best.
 
 - labels: lines of a plant label, drawn, turned, shrunk, blurred and noised; character accuracy, 1 - error rate.
 - scenes: such labels before photographs; F1 of text boxes at IoU 0.5.
+- objects: drawn things before photographs (models/objects.py); mAP at IoU 0.5.
 - digits: the UCI test set of handwritten digits (scikit-learn's copy, CC BY 4.0); top-1.
 - speech: speech-like sound, NOT speech: a voiced source through vowel formants in syllables, in noise of 0 to 15 dB;
   AUC of 32 ms frames against noises, tones and clicks. It compares precisions, it says nothing about real voices.
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models import metrics
+from models import metrics, objects
 
 Array = NDArray[Any]
 Run = Callable[[dict[str, Array]], dict[str, Array]]
@@ -115,7 +116,7 @@ def _photograph(name: str) -> Array:
     return np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels[..., :3]
 
 
-def _crop(part: str, dice: np.random.Generator, width: int, height: int) -> Any:
+def photograph(part: str, dice: np.random.Generator, width: int, height: int) -> Any:
     """A random part of a random photograph, as a Pillow image of width x height."""
     from PIL import Image
 
@@ -133,7 +134,7 @@ def scene(part: str, index: int) -> tuple[Array, Array]:
     from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
     dice = _dice(part, index)
-    picture = _crop(part, dice, 512, 384)
+    picture = photograph(part, dice, 512, 384)
     boxes = []
     for column in range(int(dice.integers(1, 4))):
         size = int(dice.integers(12, 22))
@@ -183,6 +184,18 @@ def _boxes(run: Run, picture: Array) -> list[Array]:
         if region.intensity_mean >= 0.5 and min(bottom - top, right - left) >= 3:
             found.append([left - grow, top - grow, right + grow, bottom + grow])
     return [np.array(found, np.float64).reshape(-1, 4)]
+
+
+def _objects(part: str, count: int) -> Iterator[tuple[Array, list[tuple[Array, Array]]]]:
+    """Batches of up to BATCH scenes."""
+    for first in range(0, count, BATCH):
+        some = [objects.scene(part, index) for index in range(first, min(first + BATCH, count))]
+        yield np.stack([x for x, _, _ in some]), [(boxes, classes) for _, boxes, classes in some]
+
+
+def _detected(run: Run, pictures: Array) -> list[tuple[Array, Array, Array]]:
+    answer = run({"x": pictures})
+    return [objects.found(*one) for one in zip(answer["scores"], answer["boxes"], strict=True)]
 
 
 @cache
@@ -269,7 +282,7 @@ def _speech(run: Run, clips: Array) -> list[float]:
 def _photographs(part: str, count: int) -> Iterator[tuple[Array, list[None]]]:
     """Batches of up to BATCH crops (n, 3, 224, 224), normalized as EfficientNet-lite was trained."""
     for first in range(0, count, BATCH):
-        crops = [_crop(part, _dice(part, i), 224, 224) for i in range(first, min(first + BATCH, count))]
+        crops = [photograph(part, _dice(part, i), 224, 224) for i in range(first, min(first + BATCH, count))]
         pixels = (np.array([np.asarray(c, np.float32) for c in crops]) - 127) / 128
         yield pixels.transpose(0, 3, 1, 2).copy(), [None] * len(crops)
 
@@ -277,6 +290,7 @@ def _photographs(part: str, count: int) -> Iterator[tuple[Array, list[None]]]:
 TASKS = {
     "labels": Task("character_accuracy", _labels, _read, lambda a, t: 1 - metrics.character_error_rate(a, t)),
     "scenes": Task("box_f1", _scenes, _boxes, lambda a, t: metrics.box_counts(a, t).f_beta(1)),
+    "objects": Task("map_50", _objects, _detected, metrics.mean_average_precision),
     "digits": Task("top_1", _digits, _classes, metrics.agreement),
     "speech": Task("auc", _sounds, _speech, metrics.auc),
     "photographs": Task("top_1_agreement", _photographs, _classes, metrics.agreement, truth="fp32"),

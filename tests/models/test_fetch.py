@@ -41,7 +41,16 @@ def _wheel(cache: Path, data: bytes = DATA, member: str = "m/model.onnx") -> Pat
 
 def test_shipped_table_pins_every_file_by_hash() -> None:
     table = sources()
-    assert set(table) >= {"smollm2", "ppocr-det", "ppocr-rec", "silero-vad", "efficientnet-lite0", "digits", "minilm"}
+    assert set(table) >= {
+        "smollm2",
+        "ppocr-det",
+        "ppocr-rec",
+        "silero-vad",
+        "efficientnet-lite0",
+        "digits",
+        "minilm",
+        "objects",
+    }
     for source in table.values():
         assert source.license in ("Apache-2.0", "MIT", "CC-BY-4.0")
         assert all(len(file.sha256) == 64 and file.size > 0 for file in source.files)
@@ -95,7 +104,7 @@ def test_no_network_says_so_and_what_to_do(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="known: digits, efficientnet-lite0, minilm, ppocr-det, ppocr-rec"):
+    with pytest.raises(ModelError, match="known: digits, efficientnet-lite0, minilm, objects, ppocr-det, ppocr-rec"):
         fetch("nope", tmp_path)
 
 

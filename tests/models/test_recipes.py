@@ -23,7 +23,7 @@ from models.golden import tensors
 from models.package import open_bundle
 from models.recipe import Recipe
 
-SHIPPED = {"digits", "efficientnet-lite0", "ppocr-det", "ppocr-rec", "silero-vad", "smollm2"}
+SHIPPED = {"digits", "efficientnet-lite0", "objects", "ppocr-det", "ppocr-rec", "silero-vad", "smollm2"}
 
 
 @pytest.fixture(scope="module")
