@@ -102,10 +102,10 @@ class Hub:
         self.token = ""
         self.client = httpx.AsyncClient(base_url=self.url, timeout=30)
 
-    async def start(self) -> None:
-        """Start and log in."""
+    async def start(self, *more: str) -> None:
+        """Start and log in; `more` arguments for `hub run`."""
         await self.process.start(
-            "hub", "run", "--data", str(self.data), "--http", f"127.0.0.1:{self.port}",
+            "hub", "run", "--data", str(self.data), "--http", f"127.0.0.1:{self.port}", *more,
             env={"OUTRIDER_ADMIN_PASSWORD": self.password},
         )  # fmt: skip
         await until("the hub's start", 180, self._ready)
@@ -168,11 +168,11 @@ class Device:
 
 
 @contextlib.asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[Hub]:
+async def running(folder: Path, *more: str) -> AsyncIterator[Hub]:
     """A hub in `folder`, which is there already, ended at the end."""
     hub = Hub(folder)
     try:
-        await hub.start()
+        await hub.start(*more)
         yield hub
     finally:
         await hub.stop()

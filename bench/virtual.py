@@ -32,7 +32,7 @@ from edge_agent.sync.session import Session
 from edge_agent.sync.transport import MqttSession
 from edge_agent.sync.twin import GrantsCache, Twin
 from edge_agent.wire.batch import Batch, Header, encode_batch
-from edge_agent.wire.messages import Ack, Desired, Job, JobReport, JobState, Presence, PresenceState, Record, encode
+from edge_agent.wire.messages import Ack, Job, JobReport, JobState, Presence, PresenceState, Record, encode
 from edge_agent.wire.signed import seal, unseal
 from edge_agent.wire.signing import SigningKey, VerifyKey
 from edge_agent.wire.topics import Topic, TopicKind
@@ -87,7 +87,6 @@ class Light:
     batch twice; while `mute` it answers nothing. Sends at most `MOST` records a batch and one batch at a time."""
 
     MOST, PATIENCE_S = 500, 15.0
-    DOWN = (TopicKind.ACK, TopicKind.JOBS)
 
     def __init__(self, enrolled: enrolment.Enrolled, key: SigningKey, jobs: str = "succeed") -> None:
         self.name, self.fleet, self.key, self.jobs = enrolled.device, enrolled.fleet, key, jobs
@@ -108,7 +107,7 @@ class Light:
             f"{self.fleet}.{self.name}",
             username=self._broker.username or None,
             password=self._broker.password or None,
-            subscriptions=[str(Topic(self.fleet, kind, self.name)) for kind in self.DOWN],
+            subscriptions=[str(Topic(self.fleet, kind, self.name)) for kind in (TopicKind.ACK, TopicKind.JOBS)],
             on_connect=self._on_connect,
         )
 
@@ -175,9 +174,6 @@ class Light:
             if message.topic.endswith(TopicKind.JOBS):
                 self._work(unseal(*opening, Job))
                 continue
-            if message.topic.endswith(TopicKind.DESIRED):
-                self.desire(unseal(*opening, Desired))
-                continue
             came = unseal(*opening, Ack)
             if came.epoch == self.epoch and came.seq > self.acked:
                 gone = [self._pending.popleft()[0] for _ in range(came.seq - self.acked)]
@@ -188,9 +184,6 @@ class Light:
                 self._nonce = came.nonce
                 with contextlib.suppress(Retry):
                     await self._present()
-
-    def desire(self, desired: Desired) -> None:
-        """For one that takes DESIRED down too."""
 
     def _work(self, job: Job) -> None:
         if self.jobs != "ignore" and job.id not in self._known:

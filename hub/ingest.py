@@ -147,6 +147,6 @@ class Ingest:
             for at in range(0, len(claiming), GROUP):
                 for device, row in (await self._devices.rows(set(claiming[at : at + GROUP]))).items():
                     await self._ack(device, Ackable(row.epoch, row.watermark))
-                await asyncio.sleep(HEARTBEAT_S * min(GROUP, len(claiming) - at) / len(claiming))
+                await asyncio.sleep(self._devices.liveness.beat_s * min(GROUP, len(claiming) - at) / len(claiming))
             if not claiming:
                 await asyncio.sleep(HEARTBEAT_S)

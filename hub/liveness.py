@@ -1,7 +1,7 @@
 """Which devices are there, as a pure state machine over presence messages.
 
 Invariants: a device counts as online only while it has lately answered a nonce that this hub process lately issued to
-it in an ack, so neither a retained presence nor a replayed one makes it online; its will, or silence of `OFFLINE_S`,
+it in an ack, so neither a retained presence nor a replayed one makes it online; its will, or silence of `offline_s`,
 makes it offline. Memory is bounded by the number of enrolled devices.
 """
 
@@ -14,6 +14,7 @@ from edge_agent.wire.messages import Presence, PresenceState
 
 HEARTBEAT_S = 10.0  # a new nonce this often; a device answers each
 OFFLINE_S = 35.0
+CHALLENGES_PER_S = 200.0  # at most: past 2,000 devices each is challenged less often, and silence is waited for longer
 
 
 class Heard(Enum):
@@ -36,10 +37,20 @@ class Liveness:
     def __init__(self) -> None:
         self._devices: dict[str, _Device] = {}
 
+    @property
+    def beat_s(self) -> float:
+        """Seconds between two challenges of a device."""
+        return max(HEARTBEAT_S, len(self._devices) / CHALLENGES_PER_S)
+
+    @property
+    def offline_s(self) -> float:
+        """Seconds of silence that make a device offline."""
+        return self.beat_s * OFFLINE_S / HEARTBEAT_S
+
     def nonce(self, device: str, now: float) -> str:
-        """The nonce to put into an ack; a new one every HEARTBEAT_S."""
+        """The nonce to put into an ack; a new one every `beat_s`."""
         state = self._devices.setdefault(device, _Device())
-        if not state.nonces or now - state.nonces[-1][1] >= HEARTBEAT_S:
+        if not state.nonces or now - state.nonces[-1][1] >= self.beat_s:
             state.nonces = [*state.nonces[-1:], (secrets.token_urlsafe(9), now)]
         return state.nonces[-1][0]
 
@@ -49,17 +60,17 @@ class Liveness:
             state.answered, state.claims, state.nonces, state.challenged = float("-inf"), False, [], True
             return Heard.GONE
         state.claims = True
-        fresh = any(nonce == presence.nonce and now - issued < OFFLINE_S for nonce, issued in state.nonces)
+        fresh = any(nonce == presence.nonce and now - issued < self.offline_s for nonce, issued in state.nonces)
         if not fresh:
             state.challenged = True
             return Heard.STALE
-        back = state.challenged or now - state.answered >= OFFLINE_S
+        back = state.challenged or now - state.answered >= self.offline_s
         state.answered, state.challenged = now, False
         return Heard.BACK if back else Heard.FRESH
 
     def online(self, device: str, now: float) -> bool:
         state = self._devices.get(device)
-        return state is not None and now - state.answered < OFFLINE_S
+        return state is not None and now - state.answered < self.offline_s
 
     def claiming(self) -> list[str]:
         """Devices to challenge with a new nonce."""
