@@ -392,7 +392,8 @@ class _Ticking:
                 continue
             room, sample[place.wave] = room - 1, sample[place.wave] - 1
             run.next_at += run.size / plan.bytes_per_s if plan.bytes_per_s else 0.0
-            place.before = next((v for v in (seen.wanted, seen.version) if v and v != plan.version), "")
+            bad = seen.target if seen.state == "quarantined" else ""
+            place.before = next((v for v in (seen.wanted, seen.version) if v not in ("", bad, plan.version)), "")
             place.assigned = self.now
             self.move(place, Step.ASSIGNED, "", plan.version)
 

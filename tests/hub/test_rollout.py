@@ -269,6 +269,13 @@ def test_a_newer_rollout_takes_over_and_the_older_one_leaves_its_devices_alone()
     assert not run.live
 
 
+def test_a_device_goes_back_to_what_runs_not_to_what_it_had_quarantined() -> None:
+    seen = fleet(1, wanted="1-bad", version="1", target="1-bad", state="quarantined", error="worse")
+    run = Run("r", plan(min_sample=1))
+    step_on(run, seen, 1000.0, {"press-0": "worse as well"})
+    assert run.places["press-0"].before == "1"
+
+
 def test_a_rollback_keeps_why_a_device_failed_and_withdraws_what_had_no_version_before() -> None:
     run, seen = Run("r", plan(failure=0.5, success=0.5)), fleet(3)
     seen["press-2"].wanted = seen["press-2"].version = seen["press-2"].target = ""
