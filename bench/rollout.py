@@ -360,6 +360,6 @@ async def _live(file: Path, given: dict[str, Any]) -> None:
     loop, at = asyncio.get_running_loop(), urlsplit(one.broker.url)
     for name in given["names"]:
         make = partial(Device, one, name, file.parent / "bad", chance)
-        await loop.create_connection(make, at.hostname, at.port)
+        await loop.create_connection(make, at.hostname or "", at.port or 1883)
         await asyncio.sleep(0.01)  # or their hands are shaken all at once
     await asyncio.Event().wait()
