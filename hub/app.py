@@ -23,6 +23,7 @@ from edge_agent.sync.transport import MqttSession
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import check_name
 from hub import db as tables
+from hub import objects
 from hub.api import blobs, bundles, deadletters, devices, health, people, problems, rollouts
 from hub.api.guard import declare_actions
 from hub.audit import Audit
@@ -65,6 +66,7 @@ class Settings:
     root: Path | None = None  # where the root key is; `data/root` if not given
     longest_outage_days: float = 30.0
     database: str = ""
+    blobs: str = ""  # an object store's URL; `data/blobs` if not given
     admin_password: str | None = None
     on_generated_password: Callable[[str], None] = lambda password: print(f"admin password (shown once): {password}")
     dashboard: bool = True
@@ -132,7 +134,8 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         Twin(database, downlink.desired),
         Jobs(database, downlink.job),
     )
-    registry = Registry(database, settings.data, await asyncio.to_thread(_repository, settings.data))
+    repository = await asyncio.to_thread(_repository, settings.data)
+    registry = Registry(database, settings.data, repository, objects.at(settings.blobs, settings.data / "blobs"))
     ingest = Ingest(database, session, devices_, downlink, jobs.send_queued)
     services = Services(
         fleet=settings.fleet,

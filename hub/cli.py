@@ -101,6 +101,7 @@ def run(
     root: Root = None,
     longest_outage_days: Annotated[float, typer.Option(help="A device's certificate outlives this in any case.")] = 30,
     database: Annotated[str, typer.Option(help="SQLAlchemy URL; SQLite in --data if not given.")] = "",
+    blobs: Annotated[str, typer.Option(help="s3://BUCKET/PREFIX, with AWS_*; a folder in --data if not given.")] = "",
     fleet: Annotated[str, typer.Option(help="Name of the fleet.")] = "main",
     dashboard: Annotated[bool, typer.Option(help="Serve the dashboard at /.")] = True,
 ) -> None:
@@ -123,6 +124,7 @@ def run(
             root=root,
             longest_outage_days=longest_outage_days,
             database=database,
+            blobs=blobs,
             admin_password=os.environ.get("OUTRIDER_ADMIN_PASSWORD"),
             on_generated_password=lambda password: typer.echo(f"user admin, password {password} (shown once)"),
             dashboard=dashboard,

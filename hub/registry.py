@@ -1,4 +1,4 @@
-"""Blobs by SHA-256 on disk, and the bundles made of them.
+"""Blobs by SHA-256 (where they live is hub/objects.py), and the bundles made of them.
 
 Invariants: a blob appears under its name only whole, with the right hash and fsynced; one that was damaged since is
 as good as missing: it is not handed out, and the next upload replaces it. A bundle is published only when every file
@@ -28,6 +28,7 @@ from edge_agent.wire.messages import check_depth
 from hub import audit, packs
 from hub.db import Database, bundles
 from hub.errors import Refused
+from hub.objects import Folder, Objects
 from hub.repository import Repository
 
 T = TypeVar("T")
@@ -39,11 +40,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class Registry:
     """What devices may install."""
 
-    def __init__(self, db: Database, data_dir: Path, repository: Repository) -> None:
+    def __init__(self, db: Database, data_dir: Path, repository: Repository, objects: Objects | None = None) -> None:
         self._db = db
         self._repository = repository
         self._publishing = asyncio.Lock()
         self._blobs = data_dir / "blobs"
+        self._objects = objects or Folder(self._blobs)
         self._partial = self._blobs / ".partial"
         self._intact: dict[str, tuple[int, int, int]] = {}  # the file (inode, size, mtime) that had the right hash
         self._hashing = asyncio.Lock()
@@ -53,12 +55,20 @@ class Registry:
 
     async def blob(self, sha256: str) -> Path:
         """Where a blob lies. Raises Refused 422 for a malformed name, 404 when it is not here or damaged."""
-        path = self._blob_path(sha256)
-        if not path.exists():
+        if (path := await self._local(sha256)) is None:
             raise Refused(404, f"no blob {sha256}", "upload it: PUT /v1/blobs/{sha256}")
         if not await self._is_intact(path):
             hint = "publish its files again; for a device that quarantined the version, under a new version"
             raise Refused(404, f"blob {sha256} is damaged on the hub's disk", hint)
+        return path
+
+    async def _local(self, sha256: str) -> Path | None:
+        """A blob's file here; one that is damaged is asked for anew, if it lives elsewhere. Raises Refused 422, 503."""
+        if not _SHA256.fullmatch(sha256):
+            raise Refused(422, f"{sha256[:80]!r} is not a SHA-256", "64 hexadecimal digits, lower case")
+        path = await self._objects.local(sha256)
+        if path is not None and not await self._is_intact(path):
+            path = await self._objects.local(sha256, anew=True)
         return path
 
     async def _is_intact(self, path: Path, anew: bool = False) -> bool:
@@ -75,19 +85,14 @@ class Registry:
             self._intact[path.name] = identity
             return True
 
-    def _blob_path(self, sha256: str) -> Path:
-        if not _SHA256.fullmatch(sha256):
-            raise Refused(422, f"{sha256[:80]!r} is not a SHA-256", "64 hexadecimal digits, lower case")
-        return self._blobs / sha256[:2] / sha256
-
     async def put_blob(self, sha256: str, pieces: AsyncIterator[bytes]) -> int:
         """Store a blob as it streams in; its size in bytes.
 
         Raises:
             Refused: 422 when the content has another hash, 413 past MAX_BLOB, 507 when the disk is full.
         """
-        path = self._blob_path(sha256)
-        if path.exists() and await self._is_intact(path):
+        path = await self._local(sha256)
+        if path is not None and await self._is_intact(path):
             async for _ in pieces:
                 pass
             return path.stat().st_size
@@ -96,7 +101,7 @@ class Registry:
             size, digest = await self._receive(partial, pieces)
             if digest != sha256:
                 raise Refused(422, f"the content has SHA-256 {digest}, not {sha256}", "upload it again")
-            await asyncio.to_thread(_move_durably, partial, path)
+            await self._objects.put(sha256, partial)
             return size
         except OSError as error:
             raise _disk_full(error) from error
@@ -157,26 +162,23 @@ class Registry:
     async def _sign(self, manifest: Manifest, raw: bytes) -> tuple[str, str]:
         """Cut a bundle and make it a target: the SHA-256 of its index, the role that signed."""
         known = await self._known(manifest.name)
-        files = [(entry, self._blob_path(entry.sha256)) for entry in manifest.files]
+        found = [(entry, await self._local(entry.sha256)) for entry in manifest.files]
+        files = [(entry, path) for entry, path in found if path is not None]  # none is missing: they were checked
         partial = self._partial / secrets.token_hex(8)
-
-        def change() -> tuple[str, str]:
-            try:
-                index, pack = packs.build(files, known, partial)
-                if pack:
-                    _move_durably(partial, self._blob_path(pack))
-                signed = {}
-                for path, data in zip(target_paths(manifest.name, manifest.version), (raw, index), strict=True):
-                    durable.write(partial, data)
-                    _move_durably(partial, self._blob_path(sha256(data)))
-                    signed[path] = len(data), sha256(data)
-                return sha256(index), self._repository.publish(signed)
-            except OSError as error:
-                raise _disk_full(error) from error
-            finally:
-                partial.unlink(missing_ok=True)
-
-        return await asyncio.to_thread(change)
+        try:
+            index, pack = await asyncio.to_thread(packs.build, files, known, partial)
+            if pack:
+                await self._objects.put(pack, partial)
+            signed = {}
+            for path, data in zip(target_paths(manifest.name, manifest.version), (raw, index), strict=True):
+                await asyncio.to_thread(durable.write, partial, data)
+                await self._objects.put(sha256(data), partial)
+                signed[path] = len(data), sha256(data)
+            return sha256(index), await asyncio.to_thread(self._repository.publish, signed)
+        except OSError as error:
+            raise _disk_full(error) from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     async def _known(self, name: str) -> dict[bytes, Chunk]:
         """Chunks of earlier versions that lie in whole packs."""
@@ -184,20 +186,20 @@ class Registry:
         query = sa.select(bundles.c.manifest, bundles.c.index_sha256).where(cut)
         known: dict[bytes, Chunk] = {}
         for row in await self._db.read(lambda c: c.execute(query).all()):
-            path = self._blob_path(row.index_sha256)
-            if not path.exists() or not await self._is_intact(path):
+            path = await self._local(row.index_sha256)
+            if path is None or not await self._is_intact(path):
                 continue
             index = await asyncio.to_thread(_read_index, path, row.manifest)
-            paths = {pack: self._blob_path(pack) for pack in index.packs}
-            whole = {pack for pack, path in paths.items() if path.exists() and await self._is_intact(path)}
+            paths = {pack: await self._local(pack) for pack in index.packs}
+            whole = {pack for pack, path in paths.items() if path is not None and await self._is_intact(path)}
             known |= {chunk.hash: chunk for chunk in index.chunks() if chunk.pack in whole}
         return known
 
     async def _check_files(self, manifest: Manifest) -> None:
         missing = []
         for entry in manifest.files:
-            path = self._blob_path(entry.sha256)
-            if not path.exists():
+            path = await self._local(entry.sha256)
+            if path is None:
                 missing.append(entry.path)
             elif path.stat().st_size != entry.size:
                 raise Refused(
@@ -269,10 +271,3 @@ def _read(path: Path) -> tuple[tuple[int, int, int], str]:
     identity = _identity(path)
     with path.open("rb") as file:
         return identity, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _move_durably(partial: Path, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    partial.replace(path)
-    for folder in (path.parent, path.parent.parent):
-        durable.sync(folder)
