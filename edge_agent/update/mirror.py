@@ -147,10 +147,15 @@ class Mirror(Generic[Q, A]):
         self._take(self.traffic, question, old_s, took, await asyncio.to_thread(self._agree, before, answer))
 
     async def _compare(self, tally: Tally, question: Q, old: A, old_s: float) -> None:
+        began, patience = time.monotonic(), self._patience()
         try:
-            answer, took = await _timed(self._new(question, self._patience()))
+            answer, took = await _timed(self._new(question, patience))
         except OutriderError as error:
-            self._erred(tally, question, error)
+            waited = time.monotonic() - began
+            if isinstance(error, Retry) and waited >= patience:  # it might have answered yet, but far too late
+                self._take(tally, question, old_s, waited, None)
+            else:
+                self._erred(tally, question, error)
             return
         self._take(tally, question, old_s, took, await asyncio.to_thread(self._agree, old, answer))
 

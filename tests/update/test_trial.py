@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_agent.engines.base import Piece
+from edge_agent.engines.base import Generate, Piece
 from edge_agent.engines.onnxruntime import OnnxNetwork
 from edge_agent.errors import Refused, Retry
 from edge_agent.hosting import Hosting
@@ -39,6 +39,9 @@ from edge_agent.update.trial import (
 )
 from edge_agent.wire.bundle import Target
 from edge_agent.wire.tensor import Tensor
+from tests.serving.test_hosting import hosting
+from tests.serving.test_hosting import installed as model
+from tests.serving.test_supervisor import CHILD
 from tests.update.plant_hub import PlantHub, until
 from tests.update.test_update import Device, device
 
@@ -291,6 +294,17 @@ async def test_a_shadow_never_answers_and_what_is_beside_is_bounded() -> None:
     assert (mirror.traffic.asked, mirror.traffic.agreement) == (BESIDE, 0.0)
 
 
+async def test_a_candidate_that_does_not_answer_in_time_is_slow_not_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def late(number: int, within_s: float) -> int:
+        await asyncio.sleep(within_s)
+        raise Retry(f"no answer within {within_s:g} s")
+
+    monkeypatch.setattr("edge_agent.update.mirror.PATIENCE_S", (0.05, 0.05))
+    mirror: Mirror[int, int] = Mirror(Trial(), late, lambda a, b: float(a == b), str)
+    with pytest.raises(Worse, match=r"by probe: latency: .* times, at most 2 may be"):
+        await mirror.measure(7, await mirror.probe(7, right))
+
+
 async def test_only_the_share_goes_to_both() -> None:
     async def new(number: int, within_s: float) -> int:
         return number
@@ -374,3 +388,41 @@ def test_a_plan_of_the_hub_goes_before_the_authors_and_a_wrong_word_is_named() -
     for wrong in ({"polcy": "x"}, {"trial": {"share": 2}}, {"trial": {"sekonds": 1}}, {"policy": "at-once"}):
         with pytest.raises(Refused, match="activation says wrongly"):
             activation(wrong)
+
+
+async def test_an_adapter_is_compared_on_the_requests_that_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(role: str, **options: Any) -> WorkerProcess:
+        return WorkerProcess("echo", [*CHILD, "echo"], shares=True, ping_s=0.2)
+
+    monkeypatch.setattr("edge_agent.hosting.WorkerProcess.engine", engine)
+    base = model(tmp_path, "lm", "1")
+    one, two = (model(tmp_path, "tools", version, base) for version in "12")
+    async with hosting() as (host, _):
+        await host.switch("lm", base)
+        await host.switch("tools", one)
+
+        async def ask(prompt: str) -> None:
+            while True:
+                await host.generate(Generate("", prompt, adapter=host.speaker().adapter), 10)
+                async for _ in host.stream("lm:tools", Generate("", prompt), 10):
+                    pass
+                await host.generate(Generate("", "ADAPTERS"), 10)  # with no adapter: not its affair
+
+        async def tried(prompt: str, **plan: Any) -> Figures:
+            asking = asyncio.create_task(ask(prompt))
+            try:
+                trial = Trial(share=1.0, minimum=10, max_latency_ratio=1000, **plan)
+                return await host.probe("tools", two, Activation(trial=trial))
+            finally:
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+
+        figures = await tried("one two", seconds=1.0, min_agreement=0.9)
+        assert (figures.decided, figures.agreement) == ("traffic", 1.0)
+        with pytest.raises(Worse, match="agreement: 0.000") as caught:  # each says which adapter speaks
+            await tried("ADAPTERS", seconds=20.0, min_agreement=0.9)
+        assert "ADAPTERS" in caught.value.why.samples[0]
+        assert (await tried("ADAPTERS", seconds=0.5)).agreement == 0.0  # shown, and not judged unless it is asked
+        assert host.speaker().title == "tools 1"
