@@ -421,7 +421,7 @@ async def test_an_adapter_is_compared_on_the_requests_that_use_it(
 
         figures = await tried("one two", seconds=1.0, min_agreement=0.9)
         assert (figures.decided, figures.agreement) == ("traffic", 1.0)
-        with pytest.raises(Worse, match="agreement: 0.000") as caught:  # each says which adapter speaks
+        with pytest.raises(Worse, match=r"agreement: 0\.000") as caught:  # each says which adapter speaks
             await tried("ADAPTERS", seconds=20.0, min_agreement=0.9)
         assert "ADAPTERS" in caught.value.why.samples[0]
         assert (await tried("ADAPTERS", seconds=0.5)).agreement == 0.0  # shown, and not judged unless it is asked
