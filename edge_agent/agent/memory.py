@@ -26,7 +26,7 @@ from edge_agent.errors import Refused
 PIECE = 700  # characters of a piece, about
 MAX_DOCUMENT = 4 << 20  # bytes
 CANDIDATES = 128
-MAX_HITS = 4000  # words are taken from the rarest on until they are in so many pieces: the time of a search
+MAX_HITS = 4000  # so many pieces are ranked by the rarest words of a question: the time of a search
 BATCH = 8
 SCALE = 400
 RRF = 60
@@ -44,7 +44,6 @@ CREATE INDEX IF NOT EXISTS pieces_source ON pieces (source);
 CREATE INDEX IF NOT EXISTS pieces_new ON pieces (id) WHERE vector IS NULL;
 CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(
     title, text, content='pieces', content_rowid='id', tokenize='{_WORDS}');
-CREATE VIRTUAL TABLE IF NOT EXISTS vocabulary USING fts5vocab(words, row);
 CREATE TRIGGER IF NOT EXISTS piece_in AFTER INSERT ON pieces BEGIN
     INSERT INTO words (rowid, title, text) VALUES (new.id, new.title, new.text); END;
 CREATE TRIGGER IF NOT EXISTS piece_out AFTER DELETE ON pieces BEGIN
@@ -228,22 +227,23 @@ class Memory:
         self._stems.executemany("INSERT INTO asked (rowid, word) VALUES (?, ?)", enumerate(asked))
         stems = {str(term): asked[at] for term, at in self._stems.execute("SELECT term, doc FROM stems")}
         for term in stems.keys() - self._counts.keys():
-            row = self._db.execute("SELECT doc FROM vocabulary WHERE term = ?", [term]).fetchone()
-            self._counts[term] = row[0] if row else 0
+            hits = "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? LIMIT ?)"
+            self._counts[term] = self._db.execute(hits, [f'"{stems[term]}"', MAX_HITS + 1]).fetchone()[0]
         rarity = sorted((self._counts[term], term) for term in stems if self._counts[term])
         if not rarity:
             return []
-        hits = itertools.accumulate(count for count, _ in rarity)
-        telling = [term for (_, term), total in zip(rarity, hits, strict=True) if total <= MAX_HITS] or [rarity[0][1]]
+        totals = itertools.accumulate(count for count, _ in rarity)
+        telling = [term for (_, term), total in zip(rarity, totals, strict=True) if total <= MAX_HITS] or [rarity[0][1]]
         match = " OR ".join(f'"{stems[term]}"' for term in telling)
-        sql = "SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words, 2.0, 1.0) LIMIT ?"
-        return [id for (id,) in self._db.execute(sql, [match, CANDIDATES])]
+        hit = "SELECT rowid, bm25(words, 2.0, 1.0) AS score FROM words WHERE words MATCH ? LIMIT ?"
+        sql = f"SELECT rowid FROM ({hit}) ORDER BY score LIMIT ?"
+        return [id for (id,) in self._db.execute(sql, [match, MAX_HITS, CANDIDATES])]
 
     def _by_meaning(self, vector: Vectors) -> list[int]:
         if not len(self._ids):
             return []
         asked = np.packbits(vector > 0).view(np.uint64)
-        distance = np.bitwise_count(self._bits ^ asked).sum(axis=1, dtype=np.uint16)
+        distance = np.bitwise_count(self._bits ^ asked[:, None]).sum(axis=0, dtype=np.uint16)
         near = self._ids[np.argpartition(distance, min(CANDIDATES, len(distance)) - 1)[:CANDIDATES]]
         sql = f"SELECT id, vector FROM pieces WHERE id IN ({', '.join('?' * len(near))})"
         rows = self._db.execute(sql, near.tolist()).fetchall()
@@ -259,7 +259,8 @@ class Memory:
         rows = self._db.execute("SELECT id, vector FROM pieces WHERE vector IS NOT NULL").fetchall()
         self._ids = np.array([id for id, _ in rows], np.int64)
         flat = np.frombuffer(b"".join(blob for _, blob in rows), np.int8)
-        self._bits = np.packbits(flat.reshape(len(rows), -1) > 0, axis=1).view(np.uint64) if rows else self._bits[:0]
+        if rows:  # word by word of all pieces: four times as fast to compare as piece by piece
+            self._bits = np.ascontiguousarray(np.packbits(flat.reshape(len(rows), -1) > 0, axis=1).view(np.uint64).T)
         self._seen = now
 
 
