@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import onnxruntime
@@ -325,7 +325,7 @@ async def _serve_until_killed(bundle: Path, told: Any) -> None:
     manifest = open_bundle(bundle)
     worker = WorkerProcess.engine("network")
     device = _Device(Hosting({"network": worker, "language": worker}))
-    api = LocalApi(device, "127.0.0.1:0")
+    api = LocalApi(cast(Any, device), "127.0.0.1:0")
     tasks = [asyncio.create_task(worker.run()), asyncio.create_task(api.run())]
     await device.models.switch(manifest.name, Installed("0" * 64, bundle / "files", manifest))
     told.send((int(api.url.rsplit(":", 1)[1]), device.token))
@@ -333,12 +333,11 @@ async def _serve_until_killed(bundle: Path, told: Any) -> None:
 
 
 class _Device:
-    """A device that has models and no other work."""
+    """A device that has models, and is asked for nothing else."""
 
     def __init__(self, models: Hosting) -> None:
         key = SigningKey.generate()
-        self.models, self.work = models, self
-        self.blobs: Any = None
+        self.models = models
         self.token = issue_access_token(key, "bench", ["operator"], now=time.time(), lifetime_s=3600)
         self._grants = Grants(1, 0.0, 1e12, dict(SHIPPED_ROLES), [public_jwk(key.public)])
 
@@ -350,15 +349,3 @@ class _Device:
 
     async def status(self) -> dict[str, Any]:
         return {}
-
-    async def submit(self, text: str, subject: Any) -> str:
-        raise Refused("a benchmark takes no tasks")
-
-    async def task(self, id: str) -> None:
-        return None
-
-    async def tasks(self) -> Sequence[Any]:
-        return []
-
-    async def call(self, name: str, args: dict[str, Any], subject: Any) -> Any:
-        raise Refused("a benchmark has no tools")

@@ -16,10 +16,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from edge_agent.agent.functions import Functions
 from edge_agent.api import completions
 from edge_agent.api.access import RUN_MODEL, Caller, Gate, Problem, answer, said
 from edge_agent.api.completions import Request
-from edge_agent.agent.functions import Functions
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Retry
 
