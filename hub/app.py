@@ -229,7 +229,7 @@ async def _running(services: Services, ingest: Ingest, connected: asyncio.Event)
         while True:
             await asyncio.sleep(JOB_TICK_S)
             await services.jobs.expire()
-            for device in services.devices.liveness.claiming():
+            for device in (await services.jobs.waiting()).intersection(services.devices.liveness.claiming()):
                 await services.jobs.send_queued(device)
 
     async def renew_grants() -> None:

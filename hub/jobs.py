@@ -133,6 +133,11 @@ class Jobs:
             await self._send(device, _wire(row_dict(row)))
         return len(rows)
 
+    async def waiting(self) -> set[str]:
+        """The devices that have not confirmed something."""
+        queued = sa.select(jobs.c.device).where(jobs.c.state == JobState.QUEUED.value).distinct()
+        return set(await self._db.read(lambda c: c.execute(queued).scalars().all()))
+
     async def expire(self) -> None:
         """Mark queued jobs past their expiry."""
         now = time.time()
