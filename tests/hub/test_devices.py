@@ -14,7 +14,7 @@ from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import Topic, TopicKind
 from hub import liveness
 from hub.errors import Refused
-from hub.liveness import HEARTBEAT_S, OFFLINE_S, Heard, Liveness
+from hub.liveness import CHALLENGES_PER_S, HEARTBEAT_S, OFFLINE_S, Heard, Liveness
 from hub.twin import merge
 from tests.hub.rig import Device, Hub, enrolled, running, telemetry, until
 
@@ -157,6 +157,18 @@ def test_liveness_asks_again_and_forgets_the_silent() -> None:
     assert live.claiming() == ["d"]
     assert live.heard("d", online("", PresenceState.OFFLINE), 99.0) is Heard.GONE
     assert live.claiming() == []
+
+
+def test_a_large_fleet_is_challenged_at_a_bounded_rate_and_silence_is_waited_for_as_much_longer() -> None:
+    live = Liveness()
+    for n in range(5000):
+        live.nonce(f"d{n}", 0.0)
+    assert live.beat_s == 5000 / CHALLENGES_PER_S == 5 * HEARTBEAT_S
+    first = live.nonce("d0", 4 * HEARTBEAT_S)
+    assert first == live.nonce("d0", 0.0)
+    assert live.heard("d0", online(first), 4 * HEARTBEAT_S) is Heard.BACK
+    assert live.online("d0", 4 * HEARTBEAT_S + 4 * OFFLINE_S)
+    assert not live.online("d0", 4 * HEARTBEAT_S + 5 * OFFLINE_S)
 
 
 async def test_a_silent_device_goes_offline_and_answers_each_heartbeat(
