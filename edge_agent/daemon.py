@@ -115,7 +115,9 @@ class Daemon:
         self._renewal = enrol.Renewal(state, identity.enrolled.device, self._http, self._token)
         self._session = self._connect(inbox)
         own = identity.enrolled.device
-        self._api = LocalApi(self, settings.api, max_body=settings.request_mb << 20, name=own)
+        self._api = LocalApi(
+            self, settings.api, max_body=settings.request_mb << 20, name=own, near=self._updates.neighbours
+        )
 
     @classmethod
     async def open(cls, settings: Settings, identity: enrol.Identity) -> Daemon:

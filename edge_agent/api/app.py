@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edge_agent.api import chat, oip
-from edge_agent.api.access import Caller, Device, Gate, Problem, answer, problem
+from edge_agent.api.access import Caller, Device, Gate, Neighbours, Problem, answer, problem
 from edge_agent.config import address
 from edge_agent.errors import Refused, Retry
 
@@ -46,7 +46,11 @@ class ToolRequest(msgspec.Struct, frozen=True):
 
 
 def create_app(
-    device: Device, clock: Callable[[], float] = time.time, max_body: int = MAX_BODY_MB << 20, name: str = ""
+    device: Device,
+    clock: Callable[[], float] = time.time,
+    max_body: int = MAX_BODY_MB << 20,
+    name: str = "",
+    near: Neighbours | None = None,
 ) -> Starlette:
     """The routes over a device; offline tokens for its `name` are good here."""
     gate = Gate(device, clock, max_body, name)
@@ -57,8 +61,7 @@ def create_app(
 
     async def chunks(request: Request) -> Response:
         """For the devices next door, which have no token here: a chunk's hash stands in the signed index alone."""
-        if (near := device.updates.neighbours) is None:
-            raise HTTPException(404, "this device has no neighbours: see `neighbours` in its settings")
+        assert near is not None
         body = b""
         async for piece in request.stream():
             if len(body := body + piece) > MAX_ASKED:
@@ -71,7 +74,7 @@ def create_app(
     return Starlette(
         routes=[
             Route("/healthz", healthz),
-            Route("/v1/chunks", chunks, methods=["POST"]),
+            *([Route("/v1/chunks", chunks, methods=["POST"])] if near is not None else []),
             gate.route("/metrics", "GET", "read:device", _metrics),
             gate.route("/v1/status", "GET", "read:device", _status),
             gate.route("/v1/tasks", "POST", "run:task", _submit),
@@ -175,6 +178,7 @@ class LocalApi:
         clock: Callable[[], float] = time.time,
         max_body: int = MAX_BODY_MB << 20,
         name: str = "",
+        near: Neighbours | None = None,
     ) -> None:
         host, port = address(where)
         try:
@@ -188,7 +192,7 @@ class LocalApi:
             text = f"the local API cannot listen on {where}: {error}"
             raise (Refused if never else Retry)(text, "choose another --api HOST:PORT, or end what has it") from error
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
-        app = create_app(device, clock, max_body, name)
+        app = create_app(device, clock, max_body, name, near)
         config = uvicorn.Config(
             app, lifespan="off", log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2
         )

@@ -60,7 +60,7 @@ async def site(hub: PlantHub, folder: Path, count: int) -> AsyncIterator[list[De
         for number in range(count):
             it = await stack.enter_async_context(device(folder / f"state-{number}", hub))
             it.service.neighbours = Neighbours(f"line-{number}", FLEET, it.service.slots, [])
-            app = create_app(cast(ApiDevice, SimpleNamespace(updates=it.service)))
+            app = create_app(cast(ApiDevice, SimpleNamespace()), near=it.service.neighbours)
             urls.append(await stack.enter_async_context(serving(app)))
             devices.append(it)
         for number, it in enumerate(devices):
@@ -153,8 +153,9 @@ async def test_one_that_promises_and_never_gives_is_waited_for_a_bounded_time(
 
 async def test_what_is_served_is_bounded_and_off_unless_it_is_set(hub: PlantHub, tmp_path: Path) -> None:
     async with site(hub, tmp_path, 1) as (it,):
-        near, app = it.service.neighbours, create_app(cast(ApiDevice, SimpleNamespace(updates=it.service)))
+        near = it.service.neighbours
         assert near is not None
+        app = create_app(cast(ApiDevice, SimpleNamespace()), near=near)
         near._serving = SERVED
         with pytest.raises(Retry, match="too many"):
             await near.answer(b"")
@@ -164,7 +165,8 @@ async def test_what_is_served_is_bounded_and_off_unless_it_is_set(hub: PlantHub,
             assert (await client.post("/v1/chunks", content=bytes(MAX_ASKED + 1))).status_code == 413
             answer = msgspec.msgpack.decode((await client.post("/v1/chunks", content=b"x" * HASH)).content, type=Answer)
             assert answer == Answer("line-0")
-            it.service.neighbours = None
+        closed = httpx.ASGITransport(create_app(cast(ApiDevice, SimpleNamespace())))
+        async with httpx.AsyncClient(transport=closed, base_url="http://d") as client:
             assert (await client.post("/v1/chunks", content=b"x" * HASH)).status_code == 404
 
 
