@@ -146,7 +146,10 @@ async def _all(files: list[Path], suffix: str, within: float, processes: list[Ba
             missing = [file.with_suffix(suffix) for file in files]
             await virtual.until(lambda: all(file.exists() for file in missing), processes, every_s=0.2)
     except TimeoutError:
-        raise Retry(f"the devices did not come to {suffix[1:]} in {within:g} s", "fewer devices?") from None
+        raise Retry(
+            f"the devices did not come to {suffix[1:]} in {within:g} s",
+            "this machine is too slow for so many devices or records",
+        ) from None
 
 
 async def _befall(
@@ -217,10 +220,11 @@ async def _live(file: Path, seats: list[Seat], script: Script, seconds: float) -
     heapq.heapify(due)
     while due and due[0][0] < began + seconds:
         at, n = heapq.heappop(due)
-        await asyncio.sleep(max(0.0, at - time.monotonic()))
+        if (now := time.monotonic()) < began + seconds:
+            await asyncio.sleep(max(0.0, at - now))
         device, seat = made[n]
         device.doubles = seat.behaviour.doubles
-        if device.made - device.acked < QUEUE:
+        if now < began + seconds and device.made - device.acked < QUEUE:
             device.record("telemetry", virtual.body(device.made + 1))
         else:
             dropped += 1
