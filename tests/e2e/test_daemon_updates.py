@@ -31,9 +31,9 @@ def bundle(folder: Path, version: str, model: bytes) -> Path:
     return folder / version
 
 
-async def reported(hub: Hub, version: str, state: str) -> dict[str, Any]:
+async def reported(hub: Hub, version: str, state: str, device: str = "press-1") -> dict[str, Any]:
     async def there() -> dict[str, Any] | None:
-        bundles = (await hub.get("/v1/devices/press-1"))["reported"].get("bundles", {})
+        bundles = (await hub.get(f"/v1/devices/{device}"))["reported"].get("bundles", {})
         found: dict[str, Any] = bundles.get("net", {})
         return found if (found.get("target"), found.get("state")) == (version, state) else None
 
@@ -51,9 +51,9 @@ async def update(device: Device, token: str, *args: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-async def test_a_worse_model_goes_back_and_the_hub_knows_why_and_a_hold_is_seen_there(tmp_path: Path) -> None:
+async def test_a_worse_model_goes_back_the_hub_knows_why_and_a_neighbour_gives_the_good_one(tmp_path: Path) -> None:
     async with running(tmp_path) as hub:
-        device = await enrolled(hub, tmp_path, "press-1")
+        device = await enrolled(hub, tmp_path, "press-1", "--neighbours", "auto")
         for version, seed in (("1", 1), ("2", 2), ("3", 1)):
             model = network(seed, noise=0.001 if version == "3" else 0.0)
             made = await asyncio.to_thread(bundle, tmp_path / "bundles", version, model)
@@ -82,4 +82,11 @@ async def test_a_worse_model_goes_back_and_the_hub_knows_why_and_a_hold_is_seen_
         assert hold["reason"] == "batch 7 runs"
         await update(device, hub.token, "release")
         assert (await reported(hub, "3", "committed"))["trial"]["decided"] == "probe"
+
+        for blob in [path for path in (hub.data / "blobs").glob("??/*") if path.stat().st_size > 3000]:
+            blob.unlink()  # the hub has manifests and indexes left: no model, no pack
+        second = await enrolled(hub, tmp_path, "press-2", "--neighbours", "auto")
+        await hub.post("/v1/devices/press-2/bundles", {"name": "net", "version": "3"})
+        await reported(hub, "3", "committed", "press-2")  # from the device next door
         await device.stop()
+        await second.stop()
