@@ -291,10 +291,7 @@ def update_release(api: Api = _API, token: Token = "", json: Json = False) -> No
 
 
 def _ask(api: str, token: str, method: str, path: str, body: Any = None) -> Any:
-    import httpx
-
-    base = api if "://" in api else f"http://{api}"
-    with httpx.Client(base_url=base, headers={"Authorization": f"Bearer {token}"}, timeout=10) as client:
+    with _client(api, token) as client:
         return _answer(client, method, path, json=body)
 
 

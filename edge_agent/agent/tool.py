@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints, is_typeddict
 
 import msgspec
@@ -108,11 +109,7 @@ def tool(
     examples: list[tuple[str, dict[str, Any]]] | None = None,
 ) -> Callable[[Callable[..., Any]], Tool]:
     """Declare a function as a tool; bound methods go through `declare`. The first docstring line is the description."""
-
-    def wrap(function: Callable[..., Any]) -> Tool:
-        return declare(function, risk=risk, idempotent=idempotent, timeout_s=timeout_s, examples=examples)
-
-    return wrap
+    return partial(declare, risk=risk, idempotent=idempotent, timeout_s=timeout_s, examples=examples)
 
 
 def declare(
