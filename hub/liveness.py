@@ -14,7 +14,7 @@ from edge_agent.wire.messages import Presence, PresenceState
 
 HEARTBEAT_S = 10.0  # a new nonce this often; a device answers each
 OFFLINE_S = 35.0
-CHALLENGES_PER_S = 100.0  # at most: past 1,000 devices each is challenged less often, and silence is waited for longer
+CHALLENGES_PER_S = 50.0  # at most: past 500 devices each is challenged less often, and silence is waited for longer
 
 
 class Heard(Enum):
