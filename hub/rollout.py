@@ -376,7 +376,8 @@ class _Ticking:
         for number in range(run.wave + 1):
             count = counts[number]
             done = count[_S.FAILED] + count[_S.SUCCEEDED] - self._forgiven(number)[2]
-            sample[number] = max(self._sample(number, count) - done, done) - active[number]
+            wanting = self._sample(number, count) - done
+            sample[number] = (wanting if wanting > 0 else done) - active[number]
         run.next_at = max(run.next_at, self.now - TICK_S)
         for place in run.places.values():
             if place.step is not Step.PENDING or place.wave > run.wave or sample[place.wave] <= 0:
