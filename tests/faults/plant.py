@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,11 @@ if "CLOCK_OFFSET" in os.environ:
 
 
 class RoughLink(Link):
-    """`delay_s` each way; `stalled` carries nothing and closes nothing; `lossy` is the share of connections lost."""
+    """`delay_s` each way; `stalled` carries nothing and closes nothing."""
 
     def __init__(self, port: int) -> None:
         super().__init__("127.0.0.1", port)
-        self.delay_s, self.lossy, self.stalled = 0.0, 0.0, False
-        self.lost = 0
-        self._random = random.Random(7)
+        self.delay_s, self.stalled = 0.0, False
 
     @contextlib.asynccontextmanager
     async def over_packets(self) -> AsyncIterator[Packets]:
@@ -52,9 +49,6 @@ class RoughLink(Link):
                 relay.close()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._random.random() < self.lossy:
-            self.lost += 1
-            asyncio.get_running_loop().call_later(self._random.uniform(0, 3), writer.transport.abort)
         with contextlib.suppress(asyncio.CancelledError):  # the loop ends
             await super()._carry(reader, writer)
 
@@ -163,7 +157,7 @@ class Plant:
 
     async def whole(self) -> None:
         """Everything as it should be, whatever the last fault left."""
-        self.link.delay_s, self.link.lossy, self.link.stalled = 0.0, 0.0, False
+        self.link.delay_s, self.link.stalled = 0.0, False
         self.link.mend()
         self.step_clock(0.0)
         self.hub.step_clock(0.0)
