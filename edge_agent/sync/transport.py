@@ -3,8 +3,9 @@
 Invariants: the event loop's thread owns the client (only the blocking connect runs beside it, before anyone else may
 touch it); every connection is a fresh client over one broker session, so nothing queues while the cable is cut:
 `publish` then says Retry; at most `inflight` publishes await their PUBACK; the broker is told to have at most
-`inbound` messages unacked, and past four times that the socket is not read; a message is PUBACKed when its consumer
-calls `ack()`, in order of arrival. An error in a callback ends the connection loudly and it is made again.
+`inbound` messages unacked; past four times that the socket is not read, unless a publish waits for a PUBACK that comes
+through it, and what came with QoS 0 is dropped; a message is PUBACKed when its consumer calls `ack()`, in order of
+arrival. An error in a callback ends the connection loudly and it is made again.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class MqttSession:
         self.on_connect, self.on_disconnect = on_connect, on_disconnect
         self.error: OutriderError | None = None  # why the last connection failed or ended
         self.connections = 0  # how many were made
+        self.dropped = 0  # messages of QoS 0 that came faster than they were taken
         self.received: asyncio.Queue[Message | None] = asyncio.Queue()
         self._backoff = backoff
         self._link: _Link | None = None
@@ -124,6 +126,8 @@ class MqttSession:
         link = self._link
         if link is None:
             raise Retry(f"not connected to {self.address}", "it is tried again by itself")
+        if link.slots.locked():
+            link.resume()
         await link.slots.acquire()
         done = link.publish(Publication(topic, payload, properties or {}, qos, retain), expiry)
         if wait:
@@ -291,7 +295,8 @@ class _Link:
 
     def resume(self) -> None:
         """Read from the socket (again) when the consumer has caught up."""
-        if self._socket is not None and not self._reading and self.session.received.qsize() <= self.session.inbound:
+        behind = self.session.received.qsize() > self.session.inbound and not self.slots.locked()
+        if self._socket is not None and not self._reading and not behind:
             self._reading = True
             self.loop.add_reader(self._socket, self._readable)
 
@@ -304,10 +309,14 @@ class _Link:
         self._guard(self.client.loop_read)
         while isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
             self._guard(self.client.loop_read)
-        if self._socket is not None and self.session.received.qsize() >= 4 * self.session.inbound:
+        if self._socket is not None and self._full and not self.slots.locked():
             self._reading = False
             self.loop.remove_reader(self._socket)
         self._pump()
+
+    @property
+    def _full(self) -> bool:
+        return self.session.received.qsize() >= 4 * self.session.inbound
 
     def _pump(self) -> None:
         wants = self._socket is not None and self.client.want_write()
@@ -371,6 +380,9 @@ class _Link:
             done.set_result(None)
 
     def _on_message(self, _c: object, _u: object, came: paho.MQTTMessage) -> None:
+        if self._full and came.qos == 0:
+            self.session.dropped += 1
+            return
         entry = [came.mid, 0]
         if came.qos:
             self._unacked.append(entry)

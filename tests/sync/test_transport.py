@@ -174,6 +174,28 @@ async def test_a_slow_consumer_bounds_what_waits_in_memory(broker: Broker) -> No
         assert [int(m.payload) for m in await take(b, 200)] == list(range(200))
 
 
+async def test_a_consumer_that_publishes_while_it_is_flooded_does_not_wait_for_ever(broker: Broker) -> None:
+    a, b, c = (
+        session(broker, "a"),
+        session(broker, "b", "t/flood", inbound=2, inflight=1),
+        session(broker, "c", "t/echo"),
+    )
+    async with connected(a, b, c):
+        for number in range(300):
+            await a.publish("t/flood", b"%d" % number, qos=0)
+        await until(lambda: b.received.qsize() >= 8)
+        sent = 0
+        async with asyncio.timeout(20):
+            async for message in b.messages():
+                await b.publish("t/echo", message.payload, wait=False)
+                message.ack()
+                sent += 1
+                if b.received.empty():
+                    break
+        assert sent >= 8
+        assert len(await take(c, sent)) == sent
+
+
 async def test_a_wrong_password_is_refused_with_a_hint(broker: Broker) -> None:
     async with session(broker, "a", password="wrong") as mqtt:
         with pytest.raises((Refused, Retry), match="user and password"):
