@@ -30,11 +30,14 @@ _VERBS = {
     "mcp": ("Serve a device's tools to MCP clients.", "mcp"),
     "doctor": ("Check what a device needs: extras, state, hub, broker, models by a real inference.", "edge"),
     "hub": ("Run the hub: devices, jobs, models, dashboard.", "hub"),
+    "rollout": ("Give a version to the fleet in waves, and try a plan on virtual devices first.", "hub"),
+    "trust": ("The keys of TUF: the ceremony, signatures, rotation.", "hub"),
     "broker": ("The MQTT broker of a site: write its configuration.", "hub"),
     "models": ("Fetch, build and publish models.", "models"),
     "bench": ("Benchmarks.", "dev"),
     "eval": ("How often the tool caller is right: BFCL and the plant set.", "dev"),
-    "demo": ("A fleet on this machine, a cut cable and the proof that nothing was lost.", "dev"),
+    "demo": ("A fleet on this machine: a cut cable and the books, or `rollout`: updates that go back.", "dev"),
+    "fleet": ("Thousands of virtual devices with sessions and signatures of their own.", "dev"),
     "soak": ("Random faults for minutes, then the books: what was promised is committed once.", "dev"),
 }
 

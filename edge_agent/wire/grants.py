@@ -30,6 +30,7 @@ SHIPPED_ROLES: dict[str, list[str]] = {
         "run:model",
         "publish:bundle",
         "assign:bundle",
+        "manage:rollout",
         "create:offline-token",
         "upload:blob",
     ],
@@ -39,10 +40,10 @@ SHIPPED_ROLES: dict[str, list[str]] = {
         "run:task",
         "run:model",
         "upload:blob",
-        *(f"read:{noun}" for noun in ("tool", "task", "device", "job", "telemetry", "bundle", "grants")),
+        *(f"read:{noun}" for noun in ("tool", "task", "device", "job", "telemetry", "bundle", "rollout", "grants")),
     ],
     "auditor": ["read:*"],
-    "viewer": [f"read:{noun}" for noun in ("device", "job", "task", "telemetry", "bundle", "grants")],
+    "viewer": [f"read:{noun}" for noun in ("device", "job", "task", "telemetry", "bundle", "rollout", "grants")],
 }
 
 
