@@ -19,8 +19,8 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel
 
 from edge_agent.agent import prompt
-from edge_agent.api import completions
 from edge_agent.agent.functions import Function, Functions
+from edge_agent.api import completions
 from edge_agent.errors import Refused
 from edge_agent.update.slots import Installed
 from edge_agent.wire.bundle import BundleKind, Manifest, scan
