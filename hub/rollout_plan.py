@@ -1,24 +1,22 @@
 """What a rollout is to do: a bundle's version, for which devices, in which waves, by which rules and at which times.
 
-Invariants: a plan that decodes can be carried out (its waves hold every device, its zones exist, its query is known);
-windows are read off the wall clock of a site, so a day with a change of clocks has the window that its clock shows.
+Invariant: a plan that decodes can be carried out (its waves hold every device, its zones exist, its query is known).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, time, timedelta
+from datetime import datetime
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import lru_cache
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
+from edge_agent.wire import windows
 from edge_agent.wire.errors import WireError
 from edge_agent.wire.messages import check_depth
 from hub.errors import Refused
 
-DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 MAX_WAVES = 50
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "exists": lambda value, wanted: (value is not None) is bool(wanted),
@@ -59,27 +57,6 @@ class Wave(_Strict, frozen=True):
     min_sample: int | None = None
 
 
-class Window(_Strict, frozen=True, rename={"start": "from", "end": "to"}):
-    """From one time of day to another, past midnight if that is earlier; it belongs to the day on which it begins."""
-
-    start: str
-    end: str
-    days: tuple[str, ...] = DAYS
-
-    def __post_init__(self) -> None:
-        if unknown := set(self.days) - set(DAYS):
-            raise ValueError(f"window: {', '.join(sorted(unknown))} is no day of {', '.join(DAYS)}")
-        for text in (self.start, self.end):
-            time.fromisoformat(text)
-
-    def open(self, local: datetime) -> bool:
-        start, end, now = time.fromisoformat(self.start), time.fromisoformat(self.end), local.time()
-        today, yesterday = DAYS[local.weekday()], DAYS[(local - timedelta(days=1)).weekday()]
-        if start < end:
-            return start <= now < end and today in self.days
-        return (now >= start and today in self.days) or (now < end and yesterday in self.days)
-
-
 class Plan(_Strict, frozen=True):
     """`canary`: percent of all that go first, where the first failure pauses. Shares are 0 to 1, times in seconds.
 
@@ -100,7 +77,7 @@ class Plan(_Strict, frozen=True):
     max_active: int = 0
     bytes_per_s: float = 0.0
     not_before: str = ""
-    windows: list[Window] = []
+    windows: list[str] = []
     zone: str = "UTC"
     note: str = ""
 
@@ -123,6 +100,7 @@ class Plan(_Strict, frozen=True):
         if self.timeout_s <= 0 or self.max_active < 0 or self.bytes_per_s < 0:
             raise ValueError("timeout_s is above 0, max_active and bytes_per_s not below 0")
         zone_of(self.zone)
+        list(map(window_of, self.windows))
         self.begins()
         _check(self.select.facts)
 
@@ -145,19 +123,10 @@ class Plan(_Strict, frozen=True):
 
     def open(self, now: float, zone: str = "") -> bool:
         """Whether a device in this zone (none: the plan's) may be given the version now."""
-        if not self.windows:
-            return True
-        local = datetime.fromtimestamp(now, zone_of(zone or self.zone))
-        return any(window.open(local) for window in self.windows)
+        return windows.moment(map(window_of, self.windows), zone_of(zone or self.zone), now).open
 
 
-@cache
-def zone_of(name: str) -> ZoneInfo:
-    """Raises ValueError."""
-    try:
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, OSError, ValueError):
-        raise ValueError(f"{name!r} is no time zone: give one of the tz database, such as Europe/Berlin") from None
+zone_of, window_of = lru_cache(1024)(windows.zone), lru_cache(1024)(windows.parse)
 
 
 def parse(document: Any) -> Plan:
