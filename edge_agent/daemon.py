@@ -31,6 +31,7 @@ from edge_agent.agent.ports import RunnerTools
 from edge_agent.agent.transcript import Transcripts
 from edge_agent.api.app import LocalApi
 from edge_agent.audit import Audit
+from edge_agent.bundled import Bundled
 from edge_agent.config import Settings
 from edge_agent.engines.base import ACCELERATOR, ENGINES
 from edge_agent.errors import Fatal, OutriderError, Retry
@@ -92,6 +93,7 @@ class Daemon:
         self._agent = AgentLoop(*parts, budget=budget, speaker=self._hosting.speaker, approvals=asks)
         audit = Audit(store, outbox)
         self.work = Work(inbox, self._agent, transcripts, self._tools, audit, self._allowed, approvals=asks)
+        self._bundled = Bundled(self._hosting, self.work.library, self._tools, self._allowed)
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
         self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample)
         self._http = hub_client(settings.hub or identity.hub)
@@ -103,7 +105,7 @@ class Daemon:
             director,
             Repository(trust, downloads, director, identity.hub_key),
             downloads,
-            self._hosting,
+            self._bundled,
             self._switch,
             self._report,
             budget=settings.bundles_mb << 20 or None,
@@ -203,7 +205,7 @@ class Daemon:
             "last_seq": box.last_seq,
             "acked": box.acked,
             "grants_epoch": grants.epoch if grants else None,
-            "models": self._hosting.show(self._twin.reported.get("bundles", {})),
+            "models": self._bundled.show(self._twin.reported.get("bundles", {})),
             "reported": self._twin.reported,
             "speaks": self._speaks(),
             "tools": specs,
@@ -248,8 +250,8 @@ class Daemon:
         return issue_device_token(self._key, enrolled.fleet, enrolled.device, now=now)
 
     async def _switch(self, name: str, installed: Installed) -> None:
-        await self._hosting.switch(name, installed)
-        if installed.manifest.kind is not BundleKind.ONNX and self._hosting.language_model():
+        await self._bundled.switch(name, installed)
+        if installed.manifest.kind in (BundleKind.LLM, BundleKind.ADAPTER) and self._hosting.language_model():
             self._cold.set()
 
     async def _set_up(self) -> None:

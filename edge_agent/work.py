@@ -76,9 +76,9 @@ class Work:
     ) -> None:
         self._inbox, self._agent, self._transcripts, self._tools = inbox, agent, transcripts, tools
         self._audit, self._allowed, self._clock = audit, allowed, clock
-        self._library = Library(transcripts.folder / "workflows")
+        self.library = Library(transcripts.folder / "workflows")
         self._runner = Runner(tools, transcripts, allowed, clock=clock, approvals=approvals)
-        self._triggers = Triggers(self._library, tools, allowed, self._trigger, clock)
+        self._triggers = Triggers(self.library, tools, allowed, self._trigger, clock)
         self._triggered: dict[str, str] = {}  # the workflow of each run that a trigger started
         self._approvals, self._one = approvals, asyncio.Lock()
         self._waiting: dict[str, tuple[Job, float]] = {}  # by id: what waits for an approval, and until when
@@ -166,7 +166,7 @@ class Work:
     def _installed(self, args: Any, subject: Subject) -> str:
         """The text of the workflow to run. Raises Denied, Refused."""
         name, inputs = (args.get("name"), args.get("inputs", {})) if isinstance(args, dict) else (None, {})
-        known = self._library.all()
+        known = self.library.all()
         if not isinstance(name, str) or name not in known or not isinstance(inputs, dict):
             here = ", ".join(known) or "none"
             raise Refused(f"there is no workflow {name!r:.60} to run with a dict of inputs", f"installed: {here}")

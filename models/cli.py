@@ -56,7 +56,7 @@ def package(
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """Make a bundle: the model's or adapter's folder with its manifest."""
+    """Make a bundle: the model's or adapter's folder, or a folder of workflows, with its manifest."""
     with work(as_json) as progress:
         path, manifest = _packaged(name, adapter, cache, progress, out, version, precision)
     _say_bundle(as_json, path, manifest)
@@ -109,7 +109,8 @@ def publish(
             hint = f"outrider hub login --hub {hub}, or --token, or --user and OUTRIDER_PASSWORD"
             raise ModelError("the hub needs to know who publishes", hint)
         folder = Path(bundle)
-        if adapter or precision or (bundle in sources() | shipped() and not (folder / "bundle.json").is_file()):
+        known = bundle in sources() | shipped() and not (folder / "bundle.json").is_file()
+        if adapter or precision or known or is_workflows(bundle):
             folder, _ = _packaged(bundle, adapter, cache, progress, precision=precision)
         signed = published(hub, token or login(hub, user, password), folder, progress)
         manifest = open_bundle(folder)
@@ -151,6 +152,11 @@ def digest(folder: Annotated[Path, typer.Argument(help="A model folder.")], as_j
         _say_folder(as_json, folder.name, folder)
 
 
+def is_workflows(name: str) -> bool:
+    """Whether it names a folder of workflow definitions."""
+    return not (Path(name) / "bundle.json").exists() and any(Path(name).glob("*.yaml"))
+
+
 def _packaged(
     name: str,
     adapter: Path | None,
@@ -162,8 +168,11 @@ def _packaged(
 ) -> tuple[Path, Any]:
     from models.adapter import package_adapter
     from models.package import package as packaged
+    from models.package import package_workflows
 
     where = cache or default_cache()
+    if is_workflows(name):
+        return package_workflows(Path(name), where, out, version)
     if adapter is not None:
         return package_adapter(name, adapter, where, out, version, progress)
     if precision:

@@ -121,6 +121,19 @@ def package(
     return write_bundle(out or cache / "bundles" / f"{name}-{manifest.version}", folder, manifest), manifest
 
 
+def package_workflows(folder: Path, cache: Path, out: Path | None = None, version: str = "") -> tuple[Path, Manifest]:
+    """Make the bundle of the definitions in a folder, named as it. Raises ModelError when there are none."""
+    name, files = folder.resolve().name.lower(), [entry for entry in scan(folder) if entry.path.endswith(".yaml")]
+    if not files or any("/" in entry.path for entry in files):
+        raise ModelError(
+            f"{folder} is no folder of workflows", "*.yaml files, each as `outrider workflow check` has it"
+        )
+    digest = content_digest(files)
+    meta = {"content_digest": digest}
+    manifest = Manifest(name, version or f"1+{digest[:8]}", BundleKind.WORKFLOW, files, meta=meta)
+    return write_bundle(out or cache / "bundles" / f"{name}-{manifest.version}", folder, manifest), manifest
+
+
 def write_bundle(bundle: Path, folder: Path, manifest: Manifest) -> Path:
     """The bundle folder of a manifest whose files lie in `folder`. Raises ModelError when it would overwrite others."""
     if bundle.exists() and not (bundle / "bundle.json").is_file():

@@ -45,16 +45,18 @@ class Installed(msgspec.Struct, frozen=True):
 
 
 class Library:
-    """The definitions in a folder, `*.yaml`, by their names; files are read again when they change."""
+    """The definitions in a folder and in `bundles`, `*.yaml`, by their names; files are read again when they change."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.bundles: dict[str, Path] = {}  # the folder of each, which goes before the device's own
         self._files: dict[Path, tuple[tuple[int, int], Installed | None]] = {}
 
     def all(self) -> dict[str, Installed]:
         """What is installed now."""
         files = {}
-        for path in sorted(self._folder.glob("*.yaml")):
+        folders = [self._folder, *self.bundles.values()]
+        for path in (path for folder in folders for path in sorted(folder.glob("*.yaml"))):
             try:
                 stat = path.stat()
                 stamp = (stat.st_mtime_ns, stat.st_size)
@@ -64,6 +66,12 @@ class Library:
                 _log.warning("%s: %s", path.name, error)
         self._files = files
         return {each.flow.workflow: each for _, each in files.values() if each is not None}
+
+    def others(self, bundle: str) -> set[str]:
+        """The workflows of the bundles but this one."""
+        self.all()
+        folders = {folder for name, folder in self.bundles.items() if name != bundle}
+        return {each.flow.workflow for path, (_, each) in self._files.items() if each and path.parent in folders}
 
 
 def _load(path: Path, since: float) -> Installed | None:

@@ -1,0 +1,73 @@
+"""Bundles by their kind: models go to their workers, workflows into the library of this device's work.
+
+Invariants: a version of a workflow bundle is taken only when each of its definitions passes the check against the tools
+and grants of this device; two bundles never define the same workflow; a bundled definition goes before a file of the
+same name in the device's own folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from edge_agent.agent import policy
+from edge_agent.agent.act import Tools
+from edge_agent.agent.workflow import Broken, read
+from edge_agent.agent.workflow_check import check
+from edge_agent.agent.workflow_triggers import Library
+from edge_agent.errors import Refused
+from edge_agent.hosting import Hosting
+from edge_agent.update.slots import Installed
+from edge_agent.update.trial import Activation, Figures
+from edge_agent.wire.bundle import BundleKind
+
+
+class Bundled:
+    """The update service's Prober and Switch."""
+
+    def __init__(self, hosting: Hosting, library: Library, tools: Tools, allowed: policy.Allowed) -> None:
+        self._hosting, self._library, self._tools, self._allowed = hosting, library, tools, allowed
+        self._flows: dict[str, Installed] = {}
+
+    async def probe(self, name: str, candidate: Installed, activation: Activation) -> Figures:
+        """Raises Worse or Refused when it is no good here, Retry when that cannot be told now."""
+        if candidate.manifest.kind is not BundleKind.WORKFLOW:
+            return await self._hosting.probe(name, candidate, activation)
+        specs = await self._tools.specs()
+        for file, text in (await asyncio.to_thread(_texts, candidate)).items():
+            try:
+                flow, marks = read(text)
+                found = check(flow, marks, specs, self._allowed)
+            except Broken as broken:
+                found = broken.problems
+            if found:
+                more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+                first = found[0]
+                raise Refused(f"{file}:{first.line}:{first.column}: {first.message}{more}", first.hint)
+            if flow.workflow in self._library.others(name):
+                raise Refused(f"{file}: another bundle has the workflow {flow.workflow}", "give it another name")
+        return Figures("load")
+
+    async def switch(self, name: str, installed: Installed) -> None:
+        """Raises Refused, Retry."""
+        if installed.manifest.kind is not BundleKind.WORKFLOW:
+            await self._hosting.switch(name, installed)
+            return
+        self._flows[name] = installed
+        self._library.bundles[name] = installed.folder
+
+    def show(self, reported: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """As `Hosting.show`, with the workflow bundles as they are reported."""
+        flows = {name: each for name, each in reported.items() if name in self._flows}
+        models = self._hosting.show({name: each for name, each in reported.items() if name not in flows})
+        return models | {name: {**each, "kind": "workflow"} for name, each in flows.items()}
+
+
+def _texts(candidate: Installed) -> dict[str, str]:
+    files = sorted(candidate.folder.glob("*.yaml"))
+    if not files:
+        raise Refused(f"{candidate.manifest.name} has no .yaml file", "a workflow bundle is a folder of definitions")
+    try:
+        return {path.name: path.read_text() for path in files}
+    except UnicodeDecodeError as error:
+        raise Refused(f"{candidate.manifest.name} has a file that is no text: {error}") from error

@@ -1,0 +1,79 @@
+"""A workflow as a bundle: published, assigned, checked on the device, run; one that cannot run changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from bench.fleet import running, until
+from models.errors import ModelError
+from models.package import package_workflows
+from models.publish import publish
+from tests.e2e.test_daemon_hub import enrolled, job
+
+FLOW = """workflow: stamp-once
+version: "{version}"
+run_as: [operator]
+steps:
+  - {{id: look, tool: read_sensor, args: {{sensor: wear, line: 1}}}}
+  - {{id: mark, tool: {tool}, depends_on: [look], args: {{text: "{version}"}}}}
+"""
+
+
+def bundle(folder: Path, version: str, tool: str = "stamp") -> Path:
+    files = folder / version / "stamping"
+    files.mkdir(parents=True)
+    (files / "stamp.yaml").write_text(FLOW.format(version=version, tool=tool))
+    return package_workflows(files, folder, folder / version / "bundle", version)[0]
+
+
+@pytest.mark.timeout(300)
+async def test_a_workflow_bundle_runs_and_one_that_could_not_run_is_refused_with_file_line_and_column(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as hub:
+        device = await enrolled(hub, tmp_path, "press-1")
+        for version, tool in (("1", "stamp"), ("2", "no_such_tool"), ("3", "stamp")):
+            made = await asyncio.to_thread(bundle, tmp_path / "bundles", version, tool)
+            await asyncio.to_thread(publish, hub.url, hub.token, made)
+
+        async def fares(version: str) -> str:
+            await hub.post("/v1/devices/press-1/bundles", {"name": "stamping", "version": version})
+
+            async def ended() -> str | None:
+                seen = (await hub.get("/v1/devices/press-1"))["reported"].get("bundles", {}).get("stamping", {})
+                there = seen.get("target") == version and seen["state"] in ("committed", "quarantined")
+                return f"{seen['state']} {seen['error']}" if there else None
+
+            return await until(version, 60, ended)
+
+        async def marks() -> list[str]:
+            done = await job(hub, device, {"tool": "run_workflow", "args": {"name": "stamp-once"}})
+            assert done["state"] == "succeeded", done
+            return (device.state / "tools" / "stamps").read_text().split()
+
+        assert await fares("1") == "committed "
+        assert await marks() == ["1"]
+        refused = await fares("2")
+        assert refused.startswith("quarantined stamp.yaml:6:")
+        assert "no_such_tool" in refused
+        assert await marks() == ["1", "1"]  # the one before is still there
+        assert await fares("3") == "committed "
+        assert (await device.status())["models"]["stamping"]["state"] == "committed"
+        await device.process.kill()
+        await device.start()
+        await until("its return", 60, ready, device)
+        assert await marks() == ["1", "1", "3"]
+        await device.stop()
+
+
+async def ready(device) -> bool | None:  # type: ignore[no-untyped-def]
+    return True if (await device.status())["connected"] else None
+
+
+def test_a_folder_without_workflows_is_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ModelError, match="is no folder of workflows"):
+        package_workflows(tmp_path, tmp_path)
