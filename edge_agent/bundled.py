@@ -1,8 +1,9 @@
 """Bundles by their kind: models go to their workers, workflows into the library of this device's work.
 
 Invariants: a version of a workflow bundle is taken only when each of its definitions passes the check against the tools
-and grants of this device; two bundles never define the same workflow; a bundled definition goes before a file of the
-same name in the device's own folder.
+and grants of this device, and its policy.toml, if it has one, can be used; two bundles never define the same workflow;
+a bundled definition goes before a file of the same name in the device's own folder; the interlocks of all policies hold
+together, from before the first act after a start.
 """
 
 from __future__ import annotations
@@ -11,28 +12,38 @@ import asyncio
 from typing import Any
 
 from edge_agent.agent import policy
-from edge_agent.agent.act import Tools
+from edge_agent.agent.interlock import Interlocked, PolicyFile, load_policy
 from edge_agent.agent.workflow import Broken, read
 from edge_agent.agent.workflow_check import check
 from edge_agent.agent.workflow_triggers import Library
 from edge_agent.errors import Refused
 from edge_agent.hosting import Hosting
-from edge_agent.update.slots import Installed
+from edge_agent.update.slots import Installed, Slots
 from edge_agent.update.trial import Activation, Figures
 from edge_agent.wire.bundle import BundleKind
+
+POLICY = "policy.toml"
 
 
 class Bundled:
     """The update service's Prober and Switch."""
 
-    def __init__(self, hosting: Hosting, library: Library, tools: Tools, allowed: policy.Allowed) -> None:
+    def __init__(
+        self, hosting: Hosting, library: Library, tools: Interlocked, allowed: policy.Allowed, slots: Slots
+    ) -> None:
         self._hosting, self._library, self._tools, self._allowed = hosting, library, tools, allowed
-        self._flows: dict[str, Installed] = {}
+        for name in slots.names():
+            installed = slots.current(name)
+            if installed is not None and installed.manifest.kind is BundleKind.WORKFLOW:
+                self._take(name, installed)
 
     async def probe(self, name: str, candidate: Installed, activation: Activation) -> Figures:
         """Raises Worse or Refused when it is no good here, Retry when that cannot be told now."""
         if candidate.manifest.kind is not BundleKind.WORKFLOW:
             return await self._hosting.probe(name, candidate, activation)
+        rules = await asyncio.to_thread(load_policy, candidate.folder / POLICY)
+        if isinstance(rules, Refused) and (candidate.folder / POLICY).exists():
+            raise rules
         specs = await self._tools.specs()
         for file, text in (await asyncio.to_thread(_texts, candidate)).items():
             try:
@@ -53,20 +64,23 @@ class Bundled:
         if installed.manifest.kind is not BundleKind.WORKFLOW:
             await self._hosting.switch(name, installed)
             return
-        self._flows[name] = installed
+        self._take(name, installed)
+
+    def _take(self, name: str, installed: Installed) -> None:
         self._library.bundles[name] = installed.folder
+        self._tools.files[name] = PolicyFile(installed.folder / POLICY)
 
     def show(self, reported: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """As `Hosting.show`, with the workflow bundles as they are reported."""
-        flows = {name: each for name, each in reported.items() if name in self._flows}
+        flows = {name: each for name, each in reported.items() if name in self._library.bundles}
         models = self._hosting.show({name: each for name, each in reported.items() if name not in flows})
         return models | {name: {**each, "kind": "workflow"} for name, each in flows.items()}
 
 
 def _texts(candidate: Installed) -> dict[str, str]:
     files = sorted(candidate.folder.glob("*.yaml"))
-    if not files:
-        raise Refused(f"{candidate.manifest.name} has no .yaml file", "a workflow bundle is a folder of definitions")
+    if not files and not (candidate.folder / POLICY).exists():
+        raise Refused(f"{candidate.manifest.name} has no .yaml file and no {POLICY}", "it is a folder of definitions")
     try:
         return {path.name: path.read_text() for path in files}
     except UnicodeDecodeError as error:

@@ -48,7 +48,7 @@ from edge_agent.telemetry import Telemetry
 from edge_agent.update.download import Downloads, hub_client
 from edge_agent.update.neighbours import Neighbours
 from edge_agent.update.service import BundleReport, UpdateService
-from edge_agent.update.slots import Installed
+from edge_agent.update.slots import Installed, Slots
 from edge_agent.update.trust import Director, Repository
 from edge_agent.wire.bundle import BundleKind
 from edge_agent.wire.grants import Grants, Subject, allowed
@@ -93,7 +93,8 @@ class Daemon:
         self._agent = AgentLoop(*parts, budget=budget, speaker=self._hosting.speaker, approvals=asks)
         audit = Audit(store, outbox)
         self.work = Work(inbox, self._agent, transcripts, self._tools, audit, self._allowed, approvals=asks)
-        self._bundled = Bundled(self._hosting, self.work.library, self._tools, self._allowed)
+        slots = Slots(state / "bundles")
+        self._bundled = Bundled(self._hosting, self.work.library, self._tools, self._allowed, slots)
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
         self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample)
         self._http = hub_client(settings.hub or identity.hub)
@@ -112,7 +113,6 @@ class Daemon:
             rules=settings.updates,
         )
         if settings.neighbours:
-            slots = self._updates.slots
             self._updates.neighbours = Neighbours(enrolled.device, enrolled.fleet, slots, settings.neighbours)
         self._renewal = enrol.Renewal(state, identity.enrolled.device, self._http, self._token)
         self._session = self._connect(inbox)

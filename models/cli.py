@@ -153,8 +153,9 @@ def digest(folder: Annotated[Path, typer.Argument(help="A model folder.")], as_j
 
 
 def is_workflows(name: str) -> bool:
-    """Whether it names a folder of workflow definitions."""
-    return not (Path(name) / "bundle.json").exists() and any(Path(name).glob("*.yaml"))
+    """Whether it names a folder of workflow definitions or interlocks."""
+    folder = Path(name)
+    return not (folder / "bundle.json").exists() and any([*folder.glob("*.yaml"), *folder.glob("policy.toml")])
 
 
 def _packaged(

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import shutil
 import tempfile
+from fnmatch import fnmatch
 from importlib.metadata import version as installed
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,12 +123,10 @@ def package(
 
 
 def package_workflows(folder: Path, cache: Path, out: Path | None = None, version: str = "") -> tuple[Path, Manifest]:
-    """Make the bundle of the definitions in a folder, named as it. Raises ModelError when there are none."""
-    name, files = folder.resolve().name.lower(), [entry for entry in scan(folder) if entry.path.endswith(".yaml")]
-    if not files or any("/" in entry.path for entry in files):
-        raise ModelError(
-            f"{folder} is no folder of workflows", "*.yaml files, each as `outrider workflow check` has it"
-        )
+    """Make the bundle of the definitions and interlocks in a folder, named as it. Raises ModelError."""
+    name, files = folder.resolve().name.lower(), scan(folder)
+    if not files or not all(entry.path == "policy.toml" or fnmatch(entry.path, "*.yaml") for entry in files):
+        raise ModelError(f"{folder} is no folder of workflows", "*.yaml files, and policy.toml for interlocks, alone")
     digest = content_digest(files)
     meta = {"content_digest": digest}
     manifest = Manifest(name, version or f"1+{digest[:8]}", BundleKind.WORKFLOW, files, meta=meta)

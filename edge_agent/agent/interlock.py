@@ -71,7 +71,7 @@ class PolicyFile:
         except OSError as error:
             raise Refused(f"{self._path} cannot be read: {error}", "mend it: no act is made before") from error
         if stamp != self._stamp:
-            self._stamp, self._read = stamp, _load(self._path)
+            self._stamp, self._read = stamp, load_policy(self._path)
             if isinstance(self._read, Refused):
                 _log.error("%s", self._read)
         if isinstance(self._read, Refused):
@@ -86,7 +86,8 @@ class PolicyFile:
             return LASTS_S
 
 
-def _load(path: Path) -> Policy | Refused:
+def load_policy(path: Path) -> Policy | Refused:
+    """What a file says, or why it cannot be used."""
     try:
         policy = msgspec.convert(tomllib.loads(path.read_text()), Policy)
         for rule in policy.interlocks:
@@ -97,10 +98,10 @@ def _load(path: Path) -> Policy | Refused:
 
 
 class Interlocked:
-    """Tools whose acts are made only when no rule forbids them."""
+    """Tools whose acts are made only when no rule in `files` forbids them: the device's own, and its bundles'."""
 
     def __init__(self, tools: Tools, file: PolicyFile) -> None:
-        self._tools, self._file = tools, file
+        self._tools, self.files = tools, {"": file}
 
     async def specs(self) -> Sequence[ToolSpec]:
         return await self._tools.specs()
@@ -108,7 +109,7 @@ class Interlocked:
     async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
         specs = {spec.name: spec for spec in await self._tools.specs()}
         if name not in specs or specs[name].risk != "read":
-            for rule in self._file.read().interlocks:
+            for rule in [rule for file in self.files.values() for rule in file.read().interlocks]:
                 if any(fnmatchcase(name, pattern) for pattern in rule.tools):
                     await self._ask(rule, name, args, specs)
         return await self._tools.call(name, args, timeout_s)

@@ -22,10 +22,23 @@ steps:
 """
 
 
+POLICY = """[[interlocks]]
+name = "worn"
+tools = ["stamp"]
+look.wear = { tool = "read_sensor", args = { sensor = "wear", line = 1 } }
+never = "wear.value > 5.0"
+hint = "change the stamp"
+"""
+
+
 def bundle(folder: Path, version: str, tool: str = "stamp") -> Path:
     files = folder / version / "stamping"
     files.mkdir(parents=True)
     (files / "stamp.yaml").write_text(FLOW.format(version=version, tool=tool))
+    if version >= "4":
+        (files / "policy.toml").write_text(
+            POLICY if version == "4" else POLICY.replace("wear.value >", "wear.value >>")
+        )
     return package_workflows(files, folder, folder / version / "bundle", version)[0]
 
 
@@ -35,7 +48,7 @@ async def test_a_workflow_bundle_runs_and_one_that_could_not_run_is_refused_with
 ) -> None:
     async with running(tmp_path) as hub:
         device = await enrolled(hub, tmp_path, "press-1")
-        for version, tool in (("1", "stamp"), ("2", "no_such_tool"), ("3", "stamp")):
+        for version, tool in (("1", "stamp"), ("2", "no_such_tool"), ("3", "stamp"), ("4", "stamp"), ("5", "stamp")):
             made = await asyncio.to_thread(bundle, tmp_path / "bundles", version, tool)
             await asyncio.to_thread(publish, hub.url, hub.token, made)
 
@@ -66,6 +79,17 @@ async def test_a_workflow_bundle_runs_and_one_that_could_not_run_is_refused_with
         await device.start()
         await until("its return", 60, ready, device)
         assert await marks() == ["1", "1", "3"]
+        assert await fares("4") == "committed "
+        refused = await fares("5")
+        assert refused.startswith("quarantined ")
+        assert "policy.toml cannot be used" in refused
+        for _ in range(2):
+            done = await job(hub, device, {"tool": "run_workflow", "args": {"name": "stamp-once"}})
+            assert done["state"] == "failed"
+            assert "the interlock worn forbids it" in done["error"]
+            await device.process.kill()
+            await device.start()
+            await until("its return", 60, ready, device)
         await device.stop()
 
 
