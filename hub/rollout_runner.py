@@ -49,7 +49,7 @@ class Rollouts:
     def __init__(self, db: Database, twin: Twin, registry: Registry, known: Devices, key: SigningKey) -> None:
         self._db, self._twin, self._registry, self._devices, self._key = db, twin, registry, known, key
         self._lives: dict[str, _Live] = {}
-        self._heard = 0  # the id of the last report taken
+        self._heard: int | None = None  # the id of the last report taken
         self._lock = asyncio.Lock()
         self.took: deque[float] = deque(maxlen=600)  # how long the last decisions took, in seconds
 
@@ -141,7 +141,7 @@ class Rollouts:
         """Ask the rules about every rollout under way, the oldest first, and do what they say."""
         async with self._lock:
             if not self._lives:
-                self._heard = 0
+                self._heard = None
                 return
             await self._hear()
             now = time.monotonic()
@@ -174,7 +174,7 @@ class Rollouts:
 
         def look(connection: sa.Connection) -> tuple[int, Sequence[Any]]:
             top: int = connection.execute(sa.select(sa.func.max(telemetry.c.id))).scalar() or 0
-            if self._heard == 0:
+            if self._heard is None:
                 return top, []  # the fleet is read whole below
             query = sa.select(telemetry.c.id, telemetry.c.device, telemetry.c.body)
             query = query.where(telemetry.c.id > self._heard, telemetry.c.id <= top, telemetry.c.kind == "reported")

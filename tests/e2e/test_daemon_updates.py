@@ -78,8 +78,12 @@ async def test_a_worse_model_goes_back_the_hub_knows_why_and_a_neighbour_gives_t
         await update(device, hub.token, "hold", "--minutes", "30", "--reason", "batch 7 runs")
         await hub.post(assign, {"name": "net", "version": "3"})
         assert "held: batch 7 runs" in (await reported(hub, "3", "waiting"))["error"]
-        hold = (await hub.get("/v1/devices/press-1"))["reported"]["updates"]["hold"]
-        assert hold["reason"] == "batch 7 runs"
+
+        async def held() -> dict[str, Any] | None:
+            found: dict[str, Any] = (await hub.get("/v1/devices/press-1"))["reported"].get("updates", {})
+            return found.get("hold")
+
+        assert (await until("the hold at the hub", 30, held))["reason"] == "batch 7 runs"
         await update(device, hub.token, "release")
         assert (await reported(hub, "3", "committed"))["trial"]["decided"] == "probe"
 
