@@ -96,7 +96,7 @@ COMMANDS: dict[str, tuple[frozenset[Status], Status]] = {
 }
 
 
-class Seen(msgspec.Struct):
+class Seen(msgspec.Struct, gc=False):
     """What is known of a device: the hub's part, and what it reported of the bundle."""
 
     name: str
@@ -111,7 +111,7 @@ class Seen(msgspec.Struct):
     figures: dict[str, Any] = {}
 
 
-class Place(msgspec.Struct):
+class Place(msgspec.Struct, gc=False):
     """A device in a rollout; `before` is the version it goes back to, `history` has (when, step, reason)."""
 
     device: str
@@ -159,7 +159,7 @@ class Run(msgspec.Struct):
         return any(p.step in moving or (back and p.goes_back) for p in self.places.values())
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """A change of the rollout, or of a device, directed to `version` with it (empty: to none; None: as it is)."""
 
     device: str
@@ -208,16 +208,17 @@ class _Ticking:
         new = [name for name, seen in self.fleet.items() if seen.selected and name not in run.places]
         if not new:
             return
-        new.sort(key=lambda name: order(run.id, name))
+        begun = hashlib.sha256(f"{run.id} ".encode())
+        new = [name for _, name in sorted((_ordered(begun, name), name) for name in new)]
         sizes = [0] * (len(self.stages) - 1) + [len(new)] if run.joined else split(self.stages, len(new))
         waves = (wave for wave, size in enumerate(sizes) for _ in range(size))
         for name, wave in zip(new, waves, strict=True):
-            run.places[name] = place = Place(name, wave)
-            seen = self.fleet[name]
+            seen, step, reason = self.fleet[name], Step.PENDING, "joined late" if run.joined else "selected"
             if seen.version == seen.wanted == self.plan.version and seen.state == "committed":
-                self.move(place, Step.SKIPPED, "it has this version already")
-            else:
-                self.move(place, Step.PENDING, "joined late" if run.joined else "selected")
+                step, reason = Step.SKIPPED, "it has this version already"
+            history = [(self.now, str(step), reason)]
+            run.places[name] = Place(name, wave, step, reason, changed=self.now, history=history)
+            self.decisions.append(Decision(name, step, reason))
         run.joined = True
 
     def observe(self) -> None:
@@ -474,4 +475,10 @@ def leave_out(run: Run, device: str, reason: str, now: float) -> None:
 
 def order(run: str, device: str) -> bytes:
     """What devices are sorted by: each rollout has an order of its own, and keeps it."""
-    return hashlib.sha256(f"{run} {device}".encode()).digest()
+    return _ordered(hashlib.sha256(f"{run} ".encode()), device)
+
+
+def _ordered(begun: Any, device: str) -> bytes:
+    hashed = begun.copy()
+    hashed.update(device.encode())
+    return bytes(hashed.digest())
