@@ -26,6 +26,7 @@ from bench.demo import ADAPTER, BUNDLES, DEVICES, Demo, finished, fleet, package
 from bench.demo_tasks import DemoTask
 from bench.fleet import Device, Hub, until
 from bench.rollout_tasks import TASKS
+from bench.serving import oip
 from edge_agent.agent.calls import Call, render
 from edge_agent.wire.bundle import Manifest
 from models.publish import publish
@@ -97,7 +98,7 @@ class Readers:
         from models.tasks import label
 
         lines = [np.ascontiguousarray(label("evaluation", index)[0][None]) for index in range(8)]
-        self._requests = [_request(line) for line in lines]
+        self._requests = [oip(line, devices[0].hub.token) for line in lines]
         self._devices, self.asked, self.failed = devices, 0, 0
 
     @asynccontextmanager
@@ -121,15 +122,6 @@ class Readers:
             except httpx.TransportError:
                 self.failed += 1
             await asyncio.sleep(0.25)
-
-
-def _request(line: np.ndarray) -> tuple[bytes, dict[str, str]]:
-    import json
-
-    size = {"binary_data_size": line.nbytes}
-    tensor = {"name": "x", "shape": list(line.shape), "datatype": "FP32", "parameters": size}
-    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
-    return head + line.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
 
 
 async def begin(hub: Hub, manifest: Manifest, **rules: Any) -> str:

@@ -105,7 +105,7 @@ async def _race(case: _Case, bundle: Path) -> list[dict[str, Any]]:
     try:
         await worker.load("m", case.folder)
         with _ours(bundle) as (port, token):
-            ours = _Target(port, path, [_oip(x, token) for x in case.xs])
+            ours = _Target(port, path, [oip(x, token) for x in case.xs])
             await asyncio.to_thread(_await, ours, right)
             await _inside(worker, case)
             rates = {each: await asyncio.to_thread(_try, case, each, threads, right) for each in SETTINGS}
@@ -214,7 +214,8 @@ class _Target(NamedTuple):
     requests: list[tuple[bytes, dict[str, str]]]
 
 
-def _oip(x: np.ndarray, token: str) -> tuple[bytes, dict[str, str]]:
+def oip(x: np.ndarray, token: str) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of an inference request with binary tensors."""
     data, size = x.tobytes(), {"binary_data_size": x.nbytes}
     tensor = {"name": "x", "shape": list(x.shape), "datatype": "FP32", "parameters": size}
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()

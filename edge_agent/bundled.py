@@ -12,7 +12,7 @@ import asyncio
 from typing import Any
 
 from edge_agent.agent import policy
-from edge_agent.agent.interlock import Interlocked, PolicyFile, load_policy
+from edge_agent.agent.interlock import Interlocked, PolicyFile
 from edge_agent.agent.workflow import Broken, read
 from edge_agent.agent.workflow_check import check
 from edge_agent.agent.workflow_triggers import Library
@@ -41,9 +41,7 @@ class Bundled:
         """Raises Worse or Refused when it is no good here, Retry when that cannot be told now."""
         if candidate.manifest.kind is not BundleKind.WORKFLOW:
             return await self._hosting.probe(name, candidate, activation)
-        rules = await asyncio.to_thread(load_policy, candidate.folder / POLICY)
-        if isinstance(rules, Refused) and (candidate.folder / POLICY).exists():
-            raise rules
+        await asyncio.to_thread(PolicyFile(candidate.folder / POLICY).read)
         specs = await self._tools.specs()
         for file, text in (await asyncio.to_thread(_texts, candidate)).items():
             try:

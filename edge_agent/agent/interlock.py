@@ -71,7 +71,7 @@ class PolicyFile:
         except OSError as error:
             raise Refused(f"{self._path} cannot be read: {error}", "mend it: no act is made before") from error
         if stamp != self._stamp:
-            self._stamp, self._read = stamp, load_policy(self._path)
+            self._stamp, self._read = stamp, _load(self._path)
             if isinstance(self._read, Refused):
                 _log.error("%s", self._read)
         if isinstance(self._read, Refused):
@@ -86,8 +86,7 @@ class PolicyFile:
             return LASTS_S
 
 
-def load_policy(path: Path) -> Policy | Refused:
-    """What a file says, or why it cannot be used."""
+def _load(path: Path) -> Policy | Refused:
     try:
         policy = msgspec.convert(tomllib.loads(path.read_text()), Policy)
         for rule in policy.interlocks:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hub.db import Database
+from tests.hub.browser import Browser, browser, serving
 from tests.hub.rig import Hub, running
 
 PG_BIN = Path("/usr/lib/postgresql")
@@ -73,3 +74,16 @@ async def hub(tmp_path: Path) -> AsyncIterator[Hub]:
     """A hub with its embedded broker, in this process."""
     async with running(tmp_path / "hub") as started:
         yield started
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[tuple[Hub, str]]:
+    async with serving(tmp_path / "hub") as started:
+        yield started
+
+
+@pytest.fixture
+async def window(tmp_path: Path) -> AsyncIterator[Browser]:
+    async with browser(tmp_path / "profile") as opened:
+        await opened.look(1280, 900)
+        yield opened

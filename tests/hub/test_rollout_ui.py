@@ -1,28 +1,14 @@
 """Rollouts in a real browser: how far they are, why they stopped, and the buttons that steer them."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from hub import rollout_runner
-from tests.hub.browser import Browser, browser, serving
+from tests.hub.browser import Browser
 from tests.hub.rig import PASSWORD, Hub, until
 from tests.hub.test_rollout_runner import REASON, fleet, publish, start
 from tests.hub.test_ui import complaints, log_in, needs_chromium
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[tuple[Hub, str]]:
-    async with serving(tmp_path / "hub") as started:
-        yield started
-
-
-@pytest.fixture
-async def window(tmp_path: Path) -> AsyncIterator[Browser]:
-    async with browser(tmp_path / "profile") as opened:
-        await opened.look(1280, 900)
-        yield opened
 
 
 @needs_chromium

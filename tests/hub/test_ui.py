@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,13 @@ from sqlalchemy.exc import OperationalError
 from edge_agent.wire.messages import JobReport, JobState, PresenceState
 from hub.ui.sessions import COOKIE, MAX_SESSIONS, Sessions
 from hub.ui.snapshots import Snapshots
-from tests.hub.browser import CHROMEDRIVER, CHROMIUM, Browser, browser, serving
+from tests.hub.browser import CHROMEDRIVER, CHROMIUM, Browser
 from tests.hub.rig import PASSWORD, Device, Hub, enrolled, running, until
 
 needs_chromium = pytest.mark.skipif(
     not (CHROMIUM and CHROMEDRIVER), reason="needs chromium and chromedriver: deploy/system-packages.sh"
 )
 Served = tuple[Hub, str]
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    async with serving(tmp_path / "hub") as started:
-        yield started
-
-
-@pytest.fixture
-async def window(tmp_path: Path) -> AsyncIterator[Browser]:
-    async with browser(tmp_path / "profile") as opened:
-        await opened.look(1280, 900)
-        yield opened
 
 
 async def log_in(window: Browser, url: str, path: str = "/", user: str = "admin", password: str = PASSWORD) -> None:
