@@ -28,8 +28,11 @@ system: ## Debian packages that some tests use (Mosquitto, PostgreSQL, Chromium)
 demo: models ## a hub, three devices, ten tasks, a cut cable: the main job in four minutes
 	@$(BIN)/outrider demo $(ARGS)
 
-test: models system ## the whole test suite
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+test: models system ## the test suite, but what takes over 20 seconds a test (make slow)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not faults and not slow' $(ARGS)
+
+slow: models system ## the long tests: language models end to end, every recipe, daemons and brokers for minutes
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'slow and not faults' $(ARGS)
 
 faults: models system ## the fault matrix against real processes: prints it and writes docs/reliability.md (minutes)
 	@$(BIN)/python -m tests.faults --docs docs/reliability.md $(ARGS)
@@ -57,4 +60,4 @@ conformance: .venv/.ready ## the device's TUF client against the public suite in
 clean: ## what was built, but not the model files
 	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info demo-report.json
 
-.PHONY: help setup system demo test faults check bench conformance models clean
+.PHONY: help setup system demo test slow faults check bench conformance models clean
