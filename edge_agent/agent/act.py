@@ -3,7 +3,7 @@
 Invariants: policy is asked right before each call; the intent of a call is on disk before its effect and its result
 before what follows; a call whose effect is unknown, after a crash or because the tool runner died, is made again only
 when its tool is idempotent or takes the call's key (the same both times), and never otherwise; a dangerous call waits
-for its approval before its intent, and one that was refused ends the task.
+for its approval before its intent, and one that was refused ends the task, or the step of a workflow.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Acts:
     async def act(self, task: Task, spec: ToolSpec, call: Call, limit_s: float, at: str = "") -> Step:
         """What came back, as the last step of the task; goes on with a call that its last step `at` there left open.
 
-        Raises Refused when policy forbids it, Ended when its effect is unknown, or it waits for an approval.
+        Raises Refused when policy or a person forbids it, Ended when its effect is unknown, or it waits.
         """
         mine = [step for step in task.steps if step.at == at]
         begun = bool(mine) and mine[-1].role == "intent"
@@ -87,7 +87,7 @@ class Acts:
         return step
 
     async def _approved(self, task: Task, call: Call, at: str, last: Step | None) -> None:
-        """Raises Ended("waiting") while there is no approval, Ended("failed") when there will be none."""
+        """Raises Ended("waiting") while there is no approval, Refused when there will be none."""
         now, said = self._clock(), ""
         if self._approvals is None:
             raise Refused(f"{call.name} is dangerous and needs an approval", "here nobody can give one")
@@ -102,7 +102,7 @@ class Acts:
             said = f"nobody approved {render(call)} in time"
         if said:
             await self._transcripts.append(task, Step("tool", said, call, ok=False, ts=now, at=at))
-            raise Ended("failed", error=said)
+            raise Refused(said)
 
     async def _unknown(self, task: Task, call: Call, at: str) -> NoReturn:
         reason = f"interrupted: effect unknown of {at}{at and ': '}{render(call)}"

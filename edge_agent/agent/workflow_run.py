@@ -168,6 +168,8 @@ class _Run:
         call = entries[0].call if entries else None  # what was meant stays what it was
         call = call or validate(Call(step.tool, fill(step.args, {**self._context, "item": item})), [spec])
         begun, error = bool(entries) and entries[-1].role == "intent", results[-1].text if results else ""
+        if results and len(entries) > 1 and entries[-2].role in ("ask", "approval"):
+            raise Refused(error)  # denied, or nobody answered: it is not asked for again
         for attempt in range(len(results), 1 + (step.retry.times if step.retry else 0)):
             if attempt and step.retry and not begun:
                 await self._runner.sleep(step.retry.delay_s)

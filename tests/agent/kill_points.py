@@ -1,9 +1,9 @@
 """Does the same six-step work again and again, each time killed at its next point and then resumed.
 
-`python -m tests.agent.kill_points DIR workflow|task|danger` prints one JSON object: for each point how the work ended,
+`python -m tests.agent.kill_points DIR workflow|task|danger|denied` prints one JSON object: for each point how the work ended,
 what effects there were, how many calls were made. A point lies before and after each write of the journal and each
-effect. `danger` is a task of three dangerous calls that are approved as they are asked for. The children are forked, so
-that Python starts once.
+effect. `danger` is a task of three dangerous calls that are approved as they are asked for, `denied` a workflow whose
+dangerous step is denied and whose `on_error` presses instead. The children are forked, so that Python starts once.
 """
 
 from __future__ import annotations
@@ -35,6 +35,14 @@ FLOW = 'workflow: press\nversion: "1"\nsteps:\n' + "".join(
     f"  - {{id: s{n}, tool: press, args: {{number: {n}}}, depends_on: [{f's{n - 1}' if n > 1 else ''}]}}\n"
     for n in range(1, STEPS + 1)
 )
+DENIED = """workflow: denied
+version: "1"
+steps:
+  - {id: s1, tool: press, args: {number: 1}}
+  - {id: blow, tool: explode, depends_on: [s1], on_error: instead, retry: {times: 3, delay_s: 0}}
+  - {id: instead, tool: press, args: {number: 2}}
+  - {id: s3, tool: press, args: {number: 3}, depends_on: [blow]}
+"""
 
 
 class Points:
@@ -88,10 +96,17 @@ async def work(kind: str, folder: Path, at: int) -> None:
         point()
         return f"pressed {number}"
 
+    @tool(risk="danger", idempotent=False)
+    def explode() -> str:
+        """Press everything at once."""
+        with (folder / "effects").open("a") as effects:
+            effects.write("- exploded\n")
+        return "gone"
+
     store = Store(folder / "state.db", migrations)
-    tools, journal = LocalTools(press), Journal(store, point)
+    tools, journal = LocalTools(press, explode), Journal(store, point)
+    approvals = Approvals(SigningKey.from_seed(bytes(32)), lambda *_: True)
     if kind in ("task", "danger"):
-        approvals = Approvals(SigningKey.from_seed(bytes(32)), lambda *_: True)
         loop = AgentLoop(
             Says(3 if kind == "danger" else STEPS),
             tools,
@@ -105,9 +120,11 @@ async def work(kind: str, folder: Path, at: int) -> None:
             step = approvals.give(task, task.steps[-1].text, True, ADA, time.time())
             await journal.append(task, step)
     else:
-        runner = Runner(tools, journal, lambda *_: True)
-        await runner.accept("t", FLOW, {}, ADA)
-        task = await runner.run("t")
+        runner = Runner(tools, journal, lambda *_: True, approvals=approvals)
+        await runner.accept("t", DENIED if kind == "denied" else FLOW, {}, ADA)
+        while (task := await runner.run("t")).state == "waiting":
+            step = approvals.give(task, task.steps[-1].text, False, ADA, time.time())
+            await journal.append(task, step)
     (folder / "end").write_text(f"{task.state} {task.error}".strip())
     store.close()
 

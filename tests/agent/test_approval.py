@@ -189,6 +189,27 @@ async def test_the_hub_approves_by_a_job_and_a_workflow_waits_as_a_task_does(tmp
         assert done.answer == "p succeeded"
 
 
+@pytest.mark.parametrize("answer", ["deny", "wait"])
+async def test_a_step_that_nobody_approved_goes_to_its_on_error_and_is_not_asked_for_again(
+    tmp_path: Path, answer: str
+) -> None:
+    (tmp_path / "workflows").mkdir()
+    handled = FLOW.replace("{line: 2}}", "{line: 2}, on_error: calm, retry: {times: 3}}")
+    handled += "  - {id: calm, tool: look}\nresult: steps.p.error\n"
+    (tmp_path / "workflows/w.yaml").write_text(handled)
+    async with device(tmp_path) as made:
+        id = (await made.work.call("run_workflow", {"name": "w"}, OTTO))["id"]
+        await made.until(id, "waiting")
+        if answer == "deny":
+            await made.approve(id, approve=False)
+        else:
+            made.now += 3601
+        done = await made.until(id, "succeeded", "failed")
+        why = "ann denied purge(line=2)" if answer == "deny" else "nobody approved purge(line=2) in time"
+        assert (done.state, done.answer, done.result) == ("succeeded", "p failed, calm succeeded", why)
+        assert (made.purged, [step.role for step in done.steps].count("ask")) == ([], 1)
+
+
 async def test_a_dangerous_tool_is_not_called_past_a_task(tmp_path: Path) -> None:
     async with device(tmp_path) as made:
         with pytest.raises(Refused, match="needs an approval"):
