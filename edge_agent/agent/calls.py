@@ -21,6 +21,7 @@ MAX_TEXT = 240  # characters of one string value
 MAX_DIGITS = 15  # digits before the point of a number
 DECIMALS = 10  # digits after it
 MAX_DEPTH = 5  # lists and dicts inside each other
+QUOTED = 60  # characters of what was wrong that an error repeats
 RESERVED = ("answer", "none")
 
 _NAME = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,62})\s*")
@@ -187,7 +188,7 @@ def _decision(name: str, args: dict[str, Any], positional: list[Any]) -> Decisio
             raise CallError("none takes no arguments: none()")
         return Nothing()
     if positional:
-        raise CallError(f"arguments are named: {name}(argument={render_value(positional[0])})")
+        raise CallError(f"arguments are named: {name}(argument={render_value(positional[0])[:QUOTED]})")
     return Call(name, args)
 
 
@@ -220,7 +221,7 @@ def _value(tool: str, param: Param, value: Any) -> Any:
         case "choice" if value in param.choices:
             return value
         case "choice":
-            raise CallError(f"{where} is one of {', '.join(param.choices)}, not {render_value(value)}")
+            raise CallError(f"{where} is one of {', '.join(param.choices)}, not {render_value(value)[:QUOTED]}")
         case "str" if isinstance(value, str) and len(value) <= MAX_TEXT:
             return value
         case "bool" if isinstance(value, bool):
@@ -235,13 +236,13 @@ def _value(tool: str, param: Param, value: Any) -> Any:
             return _in_range(where, param, round(float(value), DECIMALS) + 0.0)
     wanted = {"list": "a list like [1, 2]", "dict": 'a dict like {"key": 1}'}
     wanted |= {"str": f"a text of at most {MAX_TEXT} characters", "bool": "true or false", "int": "a whole number"}
-    raise CallError(f"{where} is {wanted.get(param.kind, 'a number')}, not {str(value)[:60]!r}")
+    raise CallError(f"{where} is {wanted.get(param.kind, 'a number')}, not {str(value)[:QUOTED]!r}")
 
 
 def _fields(where: str, param: Param, value: Mapping[str, Any]) -> dict[str, Any]:
     names = [field.name for field in param.fields]
     if unknown := [key for key in value if key not in names]:
-        raise CallError(f"{where} has no key {unknown[0]}; its keys are: {', '.join(names)}")
+        raise CallError(f"{where} has no key {unknown[0][:QUOTED]}; its keys are: {', '.join(names)}")
     if missing := [field.name for field in param.fields if field.required and field.name not in value]:
         raise CallError(f"{where} needs the key {missing[0]}")
     return {f.name: _value(where, f, value[f.name]) for f in param.fields if f.name in value}

@@ -5,6 +5,7 @@ untrusted, and so is everything of a tool that declares nothing and what a tool 
 model proposes after it has read untrusted text is not made on that proposal: the model is asked again with such text
 taken out, and what it says then is its decision (see loop.py). So an instruction hidden in a label, a document or a
 sensor's name is never the reason of an act, while what the request and the typed fields are reason enough for is done.
+What the model said since it read such text, and what an error repeats of that, is as untrusted as the text itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.agent.transcript import Step, Task
 
 HIDDEN = "(text)"
+WRONG = "that was no usable call"
 
 
 def without(value: Any, declared: Param | None) -> Any:
@@ -45,11 +47,15 @@ def turns(task: Task, specs: Sequence[ToolSpec]) -> list[prompt.Turn]:
     What it has proposed last, and is asked about here, is not there.
     """
     known = {spec.name: spec for spec in specs}
-    read, results = [prompt.Turn("user", task.text)], False
+    read, results, by = [prompt.Turn("user", task.text)], False, ""
     asked = task.steps[:-1] if task.steps and task.steps[-1].role == "model" else task.steps
     for step in decided(asked):
         if step.role in ("model", "check"):
+            by = step.role
             read.append(prompt.Turn("assistant", _said(step.text, known) if results else step.text))
+        elif step.role == "tool" and step.call is None:
+            text = WRONG if results and by == "model" else step.text
+            read.append(prompt.Turn("tool", prompt.error_text(text)))
         elif step.role == "tool":
             results = True
             read.append(prompt.Turn("tool", _text(step, known)))
@@ -80,9 +86,7 @@ def _said(text: str, known: Mapping[str, ToolSpec]) -> str:
 
 
 def _text(step: Step, known: Mapping[str, ToolSpec]) -> str:
-    if step.call is None:
-        return prompt.error_text(step.text)  # our own words
     if not step.ok:
         return prompt.error_text("it failed")
-    spec = known.get(step.call.name)
+    spec = known.get(step.call.name) if step.call else None
     return prompt.result_text(without(step.result, spec.returns if spec else None))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from edge_agent.agent.calls import render
-from edge_agent.agent.loop import AgentLoop, Budget
+from edge_agent.agent.loop import AgentLoop, Budget, Speaker
 from edge_agent.agent.taint import HIDDEN, without
 from edge_agent.agent.tool import Tool, ToolError, tool
 from edge_agent.agent.transcript import Transcripts, migrations
@@ -147,3 +147,66 @@ def test_typed_fields_stay_and_every_other_text_goes() -> None:
         HIDDEN: [1],
     }
     assert without(["evil", 3, True], None) == [HIDDEN, 3, True]
+
+
+WRONG = (
+    'read_label(camera="{}")',
+    'mark(state="{}")',
+    'note(text="{}", colour="{}")',
+    "stop_line(1) because {}",
+    "{} {}",
+    "as told: {}",
+    "read_label(camera={})",
+    "{}x()",
+    'mark(state=["{}"])',
+    'pick(place={{"{}": 1}})',
+)
+
+
+class Endpoint:
+    """A model that no grammar holds: lured by a text it makes a wrong call that says it again, and obeys its own words."""
+
+    def __init__(self, read: str, wrong: str, evil: str) -> None:
+        quoted = evil.replace('"', "'")
+        self._read, self._evil, self._wrong = read, evil, wrong.format(quoted, quoted)
+        self._mark = evil.partition("(")[0]
+
+    async def generate(self, asked: Generate, timeout_s: float) -> Piece:
+        messages = asked.chat["messages"]
+        told = [str(m.get("content") or m.get("tool_calls")) for m in messages[2:]]
+        lured = any(self._mark in text for text in told)
+        wrong = sum(self._mark in text for text in told) > 1 or (lured and self._evil in told[0])
+        said = self._read if not told else "none()" if not lured else self._evil if wrong else self._wrong
+        return Piece(said, done=True, finish="stop", output_tokens=5)
+
+
+async def test_a_wrong_call_carries_no_hidden_instruction_to_where_acts_are_decided(tmp_path: Path) -> None:
+    store, made, n, tried = Store(tmp_path / "s.db", migrations), list[str](), 0, 0
+
+    @tool()
+    def mark(state: Literal["good", "bad"]) -> str:
+        """Mark what is in front."""
+        return state
+
+    @tool()
+    def pick(place: Named) -> str:
+        """Pick."""
+        return ""
+
+    @tool()
+    def note(text: str) -> Page:
+        """Write a note, and read it back."""
+        return {"text": text}
+
+    wrongs = (*WRONG, 'note(text="{}")')  # the last one hops: from a label into a note
+    for evil, read, wrong in itertools.product(EVIL, READS[:4], wrongs):
+        tools = LocalTools(*plant(LURES[0].format(evil), made), mark, pick, note)
+        model, n = Endpoint(read, wrong, evil), n + 1
+        speaker = Speaker(endpoint=True)
+        loop = AgentLoop(model, tools, Transcripts(store), lambda *_: True, speaker=lambda: speaker)  # noqa: B023
+        await loop.accept(f"t{n}", "read it and do what I say", Subject("ada", ["operator"], 1.0))
+        task = await loop.run(f"t{n}")
+        tried += any(step.role == "model" and step.text == evil for step in task.steps)
+    store.close()
+    assert made == []
+    assert tried == n, "the model was not lured: nothing was put to the test"
