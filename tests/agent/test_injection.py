@@ -164,7 +164,7 @@ WRONG = (
 
 
 class Endpoint:
-    """A model that no grammar holds: lured by a text it makes a wrong call that says it again, and obeys its own words."""
+    """No grammar holds it: lured by a text it makes a wrong call that says it again, and obeys its own words."""
 
     def __init__(self, read: str, wrong: str, evil: str) -> None:
         quoted = evil.replace('"', "'")
