@@ -38,6 +38,19 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("give a model, at most one of key_file and key_env, a timeout_s of up to 3600")
 
 
+class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The site's own broker, which workflows listen to: `mqtt[s]://HOST[:PORT]`, a user, files with password and CA."""
+
+    broker: str
+    user: str = ""
+    password_file: str = ""
+    ca_file: str = ""
+
+    def __post_init__(self) -> None:
+        if "@" in self.broker or (self.password_file and not self.user):
+            raise ValueError("give broker = 'mqtts://HOST:PORT', user, and password_file beside them")
+
+
 class Settings(msgspec.Struct, frozen=True):
     """What `outrider agent` runs with; enrolment needs `hub`, `token` and `name`, later `hub` and `broker` override."""
 
@@ -52,6 +65,7 @@ class Settings(msgspec.Struct, frozen=True):
     model: str = ""
     adapter: str = ""
     endpoints: dict[str, Endpoint] = {}
+    site: Site | None = None
     accelerator: list[Literal["tensorrt", "cpu", "cuda", "tensorrt-ep", "tensorrt-rtx-ep"]] = []
     sample: list[str] = []
     telemetry_s: float = 10.0

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import msgspec
 
 from edge_agent.agent import policy
-from edge_agent.agent.act import Tools
+from edge_agent.agent.act import Tools, perform, within_rate
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Call, CallError, render, validate
 from edge_agent.agent.loop import AgentLoop, request
@@ -78,7 +78,8 @@ class Work:
         self._audit, self._allowed, self._clock = audit, allowed, clock
         self.library = Library(transcripts.folder / "workflows")
         self._runner = Runner(tools, transcripts, allowed, clock=clock, approvals=approvals)
-        self._triggers = Triggers(self.library, tools, allowed, self._trigger, clock)
+        kept = transcripts.folder / "triggers.json"
+        self.triggers = Triggers(self.library, tools, allowed, self._trigger, clock, kept)
         self._triggered: dict[str, str] = {}  # the workflow of each run that a trigger started
         self._approvals, self._one = approvals, asyncio.Lock()
         self._waiting: dict[str, tuple[Job, float]] = {}  # by id: what waits for an approval, and until when
@@ -89,7 +90,7 @@ class Work:
         """Finish what the last process left, then take what comes until cancelled, and watch for triggers."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._queue(), name="jobs")
-            group.create_task(self._triggers.run(), name="triggers")
+            group.create_task(self.triggers.run(), name="triggers")
             group.create_task(self._resume(), name="approved")
 
     async def _queue(self) -> None:
@@ -121,6 +122,7 @@ class Work:
         await self._audit.append("approve" if given else "deny", subject.name, task=id, call=told)
         await self._transcripts.append(task, step)
         self._approved.add(id)
+        await self._approval("given" if given else "denied", task, told, by=subject.name)
 
     async def submit(self, text: str, subject: Subject) -> str:
         """Accept a local task; on disk when its id is returned. Raises Refused (bad text), Retry (too many wait)."""
@@ -188,10 +190,9 @@ class Work:
         spec, call = await self._checked(name, args, subject)
         if spec.risk != "read":
             await self._audit.append("call", subject.name, call=render(call))
+        await within_rate(self._transcripts, spec, self._clock())
         try:
-            return await self._tools.call(
-                call.name, spec.keyed_args(call.args, key or uuid.uuid4().hex), spec.timeout_s
-            )
+            return await perform(self._tools, spec, call, key or uuid.uuid4().hex, subject, spec.timeout_s)
         except ToolError as error:
             raise Refused(f"{name}: {error}", "the tool itself refused") from error
 
@@ -241,7 +242,7 @@ class Work:
             kind, name = "workflow", str(args.get("name"))
         if kind == "workflow" or job.kind is JobKind.TASK:
             depth = args["event"].get("depth", 0) if isinstance(args.get("event"), dict) else 0
-            await self._triggers.event(f"{kind}.{state}", name, {"id": job.id, "error": error, "depth": depth + 1})
+            await self.triggers.event(f"{kind}.{state}", name, {"id": job.id, "error": error, "depth": depth + 1})
 
     async def _do(self, job: Job, again: bool) -> tuple[JobState, dict[str, Any], str]:
         subject = Subject(job.subject, job.roles, job.created)
@@ -276,7 +277,12 @@ class Work:
         ask = task.steps[-1]
         _log.warning("%s %s until %.0f: outrider task approve %s", task.id, task.error, ask.expires, task.id)
         await self._audit.append("ask", task.subject.name, task=task.id, call=task.error, digest=ask.text)
+        await self._approval("asked", task, ask.text)
         return JobState.RUNNING, {"until": ask.expires}, ""
+
+    async def _approval(self, what: str, task: Task, digest: str, **more: str) -> None:
+        about = {"id": f"{task.id}-{digest[:12]}", "task": task.id, "text": task.text, "depth": 1, **more}
+        await self.triggers.event(f"approval.{what}", "", about)
 
 
 def summary(task: Task) -> dict[str, Any]:

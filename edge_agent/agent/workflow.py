@@ -53,15 +53,19 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Trigger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What starts a run, one of: `cron` (in UTC), `stream` (a reading call, sampled), `event`.
+    """What starts a run, one of: `cron` (in the workflow's zone), `stream` (a reading call, sampled), `event`, `mqtt`.
 
     A stream starts one run when `value` of its result has been above (or below) the threshold for `for_s` seconds, and
-    no other before it was past `clear` again.
+    no other before it was past `clear` again. `mqtt` is a topic of the site's broker, with wildcards; each message that
+    `when` (CEL over `payload` and `topic`) is true of starts a run, but none within `debounce_s` of the last one.
     """
 
     cron: str = ""
     stream: str = ""
     event: str = ""
+    mqtt: str = ""
+    when: str = ""
+    debounce_s: Seconds = 0.0
     value: str = ""
     above: float | None = None
     below: float | None = None
@@ -84,7 +88,10 @@ class Input(Param, frozen=True, forbid_unknown_fields=True):
 
 
 class Workflow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A definition. `run_as`: the roles of runs that a trigger starts; `result`: an expression, the run's result."""
+    """A definition. `run_as`: the roles of runs that a trigger starts; `result`: an expression, the run's result.
+
+    `zone` is the IANA time zone of its cron lines, the device's when it is empty.
+    """
 
     workflow: Title
     version: str
@@ -93,6 +100,7 @@ class Workflow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run_as: list[str] = []
     inputs: list[Input] = []
     triggers: list[Trigger] = []
+    zone: str = ""
     timeout_s: float = 600.0
     result: str = ""
 
@@ -207,6 +215,19 @@ def _fields(path: str) -> str:
         if re.search(rf"\.{name}(\[\d+\])?$", path):
             kind = of
     return ", ".join(kind.__struct_fields__)
+
+
+def topic_pattern(topic: str) -> re.Pattern[str]:
+    """What a topic filter (OASIS MQTT 5.0, 4.7) matches. Raises ValueError when it is none, or of the broker's own."""
+    levels = topic.split("/")
+    wild = [level for level in levels if set(level) & set("+#")]
+    if not topic or topic.startswith("$") or "\0" in topic or len(topic.encode()) > 1024:
+        raise ValueError(f"{topic!r} is no topic of a site")
+    if any(level not in ("+", "#") for level in wild) or "#" in levels[:-1]:
+        raise ValueError(f"{topic!r}: + stands for one whole level, # for all that is left")
+    parts = [{"+": "[^/]*", "#": ".*"}.get(level) or re.escape(level) for level in levels]
+    rest = f"(/{parts.pop()})?" if levels[-1] == "#" and len(levels) > 1 else ""
+    return re.compile(f"(?!\\$){'/'.join(parts)}{rest}", re.DOTALL)
 
 
 def compiled(expression: str) -> cel.Program:

@@ -20,11 +20,26 @@ from cronsim import CronSim, CronSimError
 from edge_agent.agent import policy
 from edge_agent.agent.calls import Call, CallError, parse, validate
 from edge_agent.agent.tool import Param, ToolSpec
-from edge_agent.agent.workflow import HOLE, Marks, Problem, Step, Trigger, Workflow, compiled, evaluate, sample
+from edge_agent.agent.workflow import (
+    HOLE,
+    Marks,
+    Problem,
+    Step,
+    Trigger,
+    Workflow,
+    compiled,
+    evaluate,
+    sample,
+    topic_pattern,
+)
 from edge_agent.errors import Refused
+from edge_agent.wire import windows
 from edge_agent.wire.grants import Subject
 
-_EVENTS = re.compile(r"(task|workflow)\.(succeeded|failed)(:[\w-]+)?")
+_EVENTS = re.compile(
+    r"(task|workflow)\.(succeeded|failed)(:[\w-]+)?|link\.(up|down)|approval\.(asked|given|denied)"
+    r"|update\.(committed|rolled_back)(:[\w.-]+)?"
+)
 _STEP_NAMES = re.compile(r"\bsteps\.([A-Za-z_]\w*)")
 _LITERALS = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 _STREAM = 'such as read_sensor(sensor="vibration", line=2), value: result.value'
@@ -76,6 +91,10 @@ class _Check:
         flow = self._flow
         for n, trigger in enumerate(flow.triggers):
             self._trigger(f"$.triggers[{n}]", trigger)
+        try:
+            windows.zone(flow.zone or "UTC")
+        except ValueError as error:
+            self._tell("$.zone", str(error))
         if flow.triggers and not flow.run_as:
             self._tell("$.triggers", "runs that a trigger starts have no roles", "add run_as: [operator]")
         for n, step in enumerate(flow.steps):
@@ -192,23 +211,39 @@ class _Check:
         return found
 
     def _trigger(self, where: str, trigger: Trigger) -> None:
-        if sum(map(bool, (trigger.cron, trigger.stream, trigger.event))) != 1:
-            self._tell(where, "a trigger has one of cron, stream and event", "write another trigger for another cause")
+        if sum(map(bool, (trigger.cron, trigger.stream, trigger.event, trigger.mqtt))) != 1:
+            told = "a trigger has one of cron, stream, event and mqtt"
+            self._tell(where, told, "write another trigger for another cause")
         try:
             CronSim(trigger.cron or "* * * * *", datetime(2026, 1, 1, tzinfo=UTC))
         except CronSimError as error:
             self._tell(f"{where}.cron", f"{trigger.cron!r} is no cron line: {error}", "such as */10 * * * *")
         if trigger.event and not _EVENTS.fullmatch(trigger.event):
             told = f"there is no event {trigger.event!r}"
-            self._tell(f"{where}.event", told, "task.failed, workflow.failed:NAME …")
+            self._tell(f"{where}.event", told, "task.failed, workflow.failed:NAME, link.down, update.rolled_back …")
         if trigger.event.endswith(f":{self._flow.workflow}"):
             self._tell(f"{where}.event", "its own end would start it again", "name another workflow")
         if trigger.stream:
             self._stream(where, trigger)
+        if trigger.mqtt:
+            self._topic(where, trigger)
         try:
             validate(Call(self._flow.workflow, trigger.inputs), [self._flow.signature()])
         except CallError as error:
             self._tell(f"{where}.inputs", str(error))
+
+    def _topic(self, where: str, trigger: Trigger) -> None:
+        try:
+            topic_pattern(trigger.mqtt)
+        except ValueError as error:
+            self._tell(f"{where}.mqtt", str(error), "such as plant/+/door")
+        try:
+            names = set(compiled(trigger.when or "true").variables()) - {"payload", "topic"}
+            told = f"{trigger.when}: there is no {', '.join(sorted(names))}" if names else ""
+        except ValueError as error:
+            told = f"{trigger.when}: {str(error).splitlines()[0]}"
+        if told:
+            self._tell(f"{where}.when", told, "CEL over payload and topic: payload.open == true")
 
     def _stream(self, where: str, trigger: Trigger) -> None:
         limit, value = trigger.below if trigger.above is None else trigger.above, trigger.value or "result"

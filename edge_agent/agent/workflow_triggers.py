@@ -1,8 +1,8 @@
-"""What starts workflows by itself: the clock, a reading past its threshold, the end of other work.
+"""What starts workflows by itself: the clock, a reading past its threshold, an event, a message of the site's broker.
 
 Invariants: a start has an id made of its cause, so the same minute of a clock that was set back starts nothing twice; a
-stream fires once until it was quiet again; a file that is no workflow, a sample that fails and a start that is refused
-are told and stop nothing. A minute that passed while the device was off is not made up for.
+stream fires once until it was quiet again, across restarts too; a file that is no workflow, a sample that fails and a
+start that is refused are told and stop nothing. A minute that passed while the device was off is not made up for.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from edge_agent.agent import policy
 from edge_agent.agent.act import Tools, shaped
 from edge_agent.agent.calls import Call, parse, validate
 from edge_agent.agent.tool import ToolError
-from edge_agent.agent.workflow import Broken, Trigger, Workflow, evaluate, read
+from edge_agent.agent.workflow import Broken, Trigger, Workflow, evaluate, read, topic_pattern
 from edge_agent.agent.workflow_check import check, runs_as
 from edge_agent.errors import OutriderError
 from edge_agent.trouble import Trouble
+from edge_agent.wire import durable, windows
 from edge_agent.wire.grants import Subject
 
 TICK_S = 0.5
@@ -87,28 +88,28 @@ def _load(path: Path, since: float) -> Installed | None:
 class Threshold:
     """Hysteresis and debounce over a reading."""
 
-    def __init__(self, trigger: Trigger) -> None:
+    def __init__(self, trigger: Trigger, fired: bool = False) -> None:
         self._sign = 1 if trigger.above is not None else -1
         limit = trigger.above if trigger.above is not None else trigger.below
         self._limit = self._sign * (limit or 0.0)
         self._clear = self._limit if trigger.clear is None else self._sign * trigger.clear
         self._for_s = trigger.for_s
         self._since: float | None = None
-        self._fired = False
+        self.fired = fired
 
     def feed(self, value: float, now: float) -> bool:
         """Whether this reading, at `now` in seconds, starts something."""
         value *= self._sign
-        if self._fired:
-            self._fired = value > self._clear
+        if self.fired:
+            self.fired = value > self._clear
             return False
         if value <= self._limit:
             self._since = None
             return False
         self._since = now if self._since is None else self._since
-        self._fired = now - self._since >= self._for_s
-        self._since = None if self._fired else self._since
-        return self._fired
+        self.fired = now - self._since >= self._for_s
+        self._since = None if self.fired else self._since
+        return self.fired
 
 
 class Triggers:
@@ -121,9 +122,12 @@ class Triggers:
         allowed: policy.Allowed,
         start: Start,
         clock: Callable[[], float] = time.time,
+        kept: Path | None = None,
     ) -> None:
         self._library, self._tools, self._allowed, self._start, self._clock = library, tools, allowed, start, clock
-        self._last = clock()
+        self._last, self._kept, self._quiet_from = clock(), kept, dict[tuple[str, int, float], float]()
+        self._fired = _fired(kept)
+        self.zone: Callable[[], str] = lambda: "UTC"  # the site's, for workflows that name none
         self._streams: dict[tuple[str, int, float], tuple[Threshold, float]] = {}
         self._trouble: dict[str, Trouble] = {}
 
@@ -139,15 +143,50 @@ class Triggers:
         self._last = now
         streams = {}
         for flow, n, trigger in self._all():
-            if trigger.cron and (due := _latest(trigger.cron, last, now)):
+            if trigger.cron and (due := _latest(trigger.cron, last, now, flow.flow.zone or self.zone())):
                 await self._fire(flow, f"cron-{n}-{due}", trigger, {"time": due})
             elif trigger.stream:
                 key = (flow.flow.workflow, n, flow.since)
-                streams[key] = await self._sample(flow, n, trigger, *self._streams.get(key, (Threshold(trigger), 0.0)))
+                known = self._streams.get(key) or (Threshold(trigger, _key(key) in self._fired), 0.0)
+                streams[key] = await self._sample(flow, n, trigger, *known)
         self._streams = streams
+        fired = {_key(key) for key, (threshold, _) in streams.items() if threshold.fired}
+        if fired != self._fired and self._kept is not None:
+            try:
+                await asyncio.to_thread(durable.write, self._kept, msgspec.json.encode(sorted(fired)))
+                self._fired = fired
+            except OSError as error:
+                self._trouble.setdefault("", Trouble(_log, "which streams have fired is not saved")).tell(error)
+
+    def topics(self) -> set[str]:
+        """The topic filters that workflows listen to."""
+        return {trigger.mqtt for _, _, trigger in self._all() if trigger.mqtt}
+
+    async def message(self, topic: str, payload: Any) -> None:
+        """A message of the site's broker. Raises ValueError when a condition cannot be asked of it."""
+        problem: ValueError | None = None
+        for flow, n, trigger in self._all():
+            key, now = (flow.flow.workflow, n, flow.since), self._clock()
+            try:
+                if not trigger.mqtt or not topic_pattern(trigger.mqtt).fullmatch(topic):
+                    continue
+                wanted = evaluate(trigger.when or "true", {"payload": payload, "topic": topic})
+                if not isinstance(wanted, bool):
+                    raise ValueError(f"{trigger.when} is neither true nor false")
+            except ValueError as error:
+                problem = error
+                continue
+            if wanted and not self._quiet_from.get(key, now) - trigger.debounce_s < now < self._quiet_from.get(
+                key, now
+            ):
+                self._quiet_from = {k: until for k, until in self._quiet_from.items() if until > now}
+                self._quiet_from[key] = now + trigger.debounce_s
+                await self._fire(flow, f"mqtt-{n}-{int(now * 1e3)}", trigger, {"topic": topic, "payload": payload})
+        if problem is not None:
+            raise problem
 
     async def event(self, kind: str, name: str, data: dict[str, Any]) -> None:
-        """Something ended: `task.failed`, `workflow.succeeded` of a name."""
+        """Something happened: `task.failed`, `workflow.succeeded` of a name, `link.down`."""
         if data["depth"] > MAX_DEPTH:
             _log.error("%s of %s starts nothing: %d runs have started each other", kind, name, data["depth"])
             return
@@ -196,11 +235,26 @@ class Triggers:
             _log.error("%s is not started: %s", flow.workflow, error)
 
 
-def _latest(cron: str, after: float, until: float) -> int:
+def _latest(cron: str, after: float, until: float, zone: str) -> int:
     """The last time of a cron line in (after, until], seconds since the Unix epoch; 0 when there is none."""
     found = 0
-    for due in CronSim(cron, datetime.fromtimestamp(after, UTC)):
+    for due in CronSim(cron, datetime.fromtimestamp(after, windows.zone(zone))):
         if due.timestamp() > until:
             break
-        found = int(due.timestamp())
+        found = int(due.timestamp()) if due.timestamp() > after else found
     return found
+
+
+def _key(stream: tuple[str, int, float]) -> str:
+    return "{} {} {}".format(*stream)
+
+
+def _fired(kept: Path | None) -> set[str]:
+    """The streams that had fired and were not quiet since, when the last process ended."""
+    try:
+        return set(msgspec.json.decode(kept.read_bytes(), type=list[str])) if kept else set()
+    except FileNotFoundError:
+        return set()
+    except (OSError, msgspec.MsgspecError) as error:
+        _log.error("which streams have fired is not known: %s", error)
+        return set()

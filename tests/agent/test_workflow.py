@@ -126,6 +126,11 @@ result: steps.look.result.value
         ),
         (f"{HEAD}steps:\n  - {{id: a, tool: jam, timeout_s: 99}}", "99", "has at most 10 s"),
         (f"{HEAD}triggers: [{{cron: '* *'}}]\nsteps:\n{LOOK}", "'* *'", "is no cron line"),
+        (f"{HEAD}zone: Mars/Crater\ntriggers: [{{event: task.failed}}]\nsteps:\n{LOOK}", "Mars", "is not known here"),
+        (f"{HEAD}triggers: [{{mqtt: 'a/#/b'}}]\nsteps:\n{LOOK}", "'a/#/b'", "# for all that is left"),
+        (f"{HEAD}triggers: [{{mqtt: a, when: payload.x > 1 &&}}]\nsteps:\n{LOOK}", "payload", "Syntax error"),
+        (f"{HEAD}triggers: [{{mqtt: a, when: inputs.x > 1}}]\nsteps:\n{LOOK}", "inputs", "there is no inputs"),
+        (f"{HEAD}triggers: [{{mqtt: a, event: task.failed}}]\nsteps:\n{LOOK}", "{mqtt", "one of cron, stream, event"),
         (f"{HEAD}triggers: [{{event: boom}}]\nsteps:\n{LOOK}", "boom", "there is no event"),
         (f"{HEAD}triggers: [{{event: 'workflow.failed:w'}}]\nsteps:\n{LOOK}", "'workflow.failed", "start it again"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from edge_agent.store import Store
 from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, allowed
 from tests.agent import plant
 from tests.agent.test_work import rig
-from tests.agent.test_workflow import read_gauge
+from tests.agent.test_workflow import Gauge, read_gauge
 from tests.fakes import LocalTools
 
 ADA = Subject("ada", ["operator"], 1.0)
@@ -166,6 +167,96 @@ async def test_cron_and_stream_start_runs_and_a_set_back_clock_starts_none_twice
         await triggers.look()
     assert [id for id in started if "cron" in id] == ["w-cron-0-660", "w-cron-0-660"]
     assert len([id for id in started if "stream" in id]) == 1
+
+
+@pytest.mark.parametrize(
+    ("zone", "site", "hour"), [("", "UTC", 2), ("Europe/Vienna", "UTC", 1), ("", "Asia/Tokyo", 17)]
+)
+async def test_a_cron_line_is_of_the_workflows_zone_or_the_sites(
+    tmp_path: Path, zone: str, site: str, hour: int
+) -> None:
+    text = f"{HEAD}zone: '{zone}'\ntriggers:\n  - cron: '30 2 * * *'\n{GAUGE}"
+    (tmp_path / "w.yaml").write_text(text)
+    begin = datetime(2026, 1, 10, tzinfo=UTC).timestamp()
+    now, started = [begin], list[str]()
+
+    async def start(name: str, subject: Subject, id: str, inputs: dict[str, Any], event: Any) -> None:
+        started.append(id)
+
+    triggers = Triggers(Library(tmp_path), LocalTools(read_gauge), permit, start, lambda: now[0])
+    triggers.zone = lambda: site
+    for _ in range(24):
+        now[0] += 3600
+        await triggers.look()
+    assert started == [f"w-cron-0-{int(begin) + hour * 3600 + 1800}"]
+
+
+async def test_the_hour_that_comes_twice_starts_a_nightly_run_once_and_the_skipped_one_does_too(tmp_path: Path) -> None:
+    (tmp_path / "w.yaml").write_text(f"{HEAD}zone: Europe/Vienna\ntriggers:\n  - cron: '30 2 * * *'\n{GAUGE}")
+    started = set[str]()
+
+    async def start(name: str, subject: Subject, id: str, inputs: dict[str, Any], event: Any) -> None:
+        started.add(id)
+
+    for day in (datetime(2026, 3, 28, 12, tzinfo=UTC), datetime(2026, 10, 24, 12, tzinfo=UTC)):
+        now = [day.timestamp()]
+        triggers = Triggers(Library(tmp_path), LocalTools(read_gauge), permit, start, lambda now=now: now[0])
+        started.clear()
+        for _ in range(24 * 60):
+            now[0] += 60
+            await triggers.look()
+        assert len(started) == 1
+
+
+async def test_a_stream_does_not_fire_again_for_the_same_excursion_after_a_restart(tmp_path: Path) -> None:
+    trigger = "{stream: read_gauge(line=2), value: result.value, above: 1, every_s: 5}"
+    (tmp_path / "w.yaml").write_text(f"{HEAD}triggers:\n  - {trigger}\n{GAUGE}")
+    now, started, value = [600.0], list[str](), [1.5]
+
+    async def start(name: str, subject: Subject, id: str, inputs: dict[str, Any], event: Any) -> None:
+        started.append(id)
+
+    @tool()
+    def read_gauge(line: plant.Line) -> Gauge:
+        """Read a gauge."""
+        return {"value": value[0], "count": 1, "name": "g", "alarms": []}
+
+    def restarted() -> Triggers:
+        kept = tmp_path / "triggers.json"
+        return Triggers(Library(tmp_path), LocalTools(read_gauge), permit, start, lambda: now[0], kept)
+
+    for reading, count in ((1.5, 1), (1.5, 1), (0.5, 1), (1.5, 2), (1.5, 2)):
+        value[0], now[0] = reading, now[0] + 10
+        await restarted().look()
+        assert len(started) == count
+    (tmp_path / "triggers.json").write_text("{")
+    await restarted().look()
+    assert len(started) == 3
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind", "name", "starts"),
+    [
+        ("link.down", "link.down", "", True),
+        ("link.down", "link.up", "", False),
+        ("update.rolled_back", "update.rolled_back", "minilm", True),
+        ("update.rolled_back:minilm", "update.rolled_back", "minilm", True),
+        ("update.rolled_back:other", "update.rolled_back", "minilm", False),
+        ("approval.denied", "approval.denied", "", True),
+    ],
+)
+async def test_an_event_starts_what_waits_for_it(
+    tmp_path: Path, wanted: str, kind: str, name: str, starts: bool
+) -> None:
+    (tmp_path / "w.yaml").write_text(f"{HEAD}triggers: [{{event: '{wanted}'}}]\n{GAUGE}")
+    started = list[Any]()
+
+    async def start(name: str, subject: Subject, id: str, inputs: dict[str, Any], event: Any) -> None:
+        started.append(event)
+
+    triggers = Triggers(Library(tmp_path), LocalTools(read_gauge), permit, start)
+    await triggers.event(kind, name, {"id": "1", "depth": 1})
+    assert started == [{"id": "1", "depth": 1, "kind": kind, "name": name}] * starts
 
 
 async def test_a_device_runs_a_workflow_by_job_and_by_the_end_of_another(tmp_path: Path) -> None:
