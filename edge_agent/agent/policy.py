@@ -1,8 +1,8 @@
 """May this subject use this tool: the rules that stand between a decision and its effect.
 
 Invariants: deny by default; the model never sees a tool its subject may not use; the check is made again right before
-the effect; reading needs `read:tool`, everything else `call:tool`, each for the tool's name; a dangerous tool needs an
-approval besides (approval.py).
+the effect; reading needs `read:tool`, everything else `call:tool`, and what the tool itself declares, each for the
+tool's name; a dangerous tool needs an approval besides (approval.py).
 """
 
 from __future__ import annotations
@@ -26,15 +26,19 @@ def action(spec: ToolSpec) -> str:
     return "read:tool" if spec.risk == "read" else "call:tool"
 
 
+def needs(spec: ToolSpec) -> list[str]:
+    """All of them: that and the tool's own."""
+    return [action(spec), *([spec.permission] if spec.permission else [])]
+
+
 def usable(specs: Sequence[ToolSpec], subject: Subject, allowed: Allowed) -> list[ToolSpec]:
     """The tools that the subject's grants cover, in their order."""
-    return [spec for spec in specs if allowed(subject, action(spec), spec.name)]
+    return [spec for spec in specs if all(allowed(subject, each, spec.name) for each in needs(spec))]
 
 
 def check(spec: ToolSpec, subject: Subject, allowed: Allowed) -> None:
     """Raises Forbidden when the call may not be made."""
-    if not allowed(subject, action(spec), spec.name):
-        raise Forbidden(
-            f"{subject.name} may not use {spec.name}",
-            f"it needs {action(spec)} for {spec.name}; the roles are {', '.join(subject.roles) or 'none'}",
-        )
+    for each in needs(spec):
+        if not allowed(subject, each, spec.name):
+            hint = f"it needs {each} for {spec.name}; the roles are {', '.join(subject.roles) or 'none'}"
+            raise Forbidden(f"{subject.name} may not use {spec.name}", hint)

@@ -4,23 +4,40 @@ Invariants: a `ToolSpec` is plain data that crosses processes and is the only th
 validation read; `Tool` adds the function itself and exists only in the process that runs it. A parameter is an
 int, a float, a bool, a str, a choice of literals, a list of one of these, or a dict (with declared fields, or with
 free keys); anything else is refused when the tool is declared. A function with a parameter `key` does its effect once
-for each value of it: the device makes a call whose effect is unknown again with the same key.
+for each value of it: the device makes a call whose effect is unknown again with the same key. One with a parameter
+`subject` is told who asks. What a tool declares beside its function (rate, permission, check, undo) the device holds it
+to, not the tool (act.py).
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    TypedDict,
+    Unpack,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import msgspec
 
+from edge_agent.wire.grants import Subject
 from edge_agent.wire.tensor import Tensor
 
 Risk = Literal["read", "act", "danger"]
 Kind = Literal["int", "float", "bool", "str", "choice", "list", "dict"]
 _KINDS: dict[type, Kind] = {int: "int", float: "float", bool: "bool", str: "str"}
+_RATE = re.compile(r"([1-9][0-9]{0,5})/(s|min|h|day)")
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "day": 86400.0}
 
 
 class ToolError(Exception):
@@ -67,10 +84,33 @@ class Param(msgspec.Struct, frozen=True):
     fields: list[Param] = []
 
 
+class Check(msgspec.Struct, frozen=True):
+    """How the device sees that an act did what it said: `value` of the result of a reading `tool` is `equals`.
+
+    Arguments and `equals` are values, or `$name` of an argument of the act; `value` is empty for the whole result. It
+    is read again until it is `within` that of it (numbers) or `wait_s` are over.
+    """
+
+    tool: str
+    args: dict[str, Any]
+    equals: Any
+    value: str = "value"
+    within: float = 0.0
+    wait_s: float = 0.0
+
+
+class Undo(msgspec.Struct, frozen=True):
+    """The call that takes an act back: values, `$name` of the act's arguments, or `$result.name` of what it gave."""
+
+    tool: str
+    args: dict[str, Any] = {}
+
+
 class ToolSpec(msgspec.Struct, frozen=True):
     """The declaration of a tool, without its function.
 
-    `returns` is what it gives, as far as the function says; `keyed`: it takes the key of a call.
+    `returns` is what it gives, as far as the function says; `keyed`: it takes the key of a call, `asked`: who asks.
+    `rate` is like "6/min" (s, min, h, day); `permission` is `verb:noun`, needed beside the one that its risk implies.
     """
 
     name: str
@@ -82,15 +122,43 @@ class ToolSpec(msgspec.Struct, frozen=True):
     examples: list[tuple[str, dict[str, Any]]] = []
     returns: Param | None = None
     keyed: bool = False
+    asked: bool = False
+    rate: str = ""
+    permission: str = ""
+    check: Check | None = None
+    undo: Undo | None = None
+
+    def __post_init__(self) -> None:
+        if self.rate and not _RATE.fullmatch(self.rate):
+            raise TypeError(f"tool {self.name}: the rate {self.rate!r} is not like 6/min (s, min, h or day)")
+        if self.permission and not re.fullmatch(r"[a-z-]+:[a-z-]+", self.permission):
+            raise TypeError(f"tool {self.name}: the permission {self.permission!r} is not like open:valve")
+        if self.risk == "read" and (self.check or self.undo):
+            raise TypeError(f"tool {self.name} only reads: it has nothing to check or to undo")
+        names = [param.name for param in self.params]
+        for hook in (self.check, self.undo):
+            for text in (*hook.args.values(), getattr(hook, "equals", None)) if hook else ():
+                name = text[1:] if isinstance(text, str) and text.startswith("$") else ""
+                if name and name not in names and not (hook is self.undo and name.startswith("result")):
+                    raise TypeError(
+                        f"tool {self.name}: {text} is no argument of it: {', '.join(names) or 'it has none'}"
+                    )
+
+    @property
+    def limit(self) -> tuple[int, float] | None:
+        """So many calls in so many seconds."""
+        found = _RATE.fullmatch(self.rate)
+        return (int(found[1]), _SECONDS[found[2]]) if found else None
 
     @property
     def repeatable(self) -> bool:
         """A call of unknown effect may be made again."""
         return self.idempotent or self.keyed
 
-    def keyed_args(self, args: dict[str, Any], key: str) -> dict[str, Any]:
-        """The arguments of a call, with its key if the tool takes one."""
-        return args | {"key": key} if self.keyed else args
+    def keyed_args(self, args: dict[str, Any], key: str, subject: Subject) -> dict[str, Any]:
+        """The arguments of a call, with its key and who asks where the tool takes them."""
+        asked = {"subject": msgspec.to_builtins(subject)} if self.asked else {}
+        return args | ({"key": key} if self.keyed else {}) | asked
 
 
 class Tool(msgspec.Struct, frozen=True):
@@ -101,26 +169,27 @@ class Tool(msgspec.Struct, frozen=True):
     wants_context: bool
 
 
-def tool(
-    *,
-    risk: Risk = "read",
-    idempotent: bool = True,
-    timeout_s: float = 10.0,
-    examples: list[tuple[str, dict[str, Any]]] | None = None,
-) -> Callable[[Callable[..., Any]], Tool]:
+class Declared(TypedDict, total=False):
+    """What a declaration says beside the function; see `ToolSpec`."""
+
+    risk: Risk
+    idempotent: bool
+    timeout_s: float
+    examples: list[tuple[str, dict[str, Any]]]
+    rate: str
+    permission: str
+    check: Check
+    undo: Undo
+
+
+def tool(**declared: Unpack[Declared]) -> Callable[[Callable[..., Any]], Tool]:
     """Declare a function as a tool; bound methods go through `declare`. The first docstring line is the description."""
-    return partial(declare, risk=risk, idempotent=idempotent, timeout_s=timeout_s, examples=examples)
+    return partial(declare, **declared)
 
 
-def declare(
-    function: Callable[..., Any],
-    *,
-    risk: Risk = "read",
-    idempotent: bool = True,
-    timeout_s: float = 10.0,
-    examples: list[tuple[str, dict[str, Any]]] | None = None,
-) -> Tool:
-    """Make a Tool of a typed function. Raises TypeError when a parameter has no type a model can fill in."""
+def declare(function: Callable[..., Any], **declared: Unpack[Declared]) -> Tool:
+    """Make a Tool of a typed function. Raises TypeError when a parameter has no type a model can fill in, or a
+    declaration is none."""
     hints = get_type_hints(function, include_extras=True)
     signature = inspect.signature(function)
     doc = (inspect.getdoc(function) or "").strip().split("\n")[0]
@@ -129,14 +198,14 @@ def declare(
     params = [
         _param(function.__name__, name, hints.get(name), p.default)
         for name, p in signature.parameters.items()
-        if name not in ("ctx", "self", "key")
+        if name not in ("ctx", "self", "key", "subject")
     ]
     try:
         returns = _param(function.__name__, "result", hints.get("return"), inspect.Parameter.empty)
     except TypeError:
         returns = None  # anything
-    spec = ToolSpec(function.__name__, doc, params, risk, idempotent, timeout_s, examples or [], returns)
-    spec = msgspec.structs.replace(spec, keyed="key" in signature.parameters)
+    taken = {"keyed": "key" in signature.parameters, "asked": "subject" in signature.parameters}
+    spec = ToolSpec(function.__name__, doc, params, returns=returns, **taken, **declared)
     return Tool(spec, function, "ctx" in signature.parameters)
 
 

@@ -146,6 +146,12 @@ def load(packs: str, state: Path, options: dict[str, str]) -> list[Tool]:
     bad = [name for name in names if name in RESERVED or names.count(name) > 1]
     if bad:
         raise Fatal(f"tool pack {packs} declares {bad[0]} twice or as a reserved name", "rename it")
+    reads = [tool.spec.name for tool in tools if tool.spec.risk == "read"]
+    for spec in (tool.spec for tool in tools):
+        if spec.check and spec.check.tool not in reads:
+            raise Fatal(f"{spec.name} is checked by {spec.check.tool}, which is no reading tool", "declare one")
+        if spec.undo and spec.undo.tool not in names:
+            raise Fatal(f"{spec.name} is undone by {spec.undo.tool}, which is no tool", "declare it")
     return tools
 
 

@@ -75,6 +75,13 @@ def m001_transcripts(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def m002_rates(db: Database) -> None:
+    """When tools that have a rate were called."""
+    db.execute("CREATE TABLE rated_calls (tool TEXT NOT NULL, ts REAL NOT NULL) STRICT")
+    db.execute("CREATE INDEX rated_calls_tool ON rated_calls (tool, ts)")
+
+
 class Transcripts:
     """Tasks in a store that was opened with these `migrations`. Every method raises Retry when the disk is full."""
 
@@ -110,6 +117,20 @@ class Transcripts:
         """Save everything of a task but its steps."""
         sql, row = "UPDATE tasks SET state = ?, head = ? WHERE id = ?", (task.state, _head(task), task.id)
         await self._store.write(lambda db: db.execute(sql, row).rowcount)
+
+    async def take(self, tool: str, count: int, seconds: float, now: float) -> float:
+        """Count a call of a tool at `now`; if it was called `count` times within `seconds`, when it may be again."""
+
+        def work(db: Connection) -> float:
+            db.execute("DELETE FROM rated_calls WHERE tool = ? AND ts <= ?", (tool, now - seconds))
+            db.execute("UPDATE rated_calls SET ts = ? WHERE tool = ? AND ts > ?", (now, tool, now))  # a clock set back
+            times = "SELECT ts FROM rated_calls WHERE tool = ? ORDER BY ts DESC LIMIT 1 OFFSET ?"
+            if (oldest := db.execute(times, (tool, count - 1)).fetchone()) is not None:
+                return float(oldest[0]) + seconds
+            db.execute("INSERT INTO rated_calls VALUES (?, ?)", (tool, now))
+            return now
+
+        return await self._store.write(work)
 
 
 def _add(db: Connection, task: Task) -> Task:
