@@ -29,6 +29,7 @@ from edge_agent.agent.interlock import Interlocked, PolicyFile
 from edge_agent.agent.loop import AgentLoop, Budget
 from edge_agent.agent.ports import RunnerTools
 from edge_agent.agent.transcript import Transcripts
+from edge_agent.agent.workflow_topics import Topics
 from edge_agent.api.app import LocalApi
 from edge_agent.audit import Audit
 from edge_agent.bundled import Bundled
@@ -117,6 +118,9 @@ class Daemon:
         self._renewal = enrol.Renewal(state, identity.enrolled.device, self._http, self._token)
         self._session = self._connect(inbox)
         own = identity.enrolled.device
+        self.work.triggers.zone = lambda: self._updates.time_zone
+        heard = (self.work.triggers.topics, self.work.triggers.message)
+        self._site = Topics(settings.site, own, *heard) if settings.site else None
         self._api = LocalApi(
             self, settings.api, max_body=settings.request_mb << 20, name=own, near=self._updates.neighbours
         )
@@ -154,6 +158,7 @@ class Daemon:
             "link": self._watch_link,
             "hold": self._tell_hold,
             "neighbours": self._find_neighbours,
+            **({"site": self._site.run} if self._site else {}),
         }
         try:
             async with asyncio.TaskGroup() as group:
@@ -211,6 +216,7 @@ class Daemon:
             "tools": specs,
             "workers": {name: {"pid": w.pid, "starts": w.starts} for name, w in self._workers.items()},
             "running": self.work.current,
+            "site": self._site.status() if self._site else None,
         }
 
     # how the parts meet
@@ -278,6 +284,11 @@ class Daemon:
                 _log.warning("the language model is not warm: %s", error)
 
     async def _report(self, name: str, report: BundleReport) -> None:
+        before = self._twin.reported.get("bundles", {}).get(name, {})
+        kind = {"committed": "committed", "quarantined": "rolled_back"}.get(report.state)
+        if kind and (before.get("state"), before.get("target")) != (report.state, report.target):
+            about = {"id": f"{name}-{time.time():.0f}", "version": report.target, "error": report.error, "depth": 1}
+            await self.work.triggers.event(f"update.{kind}", name, about)
         for shown in (report, msgspec.structs.replace(report, why=None)):  # the document may have no room for it
             try:
                 await self._twin.report({"bundles": {name: msgspec.to_builtins(shown)}})
@@ -324,9 +335,12 @@ class Daemon:
                     await self._twin.report({"director": {"error": error}})
 
     async def _watch_link(self) -> None:
-        """A new connection is the moment to try failed downloads again."""
-        seen = 0
+        """A new connection is the moment to try failed downloads again; workflows wait for it, and for its end."""
+        seen, up = 0, self._session.connected
         while True:
+            if up != self._session.connected:
+                up, now = self._session.connected, time.time()
+                await self.work.triggers.event(f"link.{'up' if up else 'down'}", "", {"id": f"{now:.0f}", "depth": 1})
             if self._session.counters.connections > seen:
                 seen = self._session.counters.connections
                 self._updates.retry_now()

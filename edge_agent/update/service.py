@@ -113,6 +113,11 @@ class UpdateService:
         self._hold_path = root / "hold.json"
         self.holding: Hold | None = _read_hold(self._hold_path)
 
+    @property
+    def time_zone(self) -> str:
+        """The site's, an IANA name."""
+        return self._rules.time_zone
+
     def configure(self, document: Mapping[str, Any]) -> None:
         """Take `updates` and `activation` of the desired document. Raises Refused, and keeps what was before."""
         asked, plans = document.get("updates") or {}, document.get("activation") or {}

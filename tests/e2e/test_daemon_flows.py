@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 from bench.fleet import running, until
+from edge_agent.sync.transport import MqttSession
 from models.errors import ModelError
 from models.package import package_workflows
 from models.publish import publish
+from tests.e2e.daemon_process import DaemonProcess
+from tests.e2e.daemon_process import until as wait
 from tests.e2e.test_daemon_hub import enrolled, job
+from tests.sync.brokers import PASSWORD, USER, Mosquitto
 
 FLOW = """workflow: stamp-once
 version: "{version}"
@@ -101,3 +105,34 @@ def test_a_folder_without_workflows_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ModelError, match="is no folder of workflows"):
         package_workflows(tmp_path, tmp_path)
+
+
+def test_a_message_of_the_sites_broker_starts_a_run_in_a_daemon(tmp_path: Path) -> None:
+    broker, daemon = Mosquitto(tmp_path), DaemonProcess(tmp_path / "state")
+    broker.start()
+    (tmp_path / "password").write_text(PASSWORD)
+    site = f'[site]\nbroker = "{broker.url}"\nuser = "{USER}"\npassword_file = "{tmp_path}/password"\n'
+    (tmp_path / "outrider.toml").write_text(site)
+    (daemon.state / "workflows").mkdir()
+    text = 'workflow: door\nversion: "1"\nrun_as: [operator]\ntriggers:\n  - {mqtt: plant/door, when: payload.open}\n'
+    text += "steps:\n  - {id: mark, tool: stamp, args: {text: '${event.topic}'}}\n"
+    (daemon.state / "workflows/door.yaml").write_text(text)
+    try:
+        daemon.start("--config", str(tmp_path / "outrider.toml"))
+        wait("the site's broker", lambda: daemon.status()["site"]["connected"])
+        publish_one(broker, "plant/door", b'{"open": true}')
+        marks = daemon.state / "tools/stamps"
+        wait("the run", lambda: marks.exists() and marks.read_text().split() == ["plant/door"])
+        assert daemon.status()["site"]["messages"] == 1
+    finally:
+        daemon.end()
+        broker.stop()
+
+
+def publish_one(broker: Mosquitto, topic: str, payload: bytes) -> None:
+    async def send() -> None:
+        async with MqttSession(broker.url, "plc", username=USER, password=PASSWORD, session_expiry=0) as plc:
+            await plc.wait_connected()
+            await plc.publish(topic, payload)
+
+    asyncio.run(send())
