@@ -144,6 +144,7 @@ def _tools(name: str, server: Server) -> list[Tool]:
             continue
         limit = START_S + server.timeout_s + GRACE_S + 1  # the link ends its server before the daemon ends the runner
         spec = msgspec.structs.replace(spec, risk=risk, idempotent=risk == "read", timeout_s=limit)
+        spec = msgspec.structs.replace(spec, concurrent=risk == "read")
         found.append(Tool(spec, _caller(link, tool), wants_context=False))
     return found
 

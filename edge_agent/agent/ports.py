@@ -1,11 +1,14 @@
 """The loop's Model and Tools over the child processes of `serving`.
 
 Invariants: an ordinary ToolError of the runner is a ToolError here; a runner that died or was killed for time is Retry,
-which the loop reads as "effect unknown".
+which the loop reads as "effect unknown". A tool that is not `concurrent` is called when its turn has come, so that the
+time it waits for others is not its own.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,16 +43,20 @@ class RunnerTools:
     def __init__(self, worker: WorkerProcess, start_s: float = 60.0) -> None:
         self._worker, self._start_s = worker, start_s
         self._specs: tuple[bytes, Sequence[ToolSpec]] = (b"", ())
+        self._turn, self._free = asyncio.Lock(), frozenset[str]()
 
     async def specs(self) -> Sequence[ToolSpec]:
         await self._worker.ready(self._start_s)
         if self._specs[0] is not self._worker.specs:  # each sample asks; they change with the runner's process
             known = self._worker.specs
             self._specs = (known, tuple(msgspec.msgpack.decode(known, type=list[ToolSpec])))
+            self._free = frozenset(spec.name for spec in self._specs[1] if spec.concurrent)
         return self._specs[1]
 
     async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
-        answer = await self._worker.call(name, args, timeout_s)
+        await self.specs()
+        async with contextlib.nullcontext() if name in self._free else self._turn:
+            answer = await self._worker.call(name, args, timeout_s)
         if not answer.ok:
             raise ToolError(answer.error)
         return answer.result

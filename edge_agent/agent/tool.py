@@ -111,6 +111,7 @@ class ToolSpec(msgspec.Struct, frozen=True):
 
     `returns` is what it gives, as far as the function says; `keyed`: it takes the key of a call, `asked`: who asks.
     `rate` is like "6/min" (s, min, h, day); `permission` is `verb:noun`, needed beside the one that its risk implies.
+    A `concurrent` function may run in several threads at once; of all others one runs at a time.
     """
 
     name: str
@@ -127,6 +128,7 @@ class ToolSpec(msgspec.Struct, frozen=True):
     permission: str = ""
     check: Check | None = None
     undo: Undo | None = None
+    concurrent: bool = False
 
     def __post_init__(self) -> None:
         if self.rate and not _RATE.fullmatch(self.rate):
@@ -180,6 +182,7 @@ class Declared(TypedDict, total=False):
     permission: str
     check: Check
     undo: Undo
+    concurrent: bool
 
 
 def tool(**declared: Unpack[Declared]) -> Callable[[Callable[..., Any]], Tool]:

@@ -1,8 +1,9 @@
 """The tool runner's process: `python -m edge_agent.agent.toolrunner --pack MODULE[:attr] --state DIR [--option k=v]…`.
 
-Invariants: the main thread only reads frames, one thread runs the tools, so a pack sees one thread; whatever a tool
-raises is its result and the runner lives; a result is JSON of at most MAX_RESULT bytes; the daemon enforces timeouts by
-killing this process, and the end of the socket ends it, in whatever code a tool is.
+Invariants: the main thread only reads frames, one thread runs the tools, so a pack sees one thread, but for tools that
+it declares `concurrent`, of which CONCURRENT run at once; whatever a tool raises is its result and the runner lives; a
+result is JSON of at most MAX_RESULT bytes; the daemon enforces timeouts by killing this process, and the end of the
+socket ends it, in whatever code a tool is.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from edge_agent.wire.tensor import Tensor
 
 MAX_RESULT = 64 * 1024
 INFER_S = 60.0
+CONCURRENT = 8
 _log = logging.getLogger("outrider.tools")
 
 
@@ -76,6 +78,7 @@ class Runner:
         self._tools = {tool.spec.name: tool for tool in tools}
         self._context = RunnerContext(channel)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tool")
+        self._threads = ThreadPoolExecutor(CONCURRENT, thread_name_prefix="tools")
         self._cancelled: set[int] = set()
 
     def run(self) -> None:
@@ -92,7 +95,9 @@ class Runner:
                 case InferResult() | frames.Error():
                     self._context.answered(message)
                 case Call():
-                    self._thread.submit(self._serve, message)
+                    tool = self._tools.get(message.tool)
+                    threads = self._threads if tool is not None and tool.spec.concurrent else self._thread
+                    threads.submit(self._serve, message)
                 case _:
                     raise frames.BadFrame(f"a tool runner takes no {type(message).__name__}")
 

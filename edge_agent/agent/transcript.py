@@ -6,6 +6,7 @@ is on disk before what follows it; finished tasks beyond KEEP are removed, the o
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,7 +87,7 @@ class Transcripts:
     """Tasks in a store that was opened with these `migrations`. Every method raises Retry when the disk is full."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self._store, self._turn = store, asyncio.Lock()
 
     @property
     def folder(self) -> Path:
@@ -109,9 +110,10 @@ class Transcripts:
 
     async def append(self, task: Task, step: Step) -> None:
         """Add a step; it is on disk when this returns."""
-        row = (task.id, len(task.steps), msgspec.json.encode(step))
-        await self._store.write(lambda db: db.execute("INSERT INTO task_steps VALUES (?, ?, ?)", row).rowcount)
-        task.steps.append(step)
+        async with self._turn:  # parallel steps of a task have an order
+            row = (task.id, len(task.steps), msgspec.json.encode(step))
+            await self._store.write(lambda db: db.execute("INSERT INTO task_steps VALUES (?, ?, ?)", row).rowcount)
+            task.steps.append(step)
 
     async def save(self, task: Task) -> None:
         """Save everything of a task but its steps."""

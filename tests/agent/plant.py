@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
@@ -74,13 +76,29 @@ def hang() -> str:
     return ""
 
 
+_two = threading.Barrier(2)
+
+
+@tool(concurrent=True)
+def meet() -> int:
+    """Waits until two are here."""
+    return _two.wait(5)
+
+
+@tool()
+def nap() -> str:
+    """Takes a while."""
+    time.sleep(0.25)
+    return "rested"
+
+
 @tool()
 def flood() -> str:
     """Returns more than anyone wants."""
     return "x" * 100_000
 
 
-ALL = [read_sensor, set_speed, stamp, purge, jam, crash, double, hang, flood]
+ALL = [read_sensor, set_speed, stamp, purge, jam, crash, double, hang, meet, nap, flood]
 
 
 def pack(state: Path, options: dict[str, str]) -> list[Tool]:

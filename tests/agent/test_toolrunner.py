@@ -78,6 +78,14 @@ async def test_a_tool_that_hangs_is_killed_and_the_next_runner_serves(tmp_path: 
         assert await tools.call("stamp", {"text": "x"}, 5) == "stamped x 1"
 
 
+async def test_concurrent_tools_run_at_once_and_others_wait_their_turn_without_losing_time(tmp_path: Path) -> None:
+    async with runner(tmp_path) as worker:
+        tools = RunnerTools(worker)
+        assert sorted(await asyncio.gather(*(tools.call("meet", {}, 10) for _ in range(4)))) == [0, 0, 1, 1]
+        assert await asyncio.gather(*(tools.call("nap", {}, 0.4) for _ in range(6))) == ["rested"] * 6
+        assert worker.starts == 1
+
+
 async def test_options_reach_the_pack(tmp_path: Path) -> None:
     async with runner(tmp_path, "--option", "only=jam") as worker:
         assert [spec.name for spec in await RunnerTools(worker).specs()] == ["jam"]
