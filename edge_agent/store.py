@@ -56,6 +56,20 @@ def m002_found(db: Database) -> None:
     db.execute("ALTER TABLE outbox_state ADD COLUMN found INTEGER")
 
 
+@migrations()
+def m003_blocks(db: Database) -> None:
+    """The lines of consecutive records lie together."""
+    db.execute("ALTER TABLE outbox RENAME TO records")
+    db.execute("DROP INDEX outbox_expires")
+    db.execute(
+        """CREATE TABLE outbox (first INTEGER PRIMARY KEY, last INTEGER NOT NULL, priority INTEGER NOT NULL,
+            expires REAL, lines BLOB NOT NULL) STRICT"""
+    )
+    db.execute("INSERT INTO outbox SELECT seq, seq, priority, expires, line FROM records")
+    db.execute("DROP TABLE records")
+    db.execute("CREATE INDEX outbox_expires ON outbox (expires) WHERE expires IS NOT NULL")
+
+
 class Connection(sqlite3.Connection):
     """What the work of a transaction gets: SQLite, and what to run when it has ended."""
 

@@ -7,6 +7,9 @@ A batch that was handed out is let go only when nothing else is left to go. Befo
 what the hub knows; more than was there when the first process since the last answer began (`found`), and another life
 of the device wrote it (this one was restored, or its disk lied): a new epoch begins, with what was made since.
 Memory is bounded by the callers that wait; disk by `Limits` and the few `loss` records.
+
+On disk lie blocks: the lines of consecutive seqs that one commit wrote, of one priority and of TTLs that end within a
+second (a block goes with the last of them). So the work of SQLite is paid a block and not a record.
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ MAX_RECORD = 64 * 1024  # bytes, encoded
 LOWEST = 9
 _KEPT = -1  # stored priority of a loss record: never let go
 _PREFIX = len(b'{"seq":0')
-_AT_ONCE = 250  # rows a statement: other threads get the interpreter, and keep it for a while, at each
-_INSERT_MANY = "INSERT INTO outbox VALUES " + ", ".join(["(?, ?, ?, ?)"] * _AT_ONCE)
+BLOCK = 64 * 1024  # bytes of a block at most, but for one record that is larger
+_SECOND = 1.0  # how far apart TTLs may end within a block
+_COUNT = "coalesce(sum(last - first + 1), 0), coalesce(sum(length(lines)), 0)"
 _encoder = msgspec.json.Encoder()
 
 
@@ -44,20 +48,36 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Slice(NamedTuple):
-    """Encoded records that cover the seqs `first` to `last`; fewer than that when some were let go."""
+    """Encoded records that cover the seqs `first` to `last`; fewer than that when some were let go.
+
+    `blocks` are NDJSON without the last newline, `count` records in all.
+    """
 
     first: int
     last: int
-    lines: list[bytes]
-    full: bool
+    blocks: list[bytes]
+    count: int
+
+    @property
+    def lines(self) -> list[bytes]:
+        """A record each."""
+        return b"\n".join(self.blocks).split(b"\n")
 
 
-class Draft(NamedTuple):
+class Draft(msgspec.Struct, frozen=True, gc=False):
     """A record encoded but for its seq."""
 
     tail: bytes
     priority: int
     expires: float | None
+
+
+class _Block(msgspec.Struct, gc=False):
+    first: int
+    priority: int
+    expires: tuple[float, float] | None  # the first line's, the latest
+    lines: list[bytes]
+    size: int
 
 
 class _State(msgspec.Struct):
@@ -66,6 +86,9 @@ class _State(msgspec.Struct):
     rows: int
     bytes: int
     losses: dict[LossReason, tuple[int, Loss]] = {}
+
+
+_Span = tuple[int, int, int]  # first, last, priority
 
 
 class Outbox:
@@ -89,7 +112,7 @@ class Outbox:
         def load(db: Connection) -> tuple[int, int, _State]:
             db.execute("UPDATE outbox_state SET found = coalesce(found, last_seq)")
             epoch, last, acked, found = db.execute("SELECT epoch, last_seq, acked, found FROM outbox_state").fetchone()
-            rows, size = db.execute("SELECT count(*), coalesce(sum(length(line)), 0) FROM outbox").fetchone()
+            rows, size = db.execute(f"SELECT {_COUNT} FROM outbox").fetchone()
             return epoch, found, _State(last, acked, rows, size)
 
         epoch, found, state = await store.write(load)
@@ -115,6 +138,10 @@ class Outbox:
     def size(self) -> int:
         """Bytes of the records that wait."""
         return self._state.bytes
+
+    def limit(self, limits: Limits) -> None:
+        """Another quota: what is past it goes with the next append."""
+        self._limits = limits
 
     def draft(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> Draft:
         """Encode once, now. `ttl` is in seconds. Raises Refused when it cannot be a record."""
@@ -222,53 +249,73 @@ class Outbox:
     def _insert(self, db: Connection, drafts: Iterable[Draft], stored_priority: int | None = None) -> range:
         state = self._begin(db)
         first = state.last_seq + 1
-        rows = [
-            (seq, priority if stored_priority is None else stored_priority, expires, b'{"seq":%d%b' % (seq, tail))
-            for seq, (tail, priority, expires) in enumerate(drafts, first)
-        ]
-        self._next_expiry = min(self._next_expiry, *(row[2] for row in rows if row[2] is not None), math.inf)
-        whole = len(rows) - len(rows) % _AT_ONCE
-        for at in range(0, whole, _AT_ONCE):
-            db.execute(_INSERT_MANY, [value for row in rows[at : at + _AT_ONCE] for value in row])
-        db.executemany("INSERT INTO outbox VALUES (?, ?, ?, ?)", rows[whole:])
-        state.last_seq += len(rows)
+        blocks = _blocks(first, drafts, stored_priority)
+        for block in blocks:
+            last, lines = block.first + len(block.lines) - 1, b"\n".join(block.lines)
+            expires = None if block.expires is None else block.expires[1]
+            values = (block.first, last, block.priority, expires, lines)
+            db.execute("INSERT INTO outbox VALUES (?, ?, ?, ?, ?)", values)
+            state.last_seq = last
+            state.bytes += len(lines)
+            self._next_expiry = min(self._next_expiry, math.inf if expires is None else expires)
+        state.rows += state.last_seq - first + 1
         db.execute("UPDATE outbox_state SET last_seq = ?", [state.last_seq])
-        state.rows += len(rows)
-        state.bytes += sum(len(row[3]) for row in rows)
         if stored_priority is None and (state.rows > self._limits.rows or state.bytes > self._limits.bytes):
             self._make_room(db)
         db.on_commit(self.changed.set)
-        return range(first, first + len(rows))
+        return range(first, state.last_seq + 1)
 
     def _batch(self, db: Connection, after: int) -> Slice | None:
-        lines: list[bytes] = []
-        last, size, full = after, 0, False
-        for seq, line in db.execute("SELECT seq, line FROM outbox WHERE seq > ? ORDER BY seq", [after]):
-            size += len(line) + 1
+        blocks: list[bytes] = []
+        last, size, count = after, 0, 0
+        at = "first >= coalesce((SELECT max(first) FROM outbox WHERE first <= :after), 0) AND last > :after"
+        for first, until, lines in db.execute(
+            f"SELECT first, last, lines FROM outbox WHERE {at} ORDER BY first", {"after": after}
+        ):
+            if first <= after:  # the hub stands within a block
+                lines = lines.split(b"\n", after - first + 1)[-1]
+                first = after + 1
+            size += len(lines) + 1
             if size > MAX_BATCH:
-                full = True
                 break
-            lines.append(line)
-            last = seq
-        if not lines:
+            blocks.append(lines)
+            last, count = until, count + until - first + 1
+        if not blocks:
             return None
         self._handed_out = max(self._handed_out, last)
-        return Slice(after + 1, last, lines, full)
+        return Slice(after + 1, last, blocks, count)
+
+    def _cut(self, db: Connection, seq: int) -> None:
+        """No block holds both `seq` and what follows it."""
+        whole = "SELECT first, lines FROM outbox WHERE first <= ? ORDER BY first DESC LIMIT 1"
+        first, lines = db.execute(whole, [seq]).fetchone() or (seq + 1, b"")
+        parts = lines.split(b"\n", seq - first + 1) if first <= seq else []
+        if len(parts) > seq - first + 1:
+            rest = "INSERT INTO outbox SELECT ?, last, priority, expires, ? FROM outbox WHERE first = ?"
+            db.execute(rest, [seq + 1, parts.pop(), first])
+            db.execute("UPDATE outbox SET last = ?, lines = ? WHERE first = ?", [seq, b"\n".join(parts), first])
+            self._state.bytes -= 1
 
     def _ack(self, db: Connection, seq: int) -> None:
         state = self._begin(db)
-        self._delete(db, "seq <= ?", [seq])
+        self._cut(db, seq)
+        self._delete(db, "last <= ?", [seq])
         db.execute("UPDATE outbox_state SET acked = ?", [seq])
         state.acked = max(state.acked, seq)
         self._handed_out = max(self._handed_out, seq)
 
     def _renew(self, db: Connection, epoch: int, base: int) -> None:
         state, epoch = self._begin(db), max(epoch, int(self._clock() * 1000))
-        self._delete(db, "seq <= ?", [base])
-        text = "CAST(line AS TEXT)"
-        line = f"CAST('{{\"seq\":' || (seq - :base) || substr({text}, instr({text}, ',')) AS BLOB)"
-        db.execute(f"UPDATE outbox SET line = {line}, seq = seq - :base", {"base": base})
-        (state.bytes,) = db.execute("SELECT coalesce(sum(length(line)), 0) FROM outbox").fetchone()
+        self._cut(db, base)
+        self._delete(db, "last <= ?", [base])
+        firsts = [first for (first,) in db.execute("SELECT first FROM outbox ORDER BY first")]
+        for first in firsts:
+            (lines,) = db.execute("SELECT lines FROM outbox WHERE first = ?", [first]).fetchone()
+            tails = (line[line.index(b",") :] for line in lines.split(b"\n"))
+            new = b"\n".join(b'{"seq":%d%b' % (seq, tail) for seq, tail in enumerate(tails, first - base))
+            renumber = "UPDATE outbox SET first = first - ?, last = last - ?, lines = ? WHERE first = ?"
+            db.execute(renumber, [base, base, new, first])
+        _, state.bytes = db.execute(f"SELECT {_COUNT} FROM outbox").fetchone()
         state.last_seq, state.acked, state.losses = state.last_seq - base, 0, {}
         db.execute("UPDATE outbox_state SET epoch = ?, last_seq = ?, acked = 0, found = NULL", [epoch, state.last_seq])
 
@@ -278,16 +325,15 @@ class Outbox:
         db.on_commit(done)
 
     def _delete(self, db: Connection, where: str, values: Sequence[float]) -> None:
-        sums = f"SELECT count(*), coalesce(sum(length(line)), 0) FROM outbox WHERE {where}"
-        rows, size = db.execute(sums, values).fetchone()
+        rows, size = db.execute(f"SELECT {_COUNT} FROM outbox WHERE {where}", values).fetchone()
         db.execute(f"DELETE FROM outbox WHERE {where}", values)
         self._state.rows -= rows
         self._state.bytes -= size
 
     def _expire(self, db: Connection) -> None:
         values = [self._clock(), self._handed_out]
-        where = "expires IS NOT NULL AND expires <= ? AND seq > ?"
-        gone = db.execute(f"SELECT seq, priority FROM outbox WHERE {where} ORDER BY seq", values).fetchall()
+        where = "expires IS NOT NULL AND expires <= ? AND first > ?"
+        gone = db.execute(f"SELECT first, last, priority FROM outbox WHERE {where} ORDER BY first", values).fetchall()
         if gone:
             self._begin(db)
             self._delete(db, where, values)
@@ -300,49 +346,86 @@ class Outbox:
         self._expire(db)
         state = self._begin(db)
         rows, size = int(self._limits.rows * 0.95), int(self._limits.bytes * 0.95)
-        gone: list[tuple[int, int]] = []
+        gone: list[_Span] = []
         for floor in (self._handed_out, state.acked):
             for priority in range(LOWEST, -1, -1):
                 if state.rows <= rows and state.bytes <= size:
                     break
                 victims = self._victims(db, priority, floor, state.rows - rows, state.bytes - size)
                 if victims:
-                    self._delete(db, "priority = ? AND seq > ? AND seq <= ?", [priority, floor, victims[-1]])
-                    gone += ((seq, priority) for seq in victims)
+                    where = "priority = ? AND first > ? AND last <= ?"
+                    self._delete(db, where, [priority, floor, victims[-1][1]])
+                    gone += victims
         if gone:
             self._tell_loss(db, LossReason.QUOTA, gone)
 
-    def _victims(self, db: Connection, priority: int, floor: int, rows: int, size: int) -> list[int]:
-        oldest = "SELECT seq, length(line) FROM outbox WHERE priority = ? AND seq > ? ORDER BY seq"
-        victims = []
-        for seq, length in db.execute(oldest, [priority, floor]):
+    def _victims(self, db: Connection, priority: int, floor: int, rows: int, size: int) -> list[_Span]:
+        """The oldest of a priority, until so many rows and bytes are found; the last block is cut if a part will do."""
+        oldest = "SELECT first, last, length(lines) FROM outbox WHERE priority = ? AND first > ? ORDER BY first"
+        victims, need = list[_Span](), (rows, size)
+        for first, last, length in db.execute(oldest, [priority, floor]):
             if rows <= 0 and size <= 0:
                 break
-            victims.append(seq)
-            rows, size = rows - 1, size - length
+            victims.append((first, last, priority))
+            need = rows, size
+            rows, size = rows - (last - first + 1), size - length
+        if victims and victims[-1][0] < victims[-1][1]:
+            first, last, _ = victims.pop()
+            (lines,) = db.execute("SELECT lines FROM outbox WHERE first = ?", [first]).fetchone()
+            last = min(last, first + _enough(lines, *need) - 1)
+            self._cut(db, last)
+            victims.append((first, last, priority))
         return victims
 
-    def _tell_loss(self, db: Connection, reason: LossReason, gone: list[tuple[int, int]]) -> None:
+    def _tell_loss(self, db: Connection, reason: LossReason, gone: list[_Span]) -> None:
         """One `loss` record a reason, amended until it is handed out."""
-        seqs = [seq for seq, _ in gone]
-        loss = Loss(reason, min(seqs), max(seqs), len(gone), _count(priority for _, priority in gone))
+        counts: dict[str, int] = {}
+        for first, last, priority in gone:
+            counts[str(priority)] = counts.get(str(priority), 0) + last - first + 1
+        ends = min(first for first, _, _ in gone), max(last for _, last, _ in gone)
+        loss = Loss(reason, *ends, sum(counts.values()), counts)
         seq, known = self._state.losses.get(reason, (0, loss))
         if seq > self._handed_out:
             loss = _merge(known, loss)
             line = msgspec.json.encode(Record(seq, self._clock(), "loss", 0, msgspec.to_builtins(loss)))
-            (before,) = db.execute("SELECT length(line) FROM outbox WHERE seq = ?", [seq]).fetchone()
-            db.execute("UPDATE outbox SET line = ? WHERE seq = ?", [line, seq])
+            (before,) = db.execute("SELECT length(lines) FROM outbox WHERE first = ?", [seq]).fetchone()
+            db.execute("UPDATE outbox SET lines = ? WHERE first = ?", [line, seq])
             self._state.bytes += len(line) - before
         else:
             (seq,) = self._insert(db, [self.draft("loss", msgspec.to_builtins(loss), 0)], _KEPT)
         self._state.losses = {**self._state.losses, reason: (seq, loss)}
 
 
-def _count(priorities: Iterable[int]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for priority in priorities:
-        counts[str(priority)] = counts.get(str(priority), 0) + 1
-    return counts
+def _blocks(first: int, drafts: Iterable[Draft], stored_priority: int | None) -> list[_Block]:
+    blocks = list[_Block]()
+    for seq, draft in enumerate(drafts, first):
+        line, expires = b'{"seq":%d%b' % (seq, draft.tail), draft.expires
+        size, priority = len(line) + 1, draft.priority if stored_priority is None else stored_priority
+        block = blocks[-1] if blocks else None
+        if block is None or block.size + size > BLOCK or block.priority != priority or _apart(block, expires):
+            block = _Block(seq, priority, None if expires is None else (expires, expires), [], 0)
+            blocks.append(block)
+        block.lines.append(line)
+        block.size += size
+        if block.expires and expires is not None:
+            block.expires = block.expires[0], max(block.expires[1], expires)
+    return blocks
+
+
+def _apart(block: _Block, expires: float | None) -> bool:
+    if expires is None or block.expires is None:
+        return expires is not block.expires
+    return abs(expires - block.expires[0]) > _SECOND
+
+
+def _enough(lines: bytes, rows: int, size: int) -> int:
+    """How many of the first lines are at least so many rows and bytes."""
+    count = 0
+    for line in lines.split(b"\n"):
+        if rows <= 0 and size <= 0:
+            break
+        count, rows, size = count + 1, rows - 1, size - len(line)
+    return count
 
 
 def _merge(a: Loss, b: Loss) -> Loss:

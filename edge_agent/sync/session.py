@@ -164,7 +164,7 @@ class Session:
         if part is None or turn != self._turn:
             return part is not None
         header = Header(self._outbox.epoch, part.first, part.last)
-        batch = await asyncio.to_thread(encode_batch, part.lines, self._key, self._up, header)
+        batch = await asyncio.to_thread(encode_batch, part.blocks, self._key, self._up, header)
         if turn == self._turn:
             await mqtt.publish(self._up, batch.payload, properties=batch.properties, wait=False)
         if turn == self._turn:
@@ -173,7 +173,7 @@ class Session:
             self._cursor = part.last
             self._inflight.append(part.last)
             self.counters.batches += 1
-            self.counters.records += len(part.lines)
+            self.counters.records += part.count
             self.counters.resent += part.last <= self._furthest
             self._furthest = max(self._furthest, part.last)
         return True

@@ -133,9 +133,9 @@ def test_no_record_goes_while_a_lower_or_an_older_equal_one_stays(
 
 
 async def _waiting(store: Store) -> set[int]:
-    return set(
-        await store.read(lambda db: [seq for (seq,) in db.execute("SELECT seq FROM outbox WHERE priority >= 0")])
-    )
+    spans = "SELECT first, last FROM outbox WHERE priority >= 0"
+    found = await store.read(lambda db: db.execute(spans).fetchall())
+    return {seq for first, last in found for seq in range(first, last + 1)}
 
 
 async def test_an_ack_of_what_was_never_sent_is_refused(outbox: Outbox) -> None:
@@ -285,9 +285,11 @@ class OutboxMachine(RuleBasedStateMachine):
         self.run(self.outbox.expire())
         told = self.lost
         waiting: set[int] = set()
-        for seq, line in self.run(self.store.read(lambda db: db.execute("SELECT seq, line FROM outbox").fetchall())):
-            record = json.loads(line)
-            waiting.add(seq)
+        blocks = self.run(self.store.read(lambda db: db.execute("SELECT first, last, lines FROM outbox").fetchall()))
+        for first, last, lines in blocks:
+            assert [json.loads(line)["seq"] for line in lines.splitlines()] == list(range(first, last + 1))
+        for record in (json.loads(line) for _, _, lines in blocks for line in lines.splitlines()):
+            waiting.add(record["seq"])
             told += record["body"]["count"] if record["kind"] == "loss" else 0
         gone = set(range(1, self.outbox.last_seq + 1)) - waiting - self.delivered
         assert len(gone) <= told, "a record went and nobody said so"
@@ -296,7 +298,7 @@ class OutboxMachine(RuleBasedStateMachine):
 
 
 def _measure(db: Any) -> tuple[int, int, int, int]:
-    sums = "SELECT count(*), coalesce(sum(length(line)), 0) FROM outbox"
+    sums = "SELECT coalesce(sum(last - first + 1), 0), coalesce(sum(length(lines)), 0) FROM outbox"
     (whole,), (kept,) = db.execute(sums).fetchall(), db.execute(f"{sums} WHERE priority < 0").fetchall()
     return (*whole, *kept)
 
