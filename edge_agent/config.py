@@ -71,6 +71,8 @@ class Settings(msgspec.Struct, frozen=True):
     telemetry_s: float = 10.0
     telemetry_ttl_s: float = 7 * 86400.0
     outbox_mb: int = 256
+    blobs_mb: int = 256
+    jobs: int = 1000  # that may wait here
     request_mb: int = 64
     task_s: float = 120.0
     bundles_mb: int = 0
@@ -114,10 +116,9 @@ def load(given: dict[str, Any], file: Path | None) -> Settings:
         settings = msgspec.convert(values, Settings, dec_hook=as_path)
     except msgspec.ValidationError as error:
         raise Refused(f"a setting is wrong: {error}", "see `outrider agent --help`") from error
-    if min(settings.telemetry_s, settings.outbox_mb, settings.request_mb, settings.task_s) <= 0:
-        raise Refused(
-            "telemetry_s, outbox_mb, request_mb and task_s are more than 0", "leave them out for the defaults"
-        )
+    positive = ("telemetry_s", "outbox_mb", "blobs_mb", "jobs", "request_mb", "task_s")
+    if min(getattr(settings, name) for name in positive) <= 0:
+        raise Refused(f"{', '.join(positive)} are more than 0", "leave them out for the defaults")
     if settings.bundles_mb < 0:
         raise Refused("bundles_mb is not negative", "0 for all but the reserve of the disk")
     if settings.log not in ("debug", "info", "warning", "error"):

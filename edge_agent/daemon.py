@@ -46,6 +46,7 @@ from edge_agent.sync.outbox import Limits, Outbox
 from edge_agent.sync.session import Session
 from edge_agent.sync.twin import GrantsCache, Twin
 from edge_agent.telemetry import Telemetry
+from edge_agent.tuning import Tuner
 from edge_agent.update.download import Downloads, hub_client
 from edge_agent.update.neighbours import Neighbours
 from edge_agent.update.service import BundleReport, UpdateService
@@ -87,19 +88,20 @@ class Daemon:
         self._workers["tools"] = WorkerProcess("tools", self._runner(), answer=self._hosting.infer, grace_s=0)
         rules = PolicyFile(state / "policy.toml")
         self._tools = Interlocked(RunnerTools(self._workers["tools"]), rules)
-        inbox, transcripts = Inbox(store, outbox), Transcripts(store)
+        self._inbox, transcripts = Inbox(store, outbox), Transcripts(store)
         budget = Budget(seconds=settings.task_s)
         parts = (self._hosting, self._tools, transcripts, self._allowed)
         asks = Approvals(self._key, self._allowed, rules.approval_s)
         self._agent = AgentLoop(*parts, budget=budget, speaker=self._hosting.speaker, approvals=asks)
         audit = Audit(store, outbox)
-        self.work = Work(inbox, self._agent, transcripts, self._tools, audit, self._allowed, approvals=asks)
+        self.work = Work(self._inbox, self._agent, transcripts, self._tools, audit, self._allowed, approvals=asks)
         slots = Slots(state / "bundles")
         self._bundled = Bundled(self._hosting, self.work.library, self._tools, self._allowed, slots)
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
         self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample)
         self._http = hub_client(settings.hub or identity.hub)
-        self.blobs = Blobs(state / "blobs", outbox, self._http, self._token)
+        self.blobs = Blobs(state / "blobs", outbox, self._http, self._token, settings.blobs_mb << 20)
+        self._inbox.limit = settings.jobs
         enrolled, downloads, trust = identity.enrolled, Downloads(self._http, self._token), state / "trust"
         director = Director(trust, identity.hub_key, enrolled.fleet, enrolled.device)
         self._updates = UpdateService(
@@ -116,7 +118,8 @@ class Daemon:
         if settings.neighbours:
             self._updates.neighbours = Neighbours(enrolled.device, enrolled.fleet, slots, settings.neighbours)
         self._renewal = enrol.Renewal(state, identity.enrolled.device, self._http, self._token)
-        self._session = self._connect(inbox)
+        self._tuner = Tuner(settings, twin, self._tune)
+        self._session = self._connect(self._inbox)
         own = identity.enrolled.device
         self.work.triggers.zone = lambda: self._updates.time_zone
         heard = (self.work.triggers.topics, self.work.triggers.message)
@@ -149,6 +152,7 @@ class Daemon:
             "updates": self._updates.run,
             "blobs": self.blobs.run,
             "desired": self._follow_desired,
+            "config": self._tuner.run,
             "telemetry": self._telemetry.run,
             "work": self.work.run,
             "api": self._api.run,
@@ -313,6 +317,12 @@ class Daemon:
             with contextlib.suppress(OutriderError):
                 await self._twin.report({"updates": told})
             await asyncio.sleep(1.0)
+
+    def _tune(self, settings: Settings) -> None:
+        self._telemetry.configure(settings.telemetry_s, settings.telemetry_ttl_s, settings.sample)
+        self._outbox.limit(Limits(bytes=settings.outbox_mb << 20))
+        self.blobs.quota, self._inbox.limit = settings.blobs_mb << 20, settings.jobs
+        logging.getLogger().setLevel(settings.log.upper())
 
     async def _follow_desired(self) -> None:
         seen, error = 0, ""

@@ -7,6 +7,7 @@ samples have a low priority and a TTL, so that they are the first to go when the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -43,15 +44,22 @@ class Telemetry:
         self, tools: Tools, outbox: Outbox, state: Path, interval_s: float, ttl_s: float, sample: Sequence[str] = ()
     ) -> None:
         self._tools, self._outbox, self._state = tools, outbox, state
-        self._interval_s, self._ttl_s = interval_s, ttl_s
-        self._wanted = [_call(text) for text in sample]
+        self._changed = asyncio.Event()
+        self.configure(interval_s, ttl_s, sample)
         self._cpu = _cpu_times()
         self._trouble = Trouble(_log, "no sample this time")
         self._failing: dict[str, Trouble] = {}
 
+    def configure(self, interval_s: float, ttl_s: float, sample: Sequence[str]) -> None:
+        """What and how often from now on. Raises Refused, and keeps what was before."""
+        wanted = [_call(text) for text in sample]
+        self._interval_s, self._ttl_s, self._wanted = interval_s, ttl_s, wanted
+        self._changed.set()
+
     async def run(self) -> None:
         """Sample until cancelled; a round that takes longer than the interval delays the next, none pile up."""
         while True:
+            self._changed.clear()
             began = time.monotonic()
             bodies = [{"health": await asyncio.to_thread(self._health)}]
             try:
@@ -63,7 +71,9 @@ class Telemetry:
                 self._trouble.tell(error)
             else:
                 self._trouble.over()
-            await asyncio.sleep(max(0.05, self._interval_s - (time.monotonic() - began)))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.05, self._interval_s - (time.monotonic() - began))):
+                    await self._changed.wait()
 
     async def _sample(self, bodies: list[dict[str, Any]]) -> None:
         specs = await self._tools.specs()

@@ -190,6 +190,54 @@ def devices(hub: Url = None, as_json: Json = False) -> None:
         _print(client.get("/v1/devices"), as_json, _device_line)
 
 
+@app.command()
+def desired(
+    device: str,
+    set: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of `config`; VALUE null removes.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A merge patch of the whole document, as JSON.")] = None,
+    expect: Annotated[int | None, typer.Option(help="Only when the document is at this version.")] = None,
+    hub: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Configure a device (`--set telemetry_s=5 --set log=debug`), or show what is desired and what it reports."""
+    with _hub(hub) as client:
+        patch = _patch(set or [], file)
+        if patch:
+            headers = {} if expect is None else {"If-Match": f'"{expect}"'}
+            client.patch(f"/v1/devices/{device}/desired", patch, headers=headers)
+        seen = client.get(f"/v1/devices/{device}")
+        shown = {name: seen[name] for name in ("desired", "desired_version", "reported", "reported_version")}
+        _print(shown, as_json, _twin_lines)
+
+
+def _patch(given: list[str], file: Path | None) -> dict[str, Any]:
+    try:
+        patch = json.loads(file.read_text()) if file else {}
+    except (OSError, ValueError) as error:
+        raise HubError(f"{file} is no JSON document: {error}", 'such as {"config": {"log": "debug"}}') from error
+    if not isinstance(patch, dict):
+        raise HubError(f"{file} is no JSON object", 'such as {"config": {"log": "debug"}}')
+    for each in given:
+        key, equals, text = each.partition("=")
+        if not key or not equals:
+            raise HubError(f"--set {each!r} is not KEY=VALUE", "such as --set telemetry_s=5")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        patch.setdefault("config", {})[key] = value
+    return patch
+
+
+def _twin_lines(seen: dict[str, Any]) -> str:
+    config = seen["reported"].get("config")
+    config = config if isinstance(config, dict) else {"error": "nothing reported yet"}
+    told = config.get("error") or f"took that of version {config.get('version')}"
+    asked = json.dumps(seen["desired"].get("config", {}))
+    lines = f"desired, version {seen['desired_version']}: config {asked}", f"the device: {told}"
+    return "\n".join(lines)
+
+
 @app.command("audit-verify")
 def audit_verify(
     file: Annotated[Path | None, typer.Argument(help="An export as JSON Lines, checked with no hub.")] = None,

@@ -62,6 +62,9 @@ class HubClient:
     def put(self, path: str, body: dict[str, Any]) -> Any:
         return _answer(self._http, "PUT", path, json=body)
 
+    def patch(self, path: str, body: dict[str, Any], **more: Any) -> Any:
+        return _answer(self._http, "PATCH", path, json=body, **more)
+
     def delete(self, path: str) -> Any:
         return _answer(self._http, "DELETE", path)
 

@@ -96,6 +96,7 @@ devices = sa.Table(
     sa.Column("desired_version", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("desired", sa.JSON, nullable=False),
     sa.Column("reported", sa.JSON, nullable=False),
+    sa.Column("reported_version", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("revoked", sa.Float),
     sa.Column("labels", sa.JSON, nullable=False, server_default="{}"),
 )
@@ -131,9 +132,27 @@ jobs = sa.Table(
     sa.Column("idempotency_key", sa.String(128)),
     sa.Column("result", sa.JSON, nullable=False),
     sa.Column("error", sa.Text, nullable=False, server_default=""),
+    sa.Column("cancelled_by", sa.String(63)),
+    sa.Column("progress", sa.JSON),
+    sa.Column("fanout", sa.String(32)),
+    sa.Column("held", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.UniqueConstraint("device", "idempotency_key", name="jobs_once"),
     sa.Index("jobs_by_state", "state", "device"),
     sa.Index("jobs_by_created", "created"),
+    sa.Index("jobs_by_fanout", "fanout", "state"),
+)
+
+fanouts = sa.Table(
+    "fanouts",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("group", sa.String(64), nullable=False),
+    sa.Column("subject", sa.String(63), nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("ttl_s", sa.Float, nullable=False),
+    sa.Column("at_once", sa.Integer, nullable=False),
+    sa.Column("idempotency_key", sa.String(128)),
+    sa.UniqueConstraint("group", "idempotency_key", name="fanouts_once"),
 )
 
 dead_letters = sa.Table(

@@ -22,6 +22,12 @@ from hub.errors import Refused
 Send = Callable[[str, Desired], Awaitable[object]]
 Patch = dict[str, Any] | Callable[[sa.Row[Any]], dict[str, Any]]
 """A merge patch, or what makes one of the device's row."""
+_ELSEWHERE = {
+    "director": "outrider hub assign signs it",
+    "bundles": "outrider hub assign DEVICE NAME VERSION",
+    "updates": "PATCH /v1/devices/{device}/updates",
+    "activation": "PATCH /v1/devices/{device}/updates",
+}
 
 
 def merge(document: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
@@ -40,16 +46,35 @@ def merge(document: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
 
 def apply_reported(connection: sa.Connection, device: str, body: dict[str, Any]) -> None:
     """Take the body of a `reported` record: the whole document, alone or under `doc`."""
-    document = body["doc"] if isinstance(body.get("doc"), dict) else body
+    document, version = body["doc"] if isinstance(body.get("doc"), dict) else body, body.get("version")
     if len(msgspec.json.encode(document)) <= TWIN_LIMIT:
-        connection.execute(devices.update().where(devices.c.name == device).values(reported=document))
+        values = {"reported": document}
+        if isinstance(version, int) and 0 <= version < 1 << 63:
+            values["reported_version"] = version
+        connection.execute(devices.update().where(devices.c.name == device).values(**values))
 
 
-def patch_desired(connection: sa.Connection, device: str, patch: Patch, by: str, action: str) -> Desired:
-    """Merge into the device's desired document, to be sent. Raises Refused 404, 413 (size), 422 (depth)."""
+def free(patch: dict[str, Any]) -> dict[str, Any]:
+    """A patch that anybody who may configure a device may make. Raises Refused 422 for what other routes make."""
+    for taken, route in _ELSEWHERE.items():
+        if taken in patch:
+            raise Refused(422, f"{taken!r} of the desired document is not changed here", route)
+    return patch
+
+
+def patch_desired(
+    connection: sa.Connection, device: str, patch: Patch, by: str, action: str, expected: int | None = None
+) -> Desired:
+    """Merge into the device's desired document, to be sent.
+
+    Raises Refused 404, 412 (it is not at the expected version), 413 (size), 422 (depth).
+    """
     row = connection.execute(sa.select(devices).where(devices.c.name == device).with_for_update()).first()
     if row is None:
         raise Refused(404, f"no device {device}", "see GET /v1/devices")
+    if expected not in (None, row.desired_version):
+        hint = f'look at it, and send If-Match: "{row.desired_version}"'
+        raise Refused(412, f"the desired document is at version {row.desired_version}, not {expected}", hint)
     given = patch(row) if callable(patch) else patch
     try:
         check_depth(given)
@@ -92,9 +117,11 @@ class Twin:
         self._db = db
         self.send = send
 
-    async def patch_desired(self, device: str, patch: Patch, by: str, action: str = "patch:desired") -> Desired:
-        """Merge into the device's desired document and publish it. Raises Refused 404, 413 (size), 422 (depth)."""
-        desired = await self._db.write(lambda c: patch_desired(c, device, patch, by, action))
+    async def patch_desired(
+        self, device: str, patch: Patch, by: str, action: str = "patch:desired", expected: int | None = None
+    ) -> Desired:
+        """`patch_desired` above, and publish it."""
+        desired = await self._db.write(lambda c: patch_desired(c, device, patch, by, action, expected))
         await self.send(device, desired)
         return desired
 

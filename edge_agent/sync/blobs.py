@@ -38,7 +38,7 @@ class Blobs:
     def __init__(
         self, folder: Path, outbox: Outbox, client: httpx.AsyncClient, token: Callable[[], str], quota: int = QUOTA
     ) -> None:
-        self._folder, self._outbox, self._client, self._token, self._quota = folder, outbox, client, token, quota
+        self._folder, self._outbox, self._client, self._token, self.quota = folder, outbox, client, token, quota
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._next = 1 + max((_order(path) for path in self._waiting()), default=0)
         self._put, self._more = asyncio.Lock(), asyncio.Event()
@@ -46,8 +46,8 @@ class Blobs:
 
     async def put(self, content: bytes, name: str, media_type: str = "application/octet-stream") -> str:
         """Its SHA-256, once it and its record are on disk. Raises Refused past the quota, Retry for a full disk."""
-        if not 0 < len(content) <= self._quota:
-            raise Refused(f"{name} has {len(content)} bytes", f"1 to {self._quota} can be uploaded")
+        if not 0 < len(content) <= self.quota:
+            raise Refused(f"{name} has {len(content)} bytes", f"1 to {self.quota} can be uploaded")
         async with self._put:
             sha256 = await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest())
             for path in await asyncio.to_thread(self._victims, len(content)):
@@ -106,7 +106,7 @@ class Blobs:
 
     def _victims(self, size: int) -> list[Path]:
         waiting = self._waiting()
-        room, victims = self._quota - size - sum(path.stat().st_size for path in waiting), []
+        room, victims = self.quota - size - sum(path.stat().st_size for path in waiting), []
         while room < 0:
             victims.append(waiting.pop(0))
             room += victims[-1].stat().st_size

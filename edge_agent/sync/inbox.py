@@ -30,6 +30,7 @@ class Inbox:
 
     def __init__(self, store: Store, outbox: Outbox, clock: Callable[[], float] = time.time) -> None:
         self._store, self._outbox, self._clock = store, outbox, clock
+        self.limit = MAX_WAITING
         self._arrived = asyncio.Event()
         self._arrived.set()
 
@@ -75,7 +76,7 @@ class Inbox:
             state, error = JobState.REJECTED, f"the same as job {twin[0]}: both carry idempotency key {key!r}"
         elif job.expires <= now:
             state, error = JobState.EXPIRED, f"it expired {now - job.expires:.0f} s before it came"
-        elif waiting >= MAX_WAITING:
+        elif waiting >= self.limit:
             state, error = JobState.REJECTED, f"{waiting} jobs wait on this device already: send it again later"
         else:
             state, error = JobState.DELIVERED, ""

@@ -30,6 +30,7 @@ SHIPPED_ROLES: dict[str, list[str]] = {
         "run:model",
         "publish:bundle",
         "assign:bundle",
+        "configure:device",
         "manage:rollout",
         "create:offline-token",
         "upload:blob",

@@ -3,7 +3,7 @@
 import time
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Response
 from pydantic import BaseModel, Field
 
 from edge_agent.wire.grants import Subject
@@ -11,6 +11,7 @@ from edge_agent.wire.messages import JobKind, JobState
 from hub.api.guard import Hub, May
 from hub.errors import Refused
 from hub.jobs import MAX_TEXT
+from hub.twin import free
 
 router = APIRouter(prefix="/v1", tags=["devices"])
 Worker = Annotated[Subject, Depends(May("run:task"))]
@@ -102,6 +103,25 @@ async def list_devices(hub: Hub, _: DeviceReader) -> list[dict[str, Any]]:
 @router.get("/devices/{device}", summary="One device: presence, clock offset, watermark, twin, bundles")
 async def get_device(device: str, hub: Hub, _: DeviceReader) -> dict[str, Any]:
     return _shown(await hub.devices.get(device))
+
+
+@router.patch("/devices/{device}/desired", summary="Configure a device: a merge patch of its desired document")
+async def patch_desired(
+    device: str,
+    body: dict[str, Any],
+    response: Response,
+    hub: Hub,
+    who: Annotated[Subject, Depends(May("configure:device"))],
+    if_match: Annotated[str | None, Header(description="the version it was made for; another one is 412")] = None,
+) -> dict[str, Any]:
+    """`{"config": {"telemetry_s": 5, "log": "debug", …}}`, see docs/operations.md; null takes a key out."""
+    version = if_match.strip().removeprefix("W/").strip('"') if if_match not in (None, "*") else None
+    if version is not None and not version.isdecimal():
+        raise Refused(422, f"If-Match {if_match!r} is no version", 'such as If-Match: "7"')
+    expected = None if version is None else int(version)
+    desired = await hub.twin.patch_desired(device, free(body), who.name, "configure:device", expected)
+    response.headers["ETag"] = f'"{desired.version}"'
+    return {"device": device, "desired_version": desired.version, "desired": desired.doc}
 
 
 @router.get("/telemetry", summary="Committed records, a page at a time")

@@ -59,7 +59,7 @@ MANIFEST = Manifest(
     license="Apache-2.0",
     meta={"source": "here"},
 )
-SINCE = ("run:model", "create:offline-token", "upload:blob", "manage:rollout", "read:rollout")
+SINCE = ("configure:device", "run:model", "create:offline-token", "upload:blob", "manage:rollout", "read:rollout")
 ROLES = {role: [p for p in given if p not in SINCE] for role, given in SHIPPED_ROLES.items()}  # as they were then
 GRANTS = Grants(3, 1800000000.0, 1900000000.0, ROLES, [public_jwk(KEY.public)], {"eve": 1.0})
 MESSAGES: dict[str, msgspec.Struct] = {

@@ -1,0 +1,90 @@
+"""Configuring a device: a merge patch for a version, sent down, and what the device made of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.fleet import Device, running, until
+from bench.fleet import Hub as FleetHub
+from hub.cli import app
+from tests.hub.rig import Hub, enrolled
+from tests.hub.rig import until as soon
+
+
+async def test_a_patch_is_merged_for_the_version_it_was_made_for(hub: Hub) -> None:
+    device, admin = await enrolled(hub, "press-1"), await hub.login()
+    at = "/v1/devices/press-1/desired"
+    async with device.online():
+        made = await admin.patch(at, json={"config": {"telemetry_s": 5}}, headers={"If-Match": '"0"'})
+        assert (made.status_code, made.headers["ETag"]) == (200, '"1"')
+        late = await admin.patch(at, json={"config": {"telemetry_s": 6}}, headers={"If-Match": '"0"'})
+        assert late.status_code == 412
+        assert '"1"' in late.json()["hint"]
+        await admin.patch(at, json={"config": {"log": "debug", "telemetry_s": None}})
+        await soon(lambda: device.desired and device.desired[-1].version == 2)
+        assert device.desired[-1].doc == {"config": {"log": "debug"}}
+        await device.report("reported", {"version": 7, "doc": {"config": {"version": 2}}})
+        seen = await soon(lambda: _reported(hub, "press-1"))
+        assert seen == (7, {"config": {"version": 2}})
+    entries = [e for e in await hub.services.audit.newest() if e["action"] == "configure:device"]
+    assert [e["detail"]["patch"] for e in entries][-1] == {"config": {"telemetry_s": 5}}
+
+
+async def _reported(hub: Hub, name: str) -> tuple[int, object] | None:
+    row = await hub.services.devices.row(name)
+    return (row.reported_version, row.reported) if row.reported else None
+
+
+@pytest.mark.parametrize("taken", ["director", "bundles", "updates", "activation"])
+async def test_what_other_routes_sign_or_guard_is_not_changed_here(hub: Hub, taken: str) -> None:
+    await enrolled(hub, "press-1")
+    answer = await (await hub.login()).patch("/v1/devices/press-1/desired", json={taken: None})
+    assert answer.status_code == 422
+    assert answer.json()["hint"]
+
+
+async def test_an_operator_configures_no_device(hub: Hub) -> None:
+    await enrolled(hub, "press-1")
+    operator = await hub.user("operator")
+    assert (await operator.patch("/v1/devices/press-1/desired", json={"config": {}})).status_code == 403
+
+
+async def test_a_real_device_takes_a_table_with_no_restart_and_says_why_it_refuses_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as hub:
+        device = Device("press-1", tmp_path, hub)
+        token = (await hub.post("/v1/enrolments", {"name": "press-1"}))["token"]
+        await device.start("--hub", hub.url, "--token", token, "--pack", "tests.e2e.daemon_pack")
+        await until("press-1 there", 60, _there, hub, device)
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+        monkeypatch.setenv("OUTRIDER_HUB", hub.url)
+        monkeypatch.setenv("OUTRIDER_TOKEN", hub.token)
+
+        async def told(version: int) -> dict[str, object] | None:
+            config = (await hub.get("/v1/devices/press-1"))["reported"].get("config", {})
+            return config if config.get("version") == version else None
+
+        shell = CliRunner()
+        given = ["desired", "press-1", "--set", "telemetry_s=0.2", "--set", "log=debug", "--expect", "0", "--json"]
+        made = shell.invoke(app, given)
+        assert made.exit_code == 0, made.output
+        assert json.loads(made.output)["desired"] == {"config": {"telemetry_s": 0.2, "log": "debug"}}
+        assert "error" not in (await until("the table is taken", 30, told, 1))
+        before = (await device.status())["last_seq"]
+        await until("samples at the new rate", 10, _beyond, device, before + 20)
+        assert shell.invoke(app, ["desired", "press-1", "--set", "log=loud"]).exit_code == 0
+        assert "loud" in str((await until("the refusal", 30, told, 2))["error"])
+        assert "D outrider: config of version 1 is in force" in device.process.log.read_text()
+        await device.stop()
+
+
+async def _beyond(device: Device, seq: int) -> bool | None:
+    return (await device.status())["last_seq"] > seq or None
+
+
+async def _there(hub: FleetHub, device: Device) -> bool | None:
+    device.process.check()
+    return any(each["presence"]["online"] for each in await hub.get("/v1/devices")) or None
