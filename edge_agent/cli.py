@@ -152,6 +152,8 @@ def agent(
     from edge_agent.config import load
 
     settings = load(given, config)
+    if config is not None:
+        os.environ["OUTRIDER_CONFIG"] = str(config.resolve())  # tool packs find their files beside it
     passed, given_to = os.pipe()
     os.write(given_to, msgspec.json.encode(settings, enc_hook=str))
     os.close(given_to)

@@ -61,6 +61,7 @@ class Settings(msgspec.Struct, frozen=True):
     broker: str = ""
     api: str = "127.0.0.1:8471"
     pack: str = "tools.sim.pack"
+    packs: list[str] = []  # instead of it: short names and modules
     option: list[str] = []
     model: str = ""
     adapter: str = ""

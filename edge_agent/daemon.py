@@ -36,6 +36,7 @@ from edge_agent.bundled import Bundled
 from edge_agent.config import Settings
 from edge_agent.engines.base import ACCELERATOR, ENGINES
 from edge_agent.errors import Fatal, OutriderError, Retry
+from edge_agent.history import History
 from edge_agent.hosting import ENDPOINT, ROLES, Hosting, endpoint
 from edge_agent.notify import notify, watchdog
 from edge_agent.serving.supervisor import WorkerProcess
@@ -98,7 +99,8 @@ class Daemon:
         slots = Slots(state / "bundles")
         self._bundled = Bundled(self._hosting, self.work.library, self._tools, self._allowed, slots)
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
-        self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample)
+        self._history = History(state / "history.db", outbox)
+        self._telemetry = Telemetry(self._tools, self._history, state, *rhythm, settings.sample)
         self._http = hub_client(settings.hub or identity.hub)
         self.blobs = Blobs(state / "blobs", outbox, self._http, self._token, settings.blobs_mb << 20)
         self._inbox.limit = settings.jobs
@@ -177,6 +179,7 @@ class Daemon:
                     task.cancel()
         finally:
             await self._http.aclose()
+            self._history.close()
             self._store.close()
 
     # api.Device
@@ -251,7 +254,8 @@ class Daemon:
 
     def _runner(self) -> list[str]:
         options = [part for option in self._settings.option for part in ("--option", option)]
-        where = ["--pack", self._settings.pack, "--state", str(self._settings.state / "tools")]
+        packs = ",".join(self._settings.packs) or self._settings.pack
+        where = ["--pack", packs, "--state", str(self._settings.state / "tools")]
         return [sys.executable, "-m", "edge_agent.agent.toolrunner", *where, *options]
 
     def _token(self) -> str:

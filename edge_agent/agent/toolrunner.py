@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,14 @@ class Runner:
 
 
 def load(packs: str, state: Path, options: dict[str, str]) -> list[Tool]:
-    """The tools of `MODULE[:attr]`, or of several with commas between them; each is a callable of state folder and
-    options. An option `knowledge.days` is for `….knowledge`; one with no such name is for the first pack.
+    """The tools of `MODULE[:attr]`, of an installed pack by its short name (entry points of `outrider.tools`), or of
+    several with commas between them; each is a callable of state folder and options. An option `knowledge.days` is for
+    `….knowledge`; one with no such name is for the first pack.
 
     Raises Fatal with the reason.
     """
     tools: list[Tool] = []
+    short = {point.name: point for point in entry_points(group="outrider.tools")}
     for at, pack in enumerate(packs.split(",")):
         name, _, attribute = pack.partition(":")
         own = name.rpartition(".")[2] + "."
@@ -144,7 +147,11 @@ def load(packs: str, state: Path, options: dict[str, str]) -> list[Tool]:
         given |= {key: value for key, value in options.items() if at == 0 and "." not in key}
         try:
             state.mkdir(parents=True, exist_ok=True)
-            tools += getattr(importlib.import_module(name), attribute or "pack")(state, given)
+            make = short[pack].load() if pack in short else getattr(importlib.import_module(name), attribute or "pack")
+            tools += make(state, given)
+        except ModuleNotFoundError as error:
+            hint = f"installed packs: {', '.join(sorted(short)) or 'none'}; some need `pip install 'outrider[EXTRA]'`"
+            raise Fatal(f"tool pack {pack} does not load: ModuleNotFoundError: {error}", hint) from error
         except Exception as error:
             raise Fatal(f"tool pack {pack} does not load: {type(error).__name__}: {error}") from error
     names = [tool.spec.name for tool in tools]

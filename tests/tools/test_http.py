@@ -1,0 +1,198 @@
+"""Requests go where the file allows, and nowhere else: methods, paths, redirects, private networks, sizes, time."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.agent.tool import ToolError
+from edge_agent.agent.toolrunner import load
+from edge_agent.errors import Fatal
+
+
+class Site(BaseHTTPRequestHandler):
+    """A web server that answers by the path, and keeps what came."""
+
+    seen: list[tuple[str, str, dict[str, str], str]]
+
+    def do_GET(self) -> None:
+        self.answer("")
+
+    def do_POST(self) -> None:
+        self.answer(self.rfile.read(int(self.headers["content-length"])).decode())
+
+    def answer(self, body: str) -> None:
+        self.seen.append((self.command, self.path, dict(self.headers), body))
+        path = self.path.partition("?")[0].removeprefix("/v1/")
+        if path == "slow":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(100):
+                time.sleep(0.05)
+                self.wfile.write(b"x")
+                self.wfile.flush()
+            return
+        if path.startswith("to/"):
+            self.send_response(302)
+            self.send_header("Location", f"/{path.removeprefix('to/')}")
+            self.end_headers()
+            return
+        large = {"large": b"x" * 5000, "binary": b"\0\1", "nojson": b"{"}
+        content = large.get(path, json.dumps({"path": self.path, "items": [1, 2]}).encode())
+        self.send_response(404 if path == "gone" else 200)
+        self.send_header("Content-Type", "application/json" if path not in ("large", "binary") else "text/plain")
+        if path == "packed":
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def site() -> Iterator[tuple[str, list[Any]]]:
+    seen: list[Any] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Site,), {"seen": seen}))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", seen
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def tools(folder: Path, text: str) -> dict[str, Any]:
+    (folder / "http.toml").write_text(text)
+    return {tool.spec.name: tool for tool in load("tools.http", folder, {})}
+
+
+def rule(base: str, path: str = "/v1/*", more: str = "private = true") -> str:
+    return f'[[allow]]\nurl = "{base}{path}"\n{more}\n'
+
+
+def test_an_allowed_address_is_read_and_no_other_method_path_host_or_port(
+    tmp_path: Path, site: tuple[str, list[Any]]
+) -> None:
+    base, seen = site
+    made = tools(tmp_path, rule(base) + rule("https://api.example.com", "/only"))
+    assert list(made) == ["http_get"], "no rule sends anything, so there is no tool that does"
+    get = made["http_get"].function
+    assert get(url=f"{base}/v1/a?x=1#part") == {"status": 200, "json": {"path": "/v1/a?x=1", "items": [1, 2]}}
+    assert get(url=f"{base}/v1/gone")["status"] == 404
+    before = len(seen)
+    for url in (
+        f"{base}/v2/a",
+        f"{base}/v1",
+        base.replace("127.0.0.1", "localhost") + "/v1/a",
+        base.replace("http://", "https://") + "/v1/a",
+        base.replace("//", "//user:pw@") + "/v1/a",
+        "http://127.0.0.1:1/v1/a",
+        "file:///etc/passwd",
+    ):
+        with pytest.raises(ToolError, match="is not allowed here; allowed: GET http"):
+            get(url=url)
+    for path in ("../admin", "%2e%2e/admin", "a/%2e%2e%2fadmin", "a%5cb"):
+        with pytest.raises(ToolError, match=r"is not (plain|allowed)"):
+            get(url=f"{base}/v1/{path}")
+    assert len(seen) == before
+
+
+def test_a_body_is_sent_by_its_rule_with_its_headers_and_secrets(
+    tmp_path: Path, site: tuple[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, seen = site
+    rules = rule(base, "/v1/open") + rule(
+        base,
+        "/v1/orders",
+        'private = true\nmethods = ["POST"]\nheaders = {X-Site = "7"}\nsecrets = {Authorization = "ORDERS_TOKEN"}',
+    )
+    made = tools(tmp_path, rules)
+    assert (made["http_send"].spec.risk, made["http_send"].spec.idempotent) == ("act", False)
+    send, get = made["http_send"].function, made["http_get"].function
+    with pytest.raises(ToolError, match="needs the secret ORDERS_TOKEN"):
+        send(method="POST", url=f"{base}/v1/orders", body="{}")
+    monkeypatch.setenv("ORDERS_TOKEN", "Bearer s3cret")
+    assert send(method="POST", url=f"{base}/v1/orders", body='{"part": 7}')["status"] == 200
+    method, _, headers, body = seen[-1]
+    assert (method, body, headers["X-Site"], headers["Authorization"]) == ("POST", '{"part": 7}', "7", "Bearer s3cret")
+    get(url=f"{base}/v1/open")
+    assert "Authorization" not in seen[-1][2]
+    with pytest.raises(ToolError, match=r"DELETE .* is not allowed"):
+        send(method="DELETE", url=f"{base}/v1/orders")
+
+
+def test_each_redirect_is_checked_and_they_are_bounded(tmp_path: Path, site: tuple[str, list[Any]]) -> None:
+    base, seen = site
+    get = tools(tmp_path, "redirects = 2\n" + rule(base))["http_get"].function
+    assert get(url=f"{base}/v1/to/v1/a")["json"]["path"] == "/v1/a"
+    with pytest.raises(ToolError, match="/secret is not allowed here"):
+        get(url=f"{base}/v1/to/secret")
+    with pytest.raises(ToolError, match="one redirect more than the 2"):
+        get(url=f"{base}/v1/to/v1/to/v1/to/v1/a")
+    assert "/secret" not in [path for _, path, _, _ in seen]
+
+
+def test_a_private_address_is_refused_unless_its_rule_says_so(tmp_path: Path, site: tuple[str, list[Any]]) -> None:
+    base, seen = site
+    for host in ("127.0.0.1", "localhost", "[::1]", "169.254.169.254", "[::ffff:10.0.0.1]", "0.0.0.0", "224.0.0.1"):
+        url = f"http://{host}:{base.rpartition(':')[2]}"
+        get = tools(tmp_path, rule(url, more=""))["http_get"].function
+        with pytest.raises(ToolError, match="a private address: its rule has to say private = true"):
+            get(url=f"{url}/v1/a")
+    assert seen == []
+
+
+def test_answers_are_bounded_in_bytes_and_time_and_are_text(tmp_path: Path, site: tuple[str, list[Any]]) -> None:
+    base, _ = site
+    get = tools(tmp_path, "max_bytes = 4000\ntimeout_s = 1\n" + rule(base))["http_get"].function
+    for path, told in (
+        ("large", "gives more than 4000 bytes"),
+        ("binary", "is 2 bytes of text/plain, not text"),
+        ("nojson", "says it is JSON and is not"),
+        ("packed", "gives gzip, which was not asked for"),
+    ):
+        with pytest.raises(ToolError, match=told):
+            get(url=f"{base}/v1/{path}")
+    began = time.monotonic()
+    with pytest.raises(ToolError, match="not read after 1 s"):
+        get(url=f"{base}/v1/slow")
+    assert time.monotonic() - began < 3
+    closed = tools(tmp_path, rule("http://127.0.0.1:1"))["http_get"].function
+    with pytest.raises(ToolError, match="ConnectError"):
+        closed(url="http://127.0.0.1:1/v1/a")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "missing required field `allow`"),
+        ("allow = []", "length >= 1"),
+        ('[[allow]]\nurl = "https://*.example.com/"', "is not like https://api.example.com"),
+        ('[[allow]]\nurl = "ftp://a/"', "is not like https://api.example.com"),
+        ('[[allow]]\nurl = "https://a/"\nmethod = "GET"', "unknown field `method`"),
+        ("allow = [", "http.toml cannot be used"),
+    ],
+)
+def test_a_file_that_is_wrong_says_where(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(Fatal, match=told):
+        tools(tmp_path, text)
+
+
+def test_without_a_file_the_pack_says_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTRIDER_CONFIG", str(tmp_path / "etc" / "agent.toml"))
+    with pytest.raises(Fatal, match=r"needs a file: .*etc/tools/http\.toml or .*state/http\.toml"):
+        load("tools.http", tmp_path / "state", {})
+    (tmp_path / "etc" / "tools").mkdir(parents=True)
+    (tmp_path / "etc" / "tools" / "http.toml").write_text(rule("http://a"))
+    assert [tool.spec.name for tool in load("tools.http", tmp_path / "state", {})] == ["http_get"]
+    with pytest.raises(Fatal, match="has no option rate; it has config"):
+        load("tools.http", tmp_path / "state", {"rate": "1"})

@@ -1,0 +1,174 @@
+"""Requests to the addresses that the pack's file lists, and to no other.
+
+Invariants: a request goes where a rule allows its method and URL, each redirect again by the rules; it is connected to
+the address that was looked up and checked, so a name cannot lead into a private network (unless its rule is `private`)
+by answering twice; a rule's own headers, secrets too, go with its requests alone; proxies of the environment are not
+used. Answers are bounded in bytes and time, and are untrusted text.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import httpx
+import msgspec
+from msgspec import Meta, field
+
+from edge_agent.agent.tool import Tool, ToolError, declare
+from tools import settings
+
+Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
+
+
+class Allow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A rule: scheme, host and port stand as they are, `*` in path and query is any text.
+
+    `headers` are sent as they stand, `secrets` from the variables of the environment that they name.
+    """
+
+    url: str
+    methods: list[Method] = field(default_factory=lambda: ["GET"])
+    private: bool = False
+    headers: dict[str, str] = {}
+    secrets: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        parts = httpx.URL(self.url)
+        if parts.scheme not in ("http", "https") or not parts.host or "*" in parts.host or parts.userinfo:
+            raise ValueError(f"url {self.url!r} is not like https://api.example.com/v1/*, with a whole host")
+
+    def allows(self, method: str, url: httpx.URL) -> bool:
+        """Whether a request may be made by this rule."""
+        mine = httpx.URL(self.url)
+        there = (mine.scheme, mine.host, mine.port) == (url.scheme, url.host, url.port)
+        pattern = re.escape(mine.raw_path.decode()).replace(r"\*", ".*")
+        return there and method in self.methods and re.fullmatch(pattern, _path(url)) is not None
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file; `ca` is a file of certificates to trust instead of the usual ones."""
+
+    allow: Annotated[list[Allow], Meta(min_length=1, max_length=100)]
+    timeout_s: Annotated[float, Meta(gt=0, le=120)] = 10.0
+    max_bytes: Annotated[int, Meta(gt=0, le=48 * 1024)] = 32 * 1024
+    redirects: Annotated[int, Meta(ge=0, le=10)] = 3
+    ca: str = ""
+
+
+def _path(url: httpx.URL) -> str:
+    """Path and query. Raises ToolError for one that a server may read in another way than a rule."""
+    text = url.raw_path.decode()
+    path = text.partition("?")[0].lower()
+    if any(part in (".", "..") for part in path.split("/")) or any(bad in path for bad in ("%2e", "%2f", "%5c", "\\")):
+        raise ToolError(f"the path {path[:100]} is not plain: no dots, slashes or backslashes in disguise")
+    return text
+
+
+class Http:
+    """The tools."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        verify: Any = httpx.create_ssl_context(settings.ca) if settings.ca else True
+        self._client = httpx.Client(verify=verify, trust_env=False, timeout=settings.timeout_s)
+
+    def http_get(self, url: str) -> dict[str, Any]:
+        """Read a web address (URL): its JSON or text."""
+        return self._ask("GET", url, None)
+
+    def http_send(self, method: Literal["POST", "PUT", "PATCH", "DELETE"], url: str, body: str = "") -> dict[str, Any]:
+        """Send a request with a text or JSON body to a web address (URL)."""
+        return self._ask(method, url, body)
+
+    def _ask(self, method: str, url: str, body: str | None) -> dict[str, Any]:
+        deadline = time.monotonic() + self._settings.timeout_s
+        for _ in range(self._settings.redirects + 1):
+            status, headers, content = self._once(method, url, body, deadline)
+            if method != "GET" or not (300 <= status < 400 and "location" in headers):
+                return {"status": status, **_read(headers.get("content-type", ""), content)}
+            url = str(httpx.URL(url).join(headers["location"]))
+        raise ToolError(f"{url} would be one redirect more than the {self._settings.redirects} that are followed")
+
+    def _once(self, method: str, text: str, body: str | None, deadline: float) -> tuple[int, httpx.Headers, bytes]:
+        try:
+            url = httpx.URL(text).copy_with(fragment=None)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise ToolError(f"{text[:100]!r} is no URL: {error}") from error
+        rule = next((r for r in self._settings.allow if not url.userinfo and r.allows(method, url)), None)
+        if rule is None:
+            listed = ", ".join(f"{'/'.join(r.methods)} {r.url}" for r in self._settings.allow)
+            raise ToolError(f"{method} {url} is not allowed here; allowed: {listed}")
+        headers = {**rule.headers, "Host": url.netloc.decode()}
+        if unset := [variable for variable in rule.secrets.values() if not os.environ.get(variable)]:
+            raise ToolError(f"{url.host} needs the secret {unset[0]}, which is not set on this device")
+        headers |= {name: os.environ[variable] for name, variable in rule.secrets.items()}
+        headers["Accept-Encoding"] = "identity"  # what is packed has no bound before it is unpacked
+        if body:
+            headers.setdefault("Content-Type", "application/json" if body.lstrip()[:1] in ("{", "[") else "text/plain")
+        there = url.copy_with(host=_address(url.host, url.port or 443, rule.private))
+        more = {"sni_hostname": url.host}
+        try:
+            asked = self._client.build_request(method, there, headers=headers, content=body, extensions=more)
+            asked.extensions["timeout"] = httpx.Timeout(max(0.1, deadline - time.monotonic())).as_dict()
+            answer = self._client.send(asked, stream=True)
+            try:
+                return answer.status_code, answer.headers, self._content(answer, url, deadline)
+            finally:
+                answer.close()
+        except httpx.HTTPError as error:
+            raise ToolError(f"{url}: {type(error).__name__}: {error}") from error
+
+    def _content(self, answer: httpx.Response, url: httpx.URL, deadline: float) -> bytes:
+        content = b""
+        if packed := answer.headers.get("content-encoding"):
+            raise ToolError(f"{url} gives {packed}, which was not asked for")
+        for piece in answer.iter_raw():
+            content += piece
+            if len(content) > self._settings.max_bytes:
+                raise ToolError(f"{url} gives more than {self._settings.max_bytes} bytes")
+            if time.monotonic() > deadline:
+                raise ToolError(f"{url} is not read after {self._settings.timeout_s:g} s")
+        return content
+
+
+def _address(host: str, port: int, private: bool) -> str:
+    """An address of the host that may be connected to. Raises ToolError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ToolError(f"the host {host} is not found: {error}") from error
+    addresses = [str(entry[4][0]) for entry in found]
+    for address in addresses:
+        known = ipaddress.ip_address(address.partition("%")[0])
+        known = getattr(known, "ipv4_mapped", None) or known
+        if private or (known.is_global and not known.is_multicast):
+            return address
+    raise ToolError(f"{host} is {addresses[0]}, a private address: its rule has to say private = true")
+
+
+def _read(kind: str, content: bytes) -> dict[str, Any]:
+    if "json" in kind:
+        try:
+            return {"json": msgspec.json.decode(content)}
+        except msgspec.DecodeError as error:
+            raise ToolError(f"the answer says it is JSON and is not: {error}") from error
+    if b"\0" in content:
+        raise ToolError(f"the answer is {len(content)} bytes of {kind or 'no known type'}, not text")
+    return {"text": content.decode(errors="replace")}
+
+
+def pack(state: Path, options: dict[str, str]) -> Sequence[Tool]:
+    """`http_get`, and `http_send` where a rule has another method. Raises ValueError."""
+    given = settings.read("http", state, options, Settings)
+    tools, limit = Http(given), given.timeout_s + 5
+    made = [declare(tools.http_get, timeout_s=limit)]
+    if any(set(rule.methods) - {"GET"} for rule in given.allow):
+        made.append(declare(tools.http_send, risk="act", idempotent=False, timeout_s=limit))
+    return made

@@ -1,0 +1,36 @@
+"""A pack's settings: one TOML file, looked for in three places.
+
+`--option NAME.config=FILE`; `tools/NAME.toml` beside the file that OUTRIDER_CONFIG names; `NAME.toml` in the tools'
+state folder. What is there but cannot be used is an error with file, key and reason, never a default.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+
+def read(name: str, state: Path, options: dict[str, str], kind: type[T], needed: bool = True) -> T:
+    """The settings of pack `name`; its defaults when it has no file and none is `needed`. Raises ValueError."""
+    if unknown := options.keys() - {"config"}:
+        raise ValueError(f"the pack {name} has no option {', '.join(sorted(unknown))}; it has config, a TOML file")
+    places = [state / f"{name}.toml"]
+    if beside := os.environ.get("OUTRIDER_CONFIG"):
+        places.insert(0, Path(beside).parent / "tools" / f"{name}.toml")
+    if "config" in options:
+        places = [Path(options["config"])]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        if needed or "config" in options:
+            raise ValueError(f"the pack {name} needs a file: {' or '.join(map(str, places))} (docs/tools.md)")
+        return msgspec.convert({}, kind)
+    try:
+        return msgspec.convert(tomllib.loads(file.read_text()), kind)
+    except (OSError, ValueError) as error:  # TOML, UTF-8 and msgspec say where
+        raise ValueError(f"{file} cannot be used: {error}") from error
