@@ -90,7 +90,8 @@ class Input(Param, frozen=True, forbid_unknown_fields=True):
 class Workflow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A definition. `run_as`: the roles of runs that a trigger starts; `result`: an expression, the run's result.
 
-    `zone` is the IANA time zone of its cron lines, the device's when it is empty.
+    `zone` is the IANA time zone of its cron lines, the device's when it is empty. So many calls run at once in
+    `parallel`; 0: those that read do, and acts one by one.
     """
 
     workflow: Title
@@ -101,6 +102,7 @@ class Workflow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: list[Input] = []
     triggers: list[Trigger] = []
     zone: str = ""
+    parallel: Annotated[int, Meta(ge=0, le=16)] = 0
     timeout_s: float = 600.0
     result: str = ""
 

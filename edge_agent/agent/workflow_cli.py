@@ -21,11 +21,10 @@ import typer
 from edge_agent.agent.calls import render
 from edge_agent.agent.tool import ToolError, ToolSpec
 from edge_agent.agent.toolrunner import load
-from edge_agent.agent.transcript import Step as Entry
-from edge_agent.agent.transcript import Task, Transcripts, migrations
+from edge_agent.agent.transcript import Transcripts, migrations
 from edge_agent.agent.workflow import Broken, Marks, Problem, Workflow, read, sample
 from edge_agent.agent.workflow_check import check, runs_as
-from edge_agent.agent.workflow_run import Runner
+from edge_agent.agent.workflow_run import AT, Runner
 from edge_agent.errors import Refused
 from edge_agent.store import Store
 from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, allowed
@@ -130,26 +129,22 @@ def json_of(text: str) -> Any:
 
 
 class _Simulated(Transcripts):
-    """Tools that answer with samples, and the journal, which knows the step that calls. Dangerous calls are made."""
+    """Tools that answer with samples, and the journal. Dangerous calls are made."""
 
     def __init__(self, store: Store, specs: Sequence[ToolSpec], answers: dict[str, Any], fail: dict[str, str]) -> None:
         super().__init__(store)
-        self._specs, self._answers, self._fail, self._at = specs, answers, fail, ""
-
-    async def append(self, task: Task, step: Entry) -> None:
-        self._at = step.at
-        await super().append(task, step)
+        self._specs, self._answers, self._fail = specs, answers, fail
 
     async def specs(self) -> Sequence[ToolSpec]:
         return [msgspec.structs.replace(s, risk="act") if s.risk == "danger" else s for s in self._specs]
 
     async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
-        step = self._at.partition("[")[0]
+        step = AT.get().partition("[")[0]
         if step in self._fail:
             raise ToolError(self._fail[step])
         value = sample(next(spec.returns for spec in self._specs if spec.name == name))
         value = value | {key: args[key] for key in args.keys() & value.keys()} if isinstance(value, dict) else value
-        given = self._answers.get(self._at, self._answers.get(step, value))
+        given = self._answers.get(AT.get(), self._answers.get(step, value))
         return value | given if isinstance(value, dict) and isinstance(given, dict) else given
 
 

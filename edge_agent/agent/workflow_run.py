@@ -2,7 +2,9 @@
 
 Invariants: the definition and the inputs are the first entry of a run, so a file that changes meanwhile changes no run;
 calls are made as act.py says, with the run, the step and the item as their key, so after a crash what is over stays
-over. Steps run one at a time, in an order that the definition alone decides. A step whose `when` is false is skipped,
+over. Steps begin in an order that the definition alone decides. Those that only read run beside each other, acts alone;
+`parallel` lets acts run beside others too, but never a dangerous call, so that an ask is the last entry of a run that
+waits. After a failure nothing begins, and what is under way comes to its end. A step whose `when` is false is skipped,
 which does not hold up what depends on it.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import msgspec
@@ -29,6 +32,9 @@ from edge_agent.errors import OutriderError, Refused
 from edge_agent.wire.grants import Subject
 
 MAX_ITEMS = 1000
+READS = 4
+AT = ContextVar("at", default="")
+"""The step (and item) that the code runs for."""
 
 
 class Runner:
@@ -112,12 +118,26 @@ class _Run:
     async def run(self, specs: Sequence[ToolSpec]) -> None:
         """Raises Ended when it fails."""
         self._specs = {spec.name: spec for spec in specs}
-        steps, done = {step.id: step for step in self.flow.steps}, self._context["steps"]
-        for step in self.flow.order():
-            if await self._step(step) or (step.on_error in steps and await self._step(steps[step.on_error])):
-                continue
-            raise Ended("failed", error=f"step {step.id}: {done[step.id]['error']}")
-        self._task.result = {id: each["result"] for id, each in done.items() if each["result"]}
+        self._steps, self._slots = (
+            {step.id: step for step in self.flow.steps},
+            asyncio.Semaphore(self.flow.parallel or READS),
+        )
+        left, running, problems = self.flow.order(), dict[asyncio.Task[None], Step](), list[BaseException]()
+        try:
+            while running or (left and not problems):
+                for step in [] if problems else self._next(left, list(running.values())):
+                    left.remove(step)
+                    running[asyncio.create_task(self._whole(step), name=step.id)] = step
+                ended, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                problems += [problem for each in ended if (problem := each.exception())]
+                running = {each: step for each, step in running.items() if each not in ended}
+        finally:
+            for each in running:
+                each.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        if problems:
+            raise problems[0]
+        self._task.result = {id: each["result"] for id, each in self._done() if each["result"]}
         if self.flow.result:
             try:
                 self._task.result = evaluate(self.flow.result, self._context)
@@ -125,7 +145,34 @@ class _Run:
                 raise Ended("failed", error=f"result: {error}") from error
 
     def account(self) -> str:
-        return ", ".join(f"{id} {done['state']}" for id, done in self._context["steps"].items())
+        return ", ".join(f"{id} {done['state']}" for id, done in self._done())
+
+    def _done(self) -> list[tuple[str, dict[str, Any]]]:
+        done = self._context["steps"]
+        return [(step.id, done[step.id]) for step in self.flow.steps if step.id in done]
+
+    def _next(self, left: Sequence[Step], running: Sequence[Step]) -> list[Step]:
+        """What begins now: in order, up to the first that has to run alone."""
+        begin, done = list[Step](), self._context["steps"]
+        for step in left:
+            if any(name not in done for name in step.depends_on) or any(map(self._alone, running)):
+                continue
+            if self._alone(step):
+                return begin or ([] if running else [step])
+            begin.append(step)
+        return begin
+
+    def _alone(self, step: Step) -> bool:
+        """Whether nothing else may be under way; so it is if this holds of the step that handles its error."""
+        spec, handler = self._specs.get(step.tool), self._steps.get(step.on_error)
+        risk = spec.risk if spec else "read"  # it is gone: the step fails without a call
+        return risk == "danger" or (risk == "act" and not self.flow.parallel) or bool(handler and self._alone(handler))
+
+    async def _whole(self, step: Step) -> None:
+        """A step with what its error leads to. Raises Ended."""
+        handler = self._steps.get(step.on_error)
+        if not await self._step(step) and not (handler and await self._step(handler)):
+            raise Ended("failed", error=f"step {step.id}: {self._context['steps'][step.id]['error']}")
 
     async def _step(self, step: Step) -> bool:
         """Whether the run goes on."""
@@ -139,13 +186,31 @@ class _Run:
                 items = evaluate(step.for_each, self._context)
                 if not isinstance(items, list) or len(items) > MAX_ITEMS:
                     raise ValueError(f"{step.for_each} gives no list of at most {MAX_ITEMS}")
-                result = [await self._call(step, f"{step.id}[{n}]", item) for n, item in enumerate(items)]
+                result = await self._each(step, items)
             else:
-                result = await self._call(step, step.id, None)
+                async with self._slots:
+                    result = await self._call(step, step.id, None)
         except (ValueError, CallError, ToolError, Refused) as problem:
             state, error = "failed", str(problem)
         self._context["steps"][step.id] = {"state": state, "result": result, "error": error}
         return state != "failed" or step.on_error == "continue"
+
+    async def _each(self, step: Step, items: Sequence[Any]) -> list[Any]:
+        """The results; nothing begins after a failure. Raises what the first of the failed items does."""
+        problems, turn = dict[int, BaseException](), asyncio.Lock() if self._alone(step) else self._slots
+
+        async def call(n: int, item: Any) -> Any:
+            async with turn:
+                try:
+                    return None if problems else await self._call(step, f"{step.id}[{n}]", item)
+                except (ValueError, CallError, ToolError, OutriderError, Ended) as problem:
+                    problems[n] = problem
+
+        async with asyncio.TaskGroup() as group:
+            calls = [group.create_task(call(n, item)) for n, item in enumerate(items)]
+        if problems:
+            raise next((each for each in problems.values() if isinstance(each, Ended)), problems[min(problems)])
+        return [each.result() for each in calls]
 
     def _true(self, step: Step) -> bool:
         value = evaluate(step.when, self._context)
@@ -163,6 +228,7 @@ class _Run:
         if results and results[-1].ok:
             return results[-1].result
         spec = self._specs.get(step.tool)
+        AT.set(at)
         if spec is None:
             raise ValueError(f"the tool {step.tool} is gone")
         call = entries[0].call if entries else None  # what was meant stays what it was

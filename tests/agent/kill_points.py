@@ -1,10 +1,10 @@
 """Does the same six-step work again and again, each time killed at its next point and then resumed.
 
-`python -m tests.agent.kill_points DIR workflow|task|danger|denied` prints one JSON object: for each point how the work
-ended, what effects there were, how many calls were made. A point lies before and after each write of the journal and
-each effect. `danger` is a task of three dangerous calls that are approved as they are asked for, `denied` a workflow
-whose dangerous step is denied and whose `on_error` presses instead. The children are forked, so that Python starts
-once.
+`python -m tests.agent.kill_points DIR workflow|parallel|task|danger|denied` prints one JSON object: for each point how
+the work ended, what effects there were, how many calls were made. A point lies before and after each write of the
+journal and each effect. `danger` is a task of three dangerous calls that are approved as they are asked for, `denied` a
+workflow whose dangerous step is denied and whose `on_error` presses instead, `parallel` one with three acts at a time.
+The children are forked, so that Python starts once.
 """
 
 from __future__ import annotations
@@ -44,6 +44,17 @@ steps:
   - {id: instead, tool: press, args: {number: 2}}
   - {id: s3, tool: press, args: {number: 3}, depends_on: [blow]}
 """
+PARALLEL = """workflow: parallel
+version: "1"
+parallel: 3
+steps:
+  - {id: a, tool: press, args: {number: 1}}
+  - {id: b, tool: press, args: {number: 2}}
+  - {id: c, tool: press, args: {number: 3}}
+  - {id: d, tool: press, depends_on: [a], for_each: "[4, 5]", args: {number: "${item}"}}
+  - {id: e, tool: press, depends_on: [b, c, d], args: {number: 6}}
+"""
+FLOWS = {"workflow": FLOW, "denied": DENIED, "parallel": PARALLEL}
 
 
 class Points:
@@ -122,7 +133,7 @@ async def work(kind: str, folder: Path, at: int) -> None:
             await journal.append(task, step)
     else:
         runner = Runner(tools, journal, lambda *_: True, approvals=approvals)
-        await runner.accept("t", DENIED if kind == "denied" else FLOW, {}, ADA)
+        await runner.accept("t", FLOWS[kind], {}, ADA)
         while (task := await runner.run("t")).state == "waiting":
             step = approvals.give(task, task.steps[-1].text, False, ADA, time.time())
             await journal.append(task, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -77,6 +78,66 @@ async def test_results_flow_into_arguments_and_conditions_choose(bench: Bench) -
 async def test_for_each_item_is_its_own_call_with_its_own_key(bench: Bench) -> None:
     task = await bench.do("steps:\n  - {id: p, tool: press, for_each: '[7, 8]', args: {number: '${item}'}}\n")
     assert task.result == {"p": ["pressed 7 r1:p[0]", "pressed 8 r1:p[1]"]}
+
+
+class Overlap:
+    """Tools that take two turns of the loop each, and see how many of them run at once."""
+
+    def __init__(self, tools: LocalTools) -> None:
+        self._call, self.now, self.most, self.order = tools.call, list[str](), 0, list[str]()
+        tools.call = self.call  # type: ignore[method-assign]
+
+    async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
+        self.now.append(name)
+        self.order.append(name)
+        self.most = max(self.most, len(self.now))
+        assert "purge" not in self.now or len(self.now) == 1, "a dangerous call runs beside others"
+        await asyncio.sleep(0.005)
+        try:
+            return await self._call(name, args, timeout_s)
+        finally:
+            self.now.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("head", "tool", "most"), [("", "read_gauge", 4), ("", "press", 1), ("parallel: 3\n", "press", 3)]
+)
+async def test_items_and_independent_steps_run_beside_each_other_as_far_as_they_may(
+    bench: Bench, head: str, tool: str, most: int
+) -> None:
+    seen, args = Overlap(bench.tools), "line: 1" if tool == "read_gauge" else "number: '${item}'"
+    steps = f"steps:\n  - {{id: a, tool: {tool}, for_each: '[1, 2, 3, 4]', args: {{{args}}}}}\n"
+    task = await bench.do(head + steps + steps.replace("id: a", "id: b").partition("\n")[2])
+    assert (task.state, seen.most, len(seen.order), task.answer) == ("succeeded", most, 8, "a succeeded, b succeeded")
+    if tool == "press":
+        assert task.result["b"] == [f"pressed {n} r1:b[{n - 1}]" for n in (1, 2, 3, 4)]
+
+
+async def test_an_act_is_a_barrier_between_what_stands_before_and_after_it(bench: Bench) -> None:
+    seen = Overlap(bench.tools)
+    look = "  - {{id: {0}, tool: read_gauge, args: {{line: 1}}}}\n"
+    steps = "steps:\n" + look.format("a") + "  - {id: p, tool: press, args: {number: 1}}\n"
+    await bench.do(steps + look.format("b") + look.format("c"))
+    assert (seen.order, seen.most) == (["read_gauge", "press", "read_gauge", "read_gauge"], 2)
+
+
+async def test_after_a_failure_nothing_begins_and_what_is_under_way_ends(bench: Bench) -> None:
+    seen = Overlap(bench.tools)
+    bench.tools._fail = {"press": ToolError("stuck")}
+    steps = "parallel: 2\nsteps:\n  - {id: p, tool: press, for_each: '[1, 2, 3, 4, 5]', args: {number: '${item}'}}\n"
+    task = await bench.do(steps + "  - {id: later, tool: press, depends_on: [p], args: {number: 9}}\n")
+    assert (task.state, len(seen.order), seen.now) == ("failed", 2, [])
+    assert [entry.at for entry in task.steps if entry.role == "tool"] == ["p[0]", "p[1]"]
+
+
+async def test_a_run_that_is_out_of_time_leaves_nothing_behind(bench: Bench) -> None:
+    async def never(name: str, args: dict[str, Any], timeout_s: float) -> Any:
+        await asyncio.Event().wait()
+
+    bench.tools.call = never  # type: ignore[method-assign]
+    before = asyncio.all_tasks()
+    task = await bench.do("timeout_s: 0.05\n" + GAUGE + "  - {id: too, tool: read_gauge, args: {line: 2}}\n")
+    assert (task.state, task.error, asyncio.all_tasks()) == ("failed", "out of time: 0.05 s", before)
 
 
 async def test_a_failed_call_is_made_again_as_often_as_the_step_says(bench: Bench) -> None:
