@@ -27,6 +27,7 @@ from edge_agent.agent.act import Tools, perform, within_rate
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Call, CallError, render, validate
 from edge_agent.agent.loop import AgentLoop, request
+from edge_agent.agent.schedule import Entry, Scheduled
 from edge_agent.agent.tool import ToolError, ToolSpec
 from edge_agent.agent.transcript import Task, Transcripts
 from edge_agent.agent.workflow_run import Runner
@@ -80,6 +81,7 @@ class Work:
         self._runner = Runner(tools, transcripts, allowed, clock=clock, approvals=approvals)
         kept = transcripts.folder / "triggers.json"
         self.triggers = Triggers(self.library, tools, allowed, self._trigger, clock, kept)
+        self._scheduled = Scheduled(transcripts.folder / "tools" / "schedule.db", self.scheduled, clock)
         self._triggered: dict[str, str] = {}  # the workflow of each run that a trigger started
         self._approvals, self._one = approvals, asyncio.Lock()
         self._waiting: dict[str, tuple[Job, float]] = {}  # by id: what waits for an approval, and until when
@@ -92,6 +94,7 @@ class Work:
             group.create_task(self._queue(), name="jobs")
             group.create_task(self.triggers.run(), name="triggers")
             group.create_task(self._resume(), name="approved")
+            group.create_task(self._scheduled.run(), name="schedule")
 
     async def _queue(self) -> None:
         for job in await _until_stored(self._inbox.interrupted):
@@ -126,14 +129,26 @@ class Work:
 
     async def submit(self, text: str, subject: Subject) -> str:
         """Accept a local task; on disk when its id is returned. Raises Refused (bad text), Retry (too many wait)."""
-        text = request(text)
-        now, id = self._clock(), f"local-{uuid.uuid4().hex[:16]}"
+        return await self._submit(f"local-{uuid.uuid4().hex[:16]}", text, subject, self._clock())
+
+    async def _submit(self, id: str, text: str, subject: Subject, created: float) -> str:
+        text, until = request(text), self._clock() + LOCAL_TTL_S
         await self._audit.append("submit", subject.name, task=id, text=text[:2000])
-        job = Job(id, JobKind.TASK, {"text": text}, subject.name, subject.roles, now, now + LOCAL_TTL_S)
+        job = Job(id, JobKind.TASK, {"text": text}, subject.name, subject.roles, created, until)
         if await self._inbox.accept(job) is not JobState.DELIVERED:
             raise Retry("too many tasks wait on this device", "try again when some are done")
         await self._agent.accept(id, text, subject)
         return id
+
+    async def scheduled(self, id: str, entry: Entry) -> None:
+        """Queue what is due, once for an id. Raises Denied, Refused, Retry."""
+        who = entry.subject
+        if await self._inbox.state(id) is not None:
+            return
+        if entry.workflow:
+            await self._start(id, who, {"name": entry.workflow, "inputs": entry.inputs}, who.issued_at)
+        else:
+            await self._submit(id, entry.text, who, who.issued_at)
 
     async def task(self, id: str) -> Task | None:
         """A task with its transcript; one whose job ended without running is shown as failed."""

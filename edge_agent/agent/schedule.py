@@ -1,0 +1,124 @@
+"""What is to be done later: requests and workflows, kept on disk until they are due.
+
+Invariants: an entry carries who asked for it, and starts as that subject, by the grants of that time; each time it is
+due it starts under one id, so after a crash it starts once; a time that passed while the device was off is made up for
+within LATE_S, once, and otherwise told and left out. The tool runner writes entries (tools/schedule.py), the daemon
+starts them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_agent.errors import OutriderError, Refused
+from edge_agent.wire.grants import Subject
+
+MAX_ENTRIES = 100
+LATE_S, TICK_S, AGAIN_S = 3600.0, 0.5, 10.0
+_SCHEMA = "CREATE TABLE IF NOT EXISTS entries (id TEXT PRIMARY KEY, due REAL NOT NULL, body BLOB NOT NULL) STRICT"
+_log = logging.getLogger("outrider.schedule")
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A request (`text`) or a `workflow` with its inputs; `due` and `every_s` in seconds, 0: once."""
+
+    id: str
+    subject: Subject
+    due: float
+    every_s: float = 0.0
+    text: str = ""
+    workflow: str = ""
+    inputs: dict[str, Any] = {}
+
+
+class Schedule:
+    """The entries in a file, safe between processes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def add(self, entry: Entry) -> Entry:
+        """The entry, or the one that has its id. Raises Refused when there are too many."""
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            if found := db.execute("SELECT body FROM entries WHERE id = ?", (entry.id,)).fetchone():
+                return msgspec.json.decode(found[0], type=Entry)
+            if db.execute("SELECT count(*) FROM entries").fetchone()[0] >= MAX_ENTRIES:
+                raise Refused(f"{MAX_ENTRIES} things are scheduled already", "take one out first")
+            self._put(db, entry)
+        return entry
+
+    def all(self, until: float = float("inf")) -> list[Entry]:
+        """Those due by then, in their order."""
+        if not self._path.exists():
+            return []
+        with self._open() as db:
+            rows = db.execute("SELECT body FROM entries WHERE due <= ? ORDER BY due", (until,)).fetchall()
+        return [msgspec.json.decode(body, type=Entry) for (body,) in rows]
+
+    def remove(self, id: str) -> None:
+        """Safe to do again."""
+        with self._open() as db:
+            db.execute("DELETE FROM entries WHERE id = ?", (id,))
+
+    def started(self, entry: Entry, now: float) -> None:
+        """Gone, or due again at its next time after `now`, if nobody took it out meanwhile."""
+        if not entry.every_s:
+            return self.remove(entry.id)
+        missed = max(0.0, now - entry.due) // entry.every_s
+        again = msgspec.structs.replace(entry, due=entry.due + (missed + 1) * entry.every_s)
+        with self._open() as db:
+            row = (again.due, msgspec.json.encode(again), entry.id)
+            db.execute("UPDATE entries SET due = ?, body = ? WHERE id = ?", row)
+        return None
+
+    @contextlib.contextmanager
+    def _open(self) -> Any:
+        with contextlib.closing(sqlite3.connect(self._path, timeout=5.0)) as db, db:
+            db.execute(_SCHEMA)
+            yield db
+
+    def _put(self, db: sqlite3.Connection, entry: Entry) -> None:
+        db.execute("INSERT INTO entries VALUES (?, ?, ?)", (entry.id, entry.due, msgspec.json.encode(entry)))
+
+
+class Scheduled:
+    """Starts what is due: `start(id, entry)` queues it once for each id, or raises."""
+
+    def __init__(
+        self, path: Path, start: Callable[[str, Entry], Awaitable[None]], clock: Callable[[], float] = time.time
+    ) -> None:
+        self._schedule, self._start, self._clock = Schedule(path), start, clock
+
+    async def run(self) -> None:
+        """Look until cancelled; what cannot be read or started is told, and tried again later."""
+        while True:
+            pause = TICK_S
+            try:
+                await self.look()
+            except (OutriderError, sqlite3.Error) as error:
+                _log.error("the schedule waits: %s", error)
+                pause = AGAIN_S
+            await asyncio.sleep(pause)
+
+    async def look(self) -> None:
+        """One round. Raises Retry, sqlite3.Error."""
+        now = self._clock()
+        for entry in await asyncio.to_thread(self._schedule.all, now):
+            if now - entry.due > LATE_S:
+                _log.warning("%s was due at %.0f, while the device was off: left out", entry.id, entry.due)
+            else:
+                try:
+                    await self._start(f"{entry.id}-{entry.due:.0f}", entry)
+                except Refused as error:
+                    _log.error("%s is not started: %s", entry.id, error)
+            await asyncio.to_thread(self._schedule.started, entry, now)

@@ -1,0 +1,225 @@
+"""What is scheduled starts when it is due, as who asked, once each time, whatever ends in between."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.agent import schedule
+from edge_agent.agent.loop import AgentLoop
+from edge_agent.agent.tool import Tool, ToolError
+from edge_agent.agent.toolrunner import load
+from edge_agent.agent.transcript import Transcripts, migrations
+from edge_agent.api.access import Denied
+from edge_agent.audit import Audit
+from edge_agent.errors import Refused, Retry
+from edge_agent.store import Store
+from edge_agent.sync.inbox import Inbox
+from edge_agent.sync.outbox import Outbox
+from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, allowed
+from edge_agent.wire.messages import TERMINAL, JobState
+from edge_agent.work import Work
+from tests.agent import plant
+from tests.fakes import LocalTools, ScriptedModel
+from tests.tools.conftest import EngineContext
+
+ADA, EVE = Subject("ada", ["operator"], 100.0), Subject("eve", ["operator"], 100.0)
+START = datetime(2027, 1, 15, 12, 0, 0).timestamp()
+FLOW = 'workflow: look\nversion: "1"\ninputs: [{name: line, kind: int}]\nsteps:\n  - {id: a, tool: read_sensor, args: '
+FLOW += '{sensor: vibration, line: "${inputs.line}"}}\n'
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = START
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class WithContext(LocalTools):
+    """Gives tools the context that they ask for."""
+
+    def __init__(self, clock: Clock, *tools: Tool) -> None:
+        super().__init__(*tools)
+        self._clock = clock
+
+    async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
+        more = {"ctx": EngineContext({}, self._clock())} if self._tools[name].wants_context else {}
+        return await super().call(name, args | more, timeout_s)
+
+
+class Device:
+    """A device's work and its journal, with the schedule's pack."""
+
+    def __init__(self, store: Store, outbox: Outbox, folder: Path, clock: Clock, grants: Grants) -> None:
+        self.clock, self.inbox, self.transcripts = clock, Inbox(store, outbox), Transcripts(store)
+        tools = WithContext(clock, *plant.ALL, *load("tools.schedule", folder / "tools", {}))
+
+        def permit(who: Subject, action: str, of: str) -> bool:
+            return allowed(grants, who, action, of, now=clock())
+
+        model = ScriptedModel('read_sensor(sensor="vibration", line=1)')
+        agent = AgentLoop(model, tools, self.transcripts, permit, clock=clock)
+        self.work = Work(self.inbox, agent, self.transcripts, tools, Audit(store, outbox), permit, clock)
+        self.schedule = schedule.Schedule(folder / "tools" / "schedule.db")
+
+    async def look(self) -> list[str]:
+        """One round; the ids of all jobs there are."""
+        await self.work._scheduled.look()
+        return [entry.id for entry in self.schedule.all()]
+
+    async def ends(self, id: str) -> JobState | None:
+        async with asyncio.timeout(10):
+            while (state := await self.inbox.state(id)) not in TERMINAL:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        return state
+
+
+@asynccontextmanager
+async def device(folder: Path, clock: Clock, revoked: dict[str, float] | None = None) -> AsyncIterator[Device]:
+    store = Store(folder / "s.db", migrations)
+    grants = Grants(1, 0.0, 1e12, SHIPPED_ROLES, [], revoked=revoked or {})
+    try:
+        yield Device(store, await Outbox.open(store), folder, clock, grants)
+    finally:
+        store.close()
+
+
+async def test_a_request_in_some_minutes_becomes_a_task_of_who_asked_once(tmp_path: Path) -> None:
+    clock = Clock()
+    async with device(tmp_path, clock) as before:
+        made = await before.work.call("schedule_request", {"text": "check line 1", "in_minutes": 30}, ADA, "k")
+        again = await before.work.call("schedule_request", {"text": "check line 1", "in_minutes": 30}, ADA, "k")
+        assert made == again, "the same call, made again after a crash, is the same entry"
+        assert (made["at"], made["every_minutes"], made["what"]) == ("2027-01-15 12:30", 0, "check line 1")
+        assert await before.look() == [made["id"]]
+    clock.now += 1801
+    id = f"{made['id']}-{START + 1800:.0f}"
+    async with device(tmp_path, clock) as after:
+        entry = after.schedule.all()[0]
+        await after.work.scheduled(id, entry)  # and the device ends before the entry is taken out
+    async with device(tmp_path, clock) as last:
+        assert await last.look() == []
+        running = asyncio.create_task(last.work.run())
+        assert await last.ends(id) is JobState.SUCCEEDED
+        running.cancel()
+        await asyncio.wait([running])
+        task = await last.transcripts.get(id)
+        assert task is not None
+        assert (task.text, task.subject.name, task.subject.issued_at, task.result["value"]) == (
+            "check line 1", "ada", 100.0, 41.5,
+        )  # fmt: skip
+        assert len(await last.transcripts.latest()) == 1
+
+
+async def test_a_workflow_runs_again_and_again_until_it_is_taken_out(tmp_path: Path) -> None:
+    clock = Clock()
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "workflows" / "look.yaml").write_text(FLOW)
+    async with device(tmp_path, clock) as here:
+        made = await here.work.call(
+            "schedule_workflow", {"name": "look", "inputs": {"line": 2}, "every_minutes": 10}, ADA, "k"
+        )
+        for _ in range(3):
+            clock.now += 600
+            assert await here.look() == [made["id"]]
+        clock.now += 3 * 600 - 1
+        await here.look()
+        dues = [START + 600 * n for n in (1, 2, 3, 4, 6)]
+        states = [await here.inbox.state(f"{made['id']}-{due:.0f}") for due in dues]
+        assert states == [JobState.DELIVERED] * 4 + [None], "what was missed is made up for once"
+        with pytest.raises(Refused, match="there is no 'x' in your schedule; there is later-"):
+            await here.work.call("cancel_schedule", {"id": "x"}, ADA)
+        with pytest.raises(Refused, match="there is nothing"):
+            await here.work.call("cancel_schedule", {"id": made["id"]}, EVE)
+        assert (await here.work.call("list_schedule", {}, EVE))["scheduled"] == []
+        assert len((await here.work.call("list_schedule", {}, Subject("max", ["admin"], 1.0)))["scheduled"]) == 1
+        await here.work.call("cancel_schedule", {"id": made["id"]}, ADA)
+        clock.now += 600
+        assert await here.look() == []
+
+
+async def test_what_passed_long_ago_or_may_no_longer_run_is_told_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    async with device(tmp_path, clock) as here:
+        await here.work.call("schedule_request", {"text": "one", "in_minutes": 5}, ADA, "a")
+        await here.work.call("schedule_workflow", {"name": "gone", "in_minutes": 200}, ADA, "b")
+        await here.work.call("schedule_request", {"text": "two", "in_minutes": 200}, EVE, "c")
+        clock.now += 200 * 60
+    with caplog.at_level(logging.INFO, "outrider"):
+        async with device(tmp_path, clock, revoked={"eve": START + 60}) as here:
+            assert await here.look() == []
+            running = asyncio.create_task(here.work.run())
+            (task,) = await here.transcripts.latest()
+            assert await here.ends(task.id) is JobState.FAILED
+            running.cancel()
+            await asyncio.wait([running])
+            assert "eve may not run:task" in caplog.text, "she was revoked since she asked"
+    assert "while the device was off: left out" in caplog.text
+    assert "is not started: there is no workflow 'gone'" in caplog.text
+
+
+async def test_it_is_bounded_and_needs_the_permission_to_run_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "MAX_ENTRIES", 2)
+    async with device(tmp_path, Clock()) as here:
+        for n in range(2):
+            await here.work.call("schedule_request", {"text": "x", "in_minutes": 1}, ADA, f"{n}")
+        with pytest.raises(Refused, match="2 things are scheduled already"):
+            await here.work.call("schedule_request", {"text": "x", "in_minutes": 1}, ADA, "n")
+        with pytest.raises(Denied, match="may not use schedule_request"):
+            await here.work.call("schedule_request", {"text": "x", "in_minutes": 1}, Subject("a", ["auditor"], 1.0))
+
+
+async def test_a_full_queue_delays_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with device(tmp_path, Clock()) as here:
+        await here.work.call("schedule_request", {"text": "x", "in_minutes": 1}, ADA, "n")
+        here.clock.now += 60
+
+        async def full(job: Any) -> JobState:
+            return JobState.REJECTED
+
+        with monkeypatch.context() as patch:
+            patch.setattr(here.inbox, "accept", full)
+            with pytest.raises(Retry, match="too many tasks wait"):
+                await here.look()
+        assert len(here.schedule.all()) == 1
+        assert await here.look() == []
+
+
+@pytest.mark.parametrize(
+    ("args", "at", "told"),
+    [
+        ({"at": "13:30"}, "2027-01-15 13:30", ""),
+        ({"at": "07:30"}, "2027-01-16 07:30", ""),
+        ({"at": "2027-02-01 06:00", "every_minutes": 60}, "2027-02-01 06:00", ""),
+        ({"every_minutes": 15}, "2027-01-15 12:15", ""),
+        ({}, "", "say when"),
+        ({"at": "13:30", "in_minutes": 3}, "", "say when"),
+        ({"at": "2026-01-01 00:00"}, "", "has passed: it is 2027-01-15 12:00"),
+        ({"at": "soon"}, "", "'soon' is no time: 07:30"),
+        ({"at": "2027-13-01 00:00"}, "", "is no time"),
+        ({"every_minutes": 4}, "", "every 4 minutes is too often: 5 at least"),
+    ],
+)
+def test_times_are_said_in_three_ways(tmp_path: Path, args: dict[str, Any], at: str, told: str) -> None:
+    (tmp_path / "schedule.toml").write_text("least_every_minutes = 5")
+    add = load("tools.schedule", tmp_path, {})[0].function
+    who = {"name": "ada", "roles": ["operator"], "issued_at": 1.0}
+    more = {"text": "x", "key": "k", "subject": who, "ctx": EngineContext({}, START)}
+    if told:
+        with pytest.raises(ToolError, match=told):
+            add(**more, **args)
+    else:
+        assert add(**more, **args)["at"] == at
