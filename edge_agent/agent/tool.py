@@ -111,7 +111,8 @@ class ToolSpec(msgspec.Struct, frozen=True):
 
     `returns` is what it gives, as far as the function says; `keyed`: it takes the key of a call, `asked`: who asks.
     `rate` is like "6/min" (s, min, h, day); `permission` is `verb:noun`, needed beside the one that its risk implies.
-    A `concurrent` function may run in several threads at once; of all others one runs at a time.
+    A `concurrent` function may run in several threads at once; of all others one runs at a time. `typical_s` is how
+    long a call takes, where that is known; 0: it is not.
     """
 
     name: str
@@ -129,6 +130,7 @@ class ToolSpec(msgspec.Struct, frozen=True):
     check: Check | None = None
     undo: Undo | None = None
     concurrent: bool = False
+    typical_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rate and not _RATE.fullmatch(self.rate):
@@ -183,6 +185,7 @@ class Declared(TypedDict, total=False):
     check: Check
     undo: Undo
     concurrent: bool
+    typical_s: float
 
 
 def tool(**declared: Unpack[Declared]) -> Callable[[Callable[..., Any]], Tool]:

@@ -1,67 +1,126 @@
 """`outrider workflow`: check a definition, and try it without a device.
 
-Invariants: neither verb makes a call; what tools there are and what they give is the pack's declarations; simulation is
-the device's own runner over tools that answer with samples, or with what `--result` and `--fail` say.
+Invariants: neither verb makes a call; what tools there are and what they give is the pack's declarations. On a device,
+with `--config` or `--state`, they are the packs of its settings, who may do what is by the grants that it has, custom
+roles included, and what calls take is what they took there; its daemon may run meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
+import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from edge_agent.agent.calls import render
-from edge_agent.agent.tool import ToolError, ToolSpec
+from edge_agent import config, enrol
+from edge_agent.agent import policy
+from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.toolrunner import load
-from edge_agent.agent.transcript import Transcripts, migrations
-from edge_agent.agent.workflow import Broken, Marks, Problem, Workflow, read, sample
+from edge_agent.agent.transcript import Step as Entry
+from edge_agent.agent.workflow import Broken, Marks, Problem, Workflow, read
 from edge_agent.agent.workflow_check import check, runs_as
-from edge_agent.agent.workflow_run import AT, Runner
+from edge_agent.agent.workflow_simulate import Told
+from edge_agent.agent.workflow_simulate import simulate as simulated
 from edge_agent.errors import Refused
-from edge_agent.store import Store
-from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, allowed
+from edge_agent.wire.errors import WireError
+from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, allowed, verify_grants
 
 app = typer.Typer(no_args_is_help=True, help="Check workflows, and try them without a device.")
 File = Annotated[Path, typer.Argument(help="A definition in YAML; see docs/workflows.md.")]
-Pack = Annotated[str, typer.Option(help="The tool packs of the device, MODULE[:attr], with commas between them.")]
+Pack = Annotated[str, typer.Option(help="Tool packs, MODULE[:attr], with commas between them (tools.sim.pack).")]
 Role = Annotated[list[str] | None, typer.Option(help="Check for this role instead of the file's run_as.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
+Config = Annotated[Path | None, typer.Option(help="The device's settings file: its packs, its roles.")]
+State = Annotated[Path | None, typer.Option(help="The device's state folder, where the settings do not name it.")]
+LATEST = 5000  # steps of transcripts that times are taken from
 _GRANTS = Grants(1, 0.0, float("inf"), SHIPPED_ROLES, [])
 
 
-def _allowed(subject: Subject, action: str, resource: str) -> bool:
+def _shipped(subject: Subject, action: str, resource: str) -> bool:
     return allowed(_GRANTS, subject, action, resource, now=0.0)
 
 
+class Place(msgspec.Struct, frozen=True):
+    """Where a workflow is to run: its tools, who may do what, seconds that calls took, its policy file, and whether it
+    has a site's broker."""
+
+    specs: Sequence[ToolSpec]
+    allowed: policy.Allowed = _shipped
+    times: dict[str, float] = {}
+    policy: Path | None = None
+    site: bool = True
+
+
+def place(pack: str, settings: config.Settings | None) -> Place:
+    """A device by its settings; anywhere else the pack and the roles that ship. Raises Refused, Fatal."""
+    packs = pack or (settings.pack if settings else "tools.sim.pack")
+    options = dict(each.partition("=")[::2] for each in settings.option) if settings and not pack else {}
+    with tempfile.TemporaryDirectory(prefix="workflow-") as folder:
+        specs = [tool.spec for tool in load(packs, Path(folder), options)]
+    if settings is None:
+        return Place(specs)
+    identity, times = enrol.load(settings.state), dict[str, list[float]]()
+    if identity is None:
+        raise Refused(f"{settings.state} is no device's state", "give --state, the folder of `outrider agent`")
+    try:
+        with closing(
+            sqlite3.connect(f"{(settings.state / 'outrider.db').absolute().as_uri()}?mode=ro", uri=True)
+        ) as db:
+            text = db.execute("SELECT body FROM documents WHERE name = 'grants'").fetchone()
+            grants = verify_grants(identity.hub_key, text[0].decode() if text else identity.enrolled.grants)
+            for (body,) in db.execute("SELECT body FROM task_steps ORDER BY rowid DESC LIMIT ?", [LATEST]):
+                step = msgspec.json.decode(body, type=Entry)
+                if step.role == "tool" and step.call and step.ms:
+                    times.setdefault(step.call.name, []).append(step.ms / 1e3)
+    except (sqlite3.Error, WireError, ValueError) as error:
+        raise Refused(
+            f"the state in {settings.state} cannot be read: {error}", "was the daemon started once?"
+        ) from error
+
+    def by_grants(subject: Subject, action: str, resource: str) -> bool:
+        return allowed(grants, subject, action, resource, now=time.time(), device=identity.enrolled.device)
+
+    medians = {name: statistics.median(took) for name, took in times.items()}
+    return Place(specs, by_grants, medians, settings.state / "policy.toml", settings.site is not None)
+
+
 def examine(
-    text: str, specs: Sequence[ToolSpec], roles: Sequence[str] = ()
+    text: str, specs: Sequence[ToolSpec] | Place, roles: Sequence[str] = ()
 ) -> tuple[Workflow | None, Marks, list[Problem]]:
-    """The definition if it can be read, and all that is wrong, by the roles that ship."""
+    """The definition if it can be read, and all that is wrong, by the place's grants or the roles that ship."""
+    there = specs if isinstance(specs, Place) else Place(specs)
     try:
         flow, marks = read(text)
     except Broken as broken:
         return None, Marks(), broken.problems
-    subject = Subject("check", list(roles), 0.0) if roles else runs_as(flow, 0.0)
-    return flow, marks, check(flow, marks, specs, _allowed, subject)
+    subject = Subject("check", list(roles), time.time()) if roles else runs_as(flow, time.time())
+    found = check(flow, marks, there.specs, there.allowed, subject)
+    for n, trigger in enumerate(flow.triggers):
+        if trigger.mqtt and not there.site:
+            told, hint = "this device has no site's broker to hear it from", "add [site] to its settings"
+            found.append(marks.problem(f"$.triggers[{n}].mqtt", told, hint))
+    return flow, marks, sorted(found)
 
 
-def _open(file: Path, pack: str, roles: Sequence[str]) -> tuple[Workflow | None, list[ToolSpec], list[Problem], str]:
+def _open(
+    file: Path, pack: str, roles: Sequence[str], settings: Path | None, state: Path | None
+) -> tuple[Workflow | None, Place, list[Problem], str]:
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"{file} cannot be read: {error}", "a YAML file") from error
-    with tempfile.TemporaryDirectory(prefix="workflow-") as state:
-        specs = [tool.spec for tool in load(pack, Path(state), {})]
-    flow, _, found = examine(text, specs, roles)
-    return flow, specs, found, text
+    there = place(pack, config.load({"state": state}, settings) if settings or state else None)
+    flow, _, found = examine(text, there, roles)
+    return flow, there, found, text
 
 
 def _tell(file: Path, found: Sequence[Problem]) -> None:
@@ -71,9 +130,11 @@ def _tell(file: Path, found: Sequence[Problem]) -> None:
 
 
 @app.command("check")
-def check_(file: File, pack: Pack = "tools.sim.pack", role: Role = None, as_json: Json = False) -> None:
+def check_(
+    file: File, pack: Pack = "", role: Role = None, config: Config = None, state: State = None, as_json: Json = False
+) -> None:
     """Schema, cycles, unknown tools, types between steps, permissions; exits 1 when something is wrong."""
-    _, _, found, _ = _open(file, pack, role or [])
+    _, _, found, _ = _open(file, pack, role or [], config, state)
     if as_json:
         fields = ("line", "column", "message", "hint")
         typer.echo(json.dumps([{"file": str(file)} | {f: getattr(p, f) for f in fields} for p in found], indent=1))
@@ -87,29 +148,40 @@ def simulate(
     file: File,
     given: Annotated[list[str] | None, typer.Option("--input", metavar="NAME=JSON", help="An input.")] = None,
     result: Annotated[
-        list[str] | None, typer.Option(metavar="STEP=JSON", help="What a step's tool gives; fields over the sample's.")
+        list[str] | None,
+        typer.Option(metavar="STEP=JSON", help="What a step's tool gives, or TOOL= an interlock's; over the sample's."),
     ] = None,
     fail: Annotated[list[str] | None, typer.Option(metavar="STEP=TEXT", help="A step whose tool fails.")] = None,
-    pack: Pack = "tools.sim.pack",
+    approve: Annotated[bool, typer.Option("--approve/--deny", help="What is said to each dangerous call.")] = True,
+    policy: Annotated[Path | None, typer.Option(help="A policy.toml whose interlocks hold.")] = None,
+    pack: Pack = "",
     role: Role = None,
+    config: Config = None,
+    state: State = None,
     as_json: Json = False,
 ) -> None:
-    """Run against simulated tools: the path, its calls, its longest time; exits 1 when the run fails."""
-    flow, specs, found, text = _open(file, pack, role or [])
+    """Run against simulated tools: the path, its calls, about how long and at most; exits 1 when the run fails."""
+    flow, there, found, text = _open(file, pack, role or [], config, state)
     if flow is None or found:
         _tell(file, found)
         raise typer.Exit(1)
-    subject = Subject("simulate", role or flow.run_as or ["admin"], 0.0)
-    told = asyncio.run(_simulated(flow, text, specs, (given or [], result or [], fail or []), subject))
+    subject = Subject("simulate", role or flow.run_as or ["admin"], time.time())
+    inputs, results = ({n: json_of(v) for n, v in map(_pair, texts or [])} for texts in (given, result))
+    if policy is not None and not policy.is_file():
+        raise Refused(f"{policy} is no file", "give the policy.toml of the device or of a bundle")
+    says = Told(inputs, results, dict(map(_pair, fail or [])), approve, policy or there.policy, there.times)
+    told = asyncio.run(simulated(flow, text, there.specs, says, subject, there.allowed))
     if as_json:
         typer.echo(json.dumps(told, indent=1))
     else:
         for at in told["path"]:
             typer.echo(f"{at['step']:<16} {at['state']:<10} {at['call']} {at['text']}".rstrip())
         calls = ", ".join(f"{count} {risk}" for risk, count in told["calls"].items()) or "none"
-        typer.echo(
-            f"{told['state']}{told['error'] and ': '}{told['error']}; calls: {calls}; at most {told['worst_s']:g} s"
-        )
+        about = f"about {told['about_s']:.3g} s, " if told["about_s"] is not None else ""
+        if about and told["unknown"]:
+            about = about.replace(", ", f" and {told['unknown']} calls of unknown time, ")
+        end = f"{told['state']}{told['error'] and ': '}{told['error']}"
+        typer.echo(f"{end}; calls: {calls}; {about}at most {told['worst_s']:g} s")
     raise typer.Exit(told["state"] != "succeeded")
 
 
@@ -126,62 +198,3 @@ def json_of(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-class _Simulated(Transcripts):
-    """Tools that answer with samples, and the journal. Dangerous calls are made."""
-
-    def __init__(self, store: Store, specs: Sequence[ToolSpec], answers: dict[str, Any], fail: dict[str, str]) -> None:
-        super().__init__(store)
-        self._specs, self._answers, self._fail = specs, answers, fail
-
-    async def specs(self) -> Sequence[ToolSpec]:
-        return [msgspec.structs.replace(s, risk="act") if s.risk == "danger" else s for s in self._specs]
-
-    async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
-        step = AT.get().partition("[")[0]
-        if step in self._fail:
-            raise ToolError(self._fail[step])
-        value = sample(next(spec.returns for spec in self._specs if spec.name == name))
-        value = value | {key: args[key] for key in args.keys() & value.keys()} if isinstance(value, dict) else value
-        given = self._answers.get(AT.get(), self._answers.get(step, value))
-        return value | given if isinstance(value, dict) and isinstance(given, dict) else given
-
-
-async def _simulated(
-    flow: Workflow, text: str, specs: Sequence[ToolSpec], given: Sequence[Sequence[str]], subject: Subject
-) -> dict[str, Any]:
-    """Path, calls by risk, and the longest time in seconds of one simulated run. Raises Refused."""
-    inputs, answers, fail = ([_pair(each) for each in texts] for texts in given)
-    slept = [0.0]
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-
-    with tempfile.TemporaryDirectory(prefix="simulate-") as state:
-        store = Store(Path(state) / "runs.db", migrations)
-        tools = _Simulated(store, specs, {name: json_of(value) for name, value in answers}, dict(fail))
-        runner = Runner(tools, tools, _allowed, clock=time.time, sleep=sleep)
-        await runner.accept("simulated", text, {name: json_of(value) for name, value in inputs}, subject, {})
-        task = await runner.run("simulated")
-        store.close()
-    by_name, by_id = {spec.name: spec for spec in specs}, {step.id: step for step in flow.steps}
-    path, calls, worst = [], Counter[str](), sum(slept)
-    for entry in (entry for entry in task.steps if entry.role == "tool"):
-        state = "skipped" if entry.call is None else "succeeded" if entry.ok else "failed"
-        call = render(entry.call) if entry.call else ""
-        path.append({"step": entry.at, "state": state, "call": call, "text": entry.text, "result": entry.result})
-        if entry.call:
-            spec = by_name[entry.call.name]
-            calls[spec.risk] += 1
-            worst += by_id[entry.at.partition("[")[0]].timeout_s or spec.timeout_s
-    return {
-        "workflow": flow.workflow,
-        "version": flow.version,
-        "state": task.state,
-        "error": task.error,
-        "result": task.result,
-        "path": path,
-        "calls": dict(calls),
-        "worst_s": min(worst, flow.timeout_s),
-    }

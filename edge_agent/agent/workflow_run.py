@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,7 +27,7 @@ from edge_agent.agent.loop import MAX_RUNS
 from edge_agent.agent.tool import ToolError, ToolSpec
 from edge_agent.agent.transcript import Step as Entry
 from edge_agent.agent.transcript import Task, Transcripts
-from edge_agent.agent.workflow import Broken, Step, evaluate, fill, read
+from edge_agent.agent.workflow import Broken, Step, Workflow, evaluate, fill, read
 from edge_agent.agent.workflow_check import check
 from edge_agent.errors import OutriderError, Refused
 from edge_agent.wire.grants import Subject
@@ -118,19 +119,18 @@ class _Run:
     async def run(self, specs: Sequence[ToolSpec]) -> None:
         """Raises Ended when it fails."""
         self._specs = {spec.name: spec for spec in specs}
-        self._steps, self._slots = (
-            {step.id: step for step in self.flow.steps},
-            asyncio.Semaphore(self.flow.parallel or READS),
-        )
+        self._steps, self._slots = {step.id: step for step in self.flow.steps}, asyncio.Semaphore(slots(self.flow))
         left, running, problems = self.flow.order(), dict[asyncio.Task[None], Step](), list[BaseException]()
+        over = set[str]()
         try:
             while running or (left and not problems):
-                for step in [] if problems else self._next(left, list(running.values())):
+                now = [] if problems else begins(self.flow, self._specs, left, list(running.values()), over)
+                for step in now:
                     left.remove(step)
                     running[asyncio.create_task(self._whole(step), name=step.id)] = step
                 ended, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 problems += [problem for each in ended if (problem := each.exception())]
-                running = {each: step for each, step in running.items() if each not in ended}
+                over |= {running.pop(each).id for each in ended}
         finally:
             for each in running:
                 each.cancel()
@@ -150,23 +150,6 @@ class _Run:
     def _done(self) -> list[tuple[str, dict[str, Any]]]:
         done = self._context["steps"]
         return [(step.id, done[step.id]) for step in self.flow.steps if step.id in done]
-
-    def _next(self, left: Sequence[Step], running: Sequence[Step]) -> list[Step]:
-        """What begins now: in order, up to the first that has to run alone."""
-        begin, done = list[Step](), self._context["steps"]
-        for step in left:
-            if any(name not in done for name in step.depends_on) or any(map(self._alone, running)):
-                continue
-            if self._alone(step):
-                return begin or ([] if running else [step])
-            begin.append(step)
-        return begin
-
-    def _alone(self, step: Step) -> bool:
-        """Whether nothing else may be under way; so it is if this holds of the step that handles its error."""
-        spec, handler = self._specs.get(step.tool), self._steps.get(step.on_error)
-        risk = spec.risk if spec else "read"  # it is gone: the step fails without a call
-        return risk == "danger" or (risk == "act" and not self.flow.parallel) or bool(handler and self._alone(handler))
 
     async def _whole(self, step: Step) -> None:
         """A step with what its error leads to. Raises Ended."""
@@ -197,7 +180,10 @@ class _Run:
 
     async def _each(self, step: Step, items: Sequence[Any]) -> list[Any]:
         """The results; nothing begins after a failure. Raises what the first of the failed items does."""
-        problems, turn = dict[int, BaseException](), asyncio.Lock() if self._alone(step) else self._slots
+        problems, turn = (
+            dict[int, BaseException](),
+            asyncio.Lock() if alone(self.flow, self._specs, step) else self._slots,
+        )
 
         async def call(n: int, item: Any) -> Any:
             async with turn:
@@ -244,3 +230,30 @@ class _Run:
                 return made.result
             begun, error = False, made.text
         raise ToolError(error)
+
+
+def begins(
+    flow: Workflow, specs: Mapping[str, ToolSpec], left: Sequence[Step], running: Sequence[Step], over: AbstractSet[str]
+) -> list[Step]:
+    """The steps that begin now: in order, up to the first that has to run alone."""
+    begin = list[Step]()
+    for step in left:
+        if not over >= set(step.depends_on) or any(alone(flow, specs, each) for each in running):
+            continue
+        if alone(flow, specs, step):
+            return begin or ([] if running else [step])
+        begin.append(step)
+    return begin
+
+
+def alone(flow: Workflow, specs: Mapping[str, ToolSpec], step: Step) -> bool:
+    """Whether nothing else may be under way; so it is if this holds of the step that handles its error."""
+    risk = specs[step.tool].risk if step.tool in specs else "read"  # it is gone: the step fails without a call
+    handler = next((each for each in flow.steps if each.id == step.on_error), None)
+    mixes = risk == "read" or (risk == "act" and flow.parallel)
+    return not mixes or (handler is not None and alone(flow, specs, handler))
+
+
+def slots(flow: Workflow) -> int:
+    """How many calls run at once."""
+    return flow.parallel or READS

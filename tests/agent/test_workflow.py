@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shlex
@@ -13,10 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from edge_agent.agent.calls import Call
 from edge_agent.agent.tool import tool
+from edge_agent.agent.transcript import Step, Task, Transcripts, migrations
 from edge_agent.agent.workflow import Problem, read
 from edge_agent.agent.workflow_cli import app, examine
+from edge_agent.agent.workflow_simulate import estimate
+from edge_agent.store import Store
+from edge_agent.sync.twin import GrantsCache
+from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, sign_grants
 from tests.agent import plant
+from tests.e2e.daemon_process import DaemonProcess
 
 DOCS = Path(__file__).parents[2] / "docs/workflows.md"
 HEAD = 'workflow: w\nversion: "1"\nrun_as: [operator]\n'
@@ -183,6 +191,8 @@ def _examples(folder: Path) -> list[tuple[str, str]]:
     text = DOCS.read_text()
     for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
         (folder / f"{read(block)[0].workflow}.yaml").write_text(block)
+    for name, block in re.findall(r"```toml (\S+)\n(.*?)```", text, re.DOTALL):
+        (folder / name).write_text(block)
     commands = []
     for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
@@ -212,3 +222,99 @@ def test_check_and_simulate_tell_machines_the_same(tmp_path: Path) -> None:
     (tmp_path / "danger.yaml").write_text(f"{HEAD}steps:\n  - {{id: a, tool: purge}}\n")
     told = CliRunner().invoke(app, ["simulate", str(tmp_path / "danger.yaml"), "--pack", "tests.agent.plant"])
     assert told.output.splitlines()[-1] == "succeeded; calls: 1 danger; at most 10 s"
+
+
+def simulated(folder: Path, steps: str, *more: str) -> list[str]:
+    (folder / "w.yaml").write_text(f"{HEAD}{steps}")
+    return (
+        CliRunner()
+        .invoke(app, ["simulate", str(folder / "w.yaml"), "--pack", "tests.agent.plant", *more])
+        .output.splitlines()
+    )
+
+
+BLOW = (
+    "steps:\n  - {id: blow, tool: purge, on_error: calm}\n"
+    "  - {id: calm, tool: stamp, args: {text: '${steps.blow.error}'}}\n"
+)
+
+
+def test_a_dangerous_call_is_approved_or_denied_in_simulation_and_what_follows_is_shown(tmp_path: Path) -> None:
+    assert simulated(tmp_path, BLOW) == [
+        "blow             approved   purge()",
+        "blow             succeeded  purge() text",
+        "succeeded; calls: 1 danger; at most 10 s",
+    ]
+    assert simulated(tmp_path, BLOW, "--deny") == [
+        "blow             denied     purge()",
+        "blow             failed     purge() simulate denied purge()",
+        'calm             succeeded  stamp(text="simulate denied purge()") text',
+        "succeeded; calls: 1 act; at most 10 s",
+    ]
+
+
+def test_the_interlocks_of_a_policy_file_hold_in_simulation(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text(
+        '[[interlocks]]\nname = "hot"\ntools = ["set_speed"]\nnever = "heat.value > 90.0"\n'
+        'look.heat = { tool = "read_sensor", args = { sensor = "temperature", line = "${args.line}" } }\n'
+    )
+    steps = "steps:\n  - {id: fast, tool: set_speed, args: {line: 1, percent: 100}}\n"
+    rules = ("--policy", str(tmp_path / "policy.toml"))
+    assert simulated(tmp_path, steps, *rules)[-1].startswith("succeeded; calls: 1 act")
+    hot = simulated(tmp_path, steps, *rules, "--result", 'read_sensor={"value": 95.0}')
+    assert hot[-1].startswith("failed: step fast: set_speed is not done: the interlock hot forbids it")
+
+
+@pytest.mark.parametrize(
+    ("head", "took", "seconds"),
+    [
+        ("", {"a": [1.0] * 5, "b": [0.5]}, 2.0),  # four at once: two rounds of a, b beside them
+        ("parallel: 2\n", {"a": [1.0] * 4, "p": [3.0]}, 3.0),
+        ("", {"a": [1.0], "p": [3.0], "q": [2.0], "c": [0.25]}, 6.25),
+        ("parallel: 2\n", {"a": [1.0], "p": [3.0], "q": [2.0], "c": [0.25]}, 3.25),
+    ],
+)
+def test_the_estimate_follows_the_order_in_which_the_runner_begins(
+    head: str, took: dict[str, list[float]], seconds: float
+) -> None:
+    steps = LOOK.replace("look", "a") + LOOK.replace("look", "b") + "  - {id: p, tool: stamp, args: {text: x}}\n"
+    steps += "  - {id: q, tool: stamp, args: {text: x}}\n  - {id: c, tool: jam, depends_on: [p, q]}\n"
+    flow = read(f"{HEAD}{head}steps:\n{steps}")[0]
+    assert estimate(flow, {spec.name: spec for spec in SPECS}, took) == seconds
+
+
+def test_on_a_device_its_own_roles_packs_times_and_broker_count(tmp_path: Path) -> None:
+    daemon = DaemonProcess(tmp_path / "state")
+    roles = SHIPPED_ROLES | {"night-shift": ["read:tool", "call:tool:tool=stamp"]}
+    grants = Grants(2, 0.0, 1e12, roles, [])
+    store = Store(daemon.state / "outrider.db", migrations)
+
+    async def fill() -> None:
+        cache = await GrantsCache.open(store, daemon.hub_key.public)
+        await cache.accept(sign_grants(daemon.hub_key, grants))
+        transcripts = Transcripts(store)
+        task = await transcripts.add(Task("t", "x", Subject("ada", [], 0.0), 0.0))
+        for ms in (100.0, 250.0, 9000.0):
+            await transcripts.append(task, Step("tool", call=Call("stamp", {"text": "x"}), ms=ms))
+
+    try:
+        asyncio.run(fill())
+        (tmp_path / "device.toml").write_text(f'state = "{daemon.state}"\npack = "tests.agent.plant"\n')
+        text = 'workflow: w\nversion: "1"\nrun_as: [night-shift]\ntriggers: [{mqtt: door}]\nsteps:\n'
+        (tmp_path / "w.yaml").write_text(text + "  - {id: s, tool: stamp, args: {text: x}}\n")
+
+        def run(*argv: str) -> list[str]:  # the store is open, as while the daemon runs
+            return CliRunner().invoke(app, [argv[0], str(tmp_path / "w.yaml"), *argv[1:]]).output.splitlines()
+
+        assert any("may not use stamp" in line for line in run("check", "--pack", "tests.agent.plant"))
+        config = ("--config", str(tmp_path / "device.toml"))
+        told = run("check", *config)
+        assert [line.partition("w.yaml")[2] for line in told] == [
+            ":4:19: this device has no site's broker to hear it from (add [site] to its settings)"
+        ]
+        with (tmp_path / "device.toml").open("a") as file:
+            file.write('[site]\nbroker = "mqtt://plc"\n')
+        assert run("check", *config) == []
+        assert run("simulate", *config)[-1] == "succeeded; calls: 1 act; about 0.25 s, at most 10 s"
+    finally:
+        store.close()
