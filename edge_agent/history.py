@@ -95,7 +95,7 @@ def values(body: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
     args, result = body.get("args", {}), body.get("result")
     where = "/".join([body["tool"], *(str(value) for value in args.values())])
     found = result if isinstance(result, dict) else {"value": result}
-    unit = found.get("unit") if isinstance(found.get("unit"), str) else ""
+    unit = str(found.get("unit", ""))
     return {
         where if key == "value" else f"{where}/{key}": (float(value), unit if key == "value" else "")
         for key, value in found.items()

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+
+from edge_agent.agent.tool import Param, Tool
 
 T = TypeVar("T")
 
@@ -34,3 +37,21 @@ def read(name: str, state: Path, options: dict[str, str], kind: type[T], needed:
         return msgspec.convert(tomllib.loads(file.read_text()), kind)
     except (OSError, ValueError) as error:  # TOML, UTF-8 and msgspec say where
         raise ValueError(f"{file} cannot be used: {error}") from error
+
+
+def choosing(tool: Tool, returns: Param | None = None, **choices: Iterable[str]) -> Tool:
+    """The tool with these arguments as choices of what the settings name, and with `returns` where that depends on
+    them."""
+    params = [
+        msgspec.structs.replace(param, kind="choice", choices=sorted(choices[param.name]))
+        if param.name in choices
+        else param
+        for param in tool.spec.params
+    ]
+    spec = msgspec.structs.replace(tool.spec, params=params, returns=returns or tool.spec.returns)
+    return msgspec.structs.replace(tool, spec=spec)
+
+
+def fields(*of: Param) -> Param:
+    """A result with these fields."""
+    return Param("result", "dict", fields=list(of))

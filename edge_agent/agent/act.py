@@ -185,19 +185,20 @@ async def perform(tools: Tools, spec: ToolSpec, call: Call, key: str, subject: S
     """Make a call: the result as it is declared, its effect confirmed. Raises as `Tools.call`; Unconfirmed."""
     value = await tools.call(call.name, spec.keyed_args(call.args, key, subject), limit_s)
     value = shaped(spec.name, spec.returns, value)
-    if spec.check is not None and (wrong := await _unlike(tools, spec.check, call)):
+    if spec.check is not None and (wrong := await _unlike(tools, spec.check, call, value)):
         raise Unconfirmed(f"{render(call)} was made, but {wrong}", value)
     return value
 
 
-async def _unlike(tools: Tools, check: Check, call: Call) -> str:
+async def _unlike(tools: Tools, check: Check, call: Call, result: Any) -> str:
     """What is wrong with what the check reads; empty when it is as it should be."""
     deadline = time.monotonic() + check.wait_s
-    wanted, where = _filled({"it": check.equals}, call)["it"], f"{check.tool}{check.value and ' '}{check.value}"
+    where = f"{check.tool}{check.value and ' '}{check.value}"
     while True:
         try:
             specs = {spec.name: spec for spec in await tools.specs() if spec.risk == "read"}
-            look = validate(Call(check.tool, _filled(check.args, call)), list(specs.values()))
+            wanted = _filled({"it": check.equals}, call, result)["it"]
+            look = validate(Call(check.tool, _filled(check.args, call, result)), list(specs.values()))
             seen = await tools.call(look.name, look.args, specs[look.name].timeout_s)
             seen = shaped(look.name, specs[look.name].returns, seen)
             seen = seen[check.value] if check.value else seen

@@ -87,8 +87,8 @@ class Param(msgspec.Struct, frozen=True):
 class Check(msgspec.Struct, frozen=True):
     """How the device sees that an act did what it said: `value` of the result of a reading `tool` is `equals`.
 
-    Arguments and `equals` are values, or `$name` of an argument of the act; `value` is empty for the whole result. It
-    is read again until it is `within` that of it (numbers) or `wait_s` are over.
+    Arguments and `equals` are values, `$name` of an argument of the act, or `$result.name` of what it gave; `value` is
+    empty for the whole result. It is read again until it is `within` that of it (numbers) or `wait_s` are over.
     """
 
     tool: str
@@ -143,7 +143,7 @@ class ToolSpec(msgspec.Struct, frozen=True):
         for hook in (self.check, self.undo):
             for text in (*hook.args.values(), getattr(hook, "equals", None)) if hook else ():
                 name = text[1:] if isinstance(text, str) and text.startswith("$") else ""
-                if name and name not in names and not (hook is self.undo and name.startswith("result")):
+                if name and name not in names and name.partition(".")[0] != "result":
                     raise TypeError(
                         f"tool {self.name}: {text} is no argument of it: {', '.join(names) or 'it has none'}"
                     )
