@@ -211,9 +211,9 @@ def approve(
         ask = seen["steps"][-1] if seen["steps"] else {}
         if ask.get("role") != "ask":
             raise Refused(f"{id} waits for no approval: it is {seen['state']}", "GET /v1/tasks shows which do")
-        until = time.strftime("%H:%M:%S", time.localtime(ask["expires"]))
         if not json:
-            typer.echo(f"{seen['subject']['name']} asked: {seen['text']}\n{_call(ask)}, until {until}")
+            typer.echo(f"{seen['subject']['name']} asked: {seen['text']}")
+            _show_steps(seen, len(seen["steps"]) - 1)
         if not yes:
             typer.confirm("deny it?" if deny else "approve it?", abort=True)
         args = {"id": id, "call": ask["text"], "approve": not deny}
@@ -222,10 +222,46 @@ def approve(
         typer.echo(msgspec.json.encode(args | {"expires": ask["expires"], "made": ask["call"]}))
 
 
-def _call(step: dict[str, Any]) -> str:
-    from edge_agent.agent.calls import Call, render
+@task.command("list")
+def list_(
+    state: Annotated[str, typer.Option(help="Only those: running, waiting, succeeded or failed.")] = "",
+    api: Api = "http://127.0.0.1:8471",
+    token: Token = "",
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """The newest tasks of a device, and how each ended."""
+    import msgspec
 
-    return render(Call(step["call"]["name"], step["call"]["args"]))
+    from edge_agent.agent import shown
+    from edge_agent.agent.transcript import Task
+
+    seen = [one for one in _ask(api, token, "GET", "/v1/tasks") if state in ("", one["state"])]
+    if json:
+        typer.echo(msgspec.json.encode(seen))
+    for one in [] if json else seen:
+        typer.echo(shown.title(msgspec.convert(one, Task)))
+
+
+@task.command()
+def show(
+    id: Annotated[str, typer.Argument(help="The task.")],
+    api: Api = "http://127.0.0.1:8471",
+    token: Token = "",
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """A task's whole transcript: what was said, called, asked and approved, by what model, and how long it took."""
+    import msgspec
+
+    from edge_agent.agent import shown
+    from edge_agent.agent.transcript import Task
+
+    seen = _ask(api, token, "GET", f"/v1/tasks/{id}")
+    if json:
+        typer.echo(msgspec.json.encode(seen))
+        return
+    typer.echo(shown.title(msgspec.convert(seen, Task)))
+    _show_steps(seen, 0)
+    _show_end(seen)
 
 
 def _client(api: str, token: str) -> Any:
@@ -252,7 +288,7 @@ def run(
         while True:
             seen = _answer(client, "GET", f"/v1/tasks/{id}")
             if not json:
-                shown = _show_steps(seen.get("steps", []), shown)
+                shown = _show_steps(seen, shown)
             if seen["state"] not in ("running", "waiting"):
                 break
             if time.monotonic() > deadline:
@@ -261,8 +297,7 @@ def run(
     if json:
         typer.echo(msgspec.json.encode(seen))
     else:
-        good = seen["state"] == "succeeded"
-        typer.secho(seen["answer"] if good else f"failed: {seen['error']}", fg="green" if good else "red")
+        _show_end(seen)
     raise typer.Exit(seen["state"] != "succeeded")
 
 
@@ -322,16 +357,26 @@ def _figures(figures: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in figures.items() if value not in (None, ""))
 
 
-def _show_steps(steps: list[dict[str, Any]], shown: int) -> int:
-    for step in steps[shown:]:
-        if step["role"] == "ask":
-            typer.secho(f"  waits for an approval of {_call(step)}: outrider task approve ID", fg="yellow")
-        if step["role"] == "model":
-            typer.secho(f"→ {step['text']}", fg="cyan", nl=False)
-            typer.echo(f"  {step.get('ms', 0):.0f} ms")
-        elif step["role"] == "tool":
-            typer.echo(f"  {step.get('text', '')}  {step.get('ms', 0):.0f} ms")
-    return len(steps)
+def _show_steps(seen: dict[str, Any], first: int) -> int:
+    import msgspec
+
+    from edge_agent.agent import shown
+    from edge_agent.agent.transcript import Task
+
+    task = msgspec.convert(seen, Task)
+    for step in task.steps[first:]:
+        text, tone = shown.line(step, task)
+        typer.secho(text, fg={"bad": "red", "wait": "yellow"}.get(tone, "cyan" if step.role == "model" else None))
+    return len(task.steps)
+
+
+def _show_end(seen: dict[str, Any]) -> None:
+    if seen["state"] == "succeeded":
+        typer.secho(seen["answer"], fg="green")
+    elif seen["state"] == "waiting":
+        typer.secho(f"it waits: outrider task approve {seen['id']}", fg="yellow")
+    elif seen["state"] == "failed":
+        typer.secho(f"failed: {seen['error']}", fg="red")
 
 
 def _answer(client: Any, method: str, path: str, **more: Any) -> Any:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from edge_agent.agent import policy
+from edge_agent.agent import policy, shown
 from edge_agent.agent.act import Tools, perform, within_rate
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Call, CallError, render, validate
@@ -301,7 +301,8 @@ class Work:
 
 
 def summary(task: Task) -> dict[str, Any]:
-    """What the hub is told of a task: the answer, each call with its outcome, each decision with its times in ms."""
+    """What the hub is told of a task: the answer, each call with its outcome, each decision with its times in ms, and
+    the transcript, cut short."""
     calls = [
         {"call": render(step.call), "ok": step.ok, "result": step.text[:500], "ms": round(step.ms, 1)}
         for step in task.steps
@@ -326,6 +327,7 @@ def summary(task: Task) -> dict[str, Any]:
         "result": bounded(task.result),
         "calls": calls[-20:],
         "decisions": decisions[-20:],
+        "steps": shown.told_all(task.steps),
         "runs": task.runs,
         "seconds": round(task.finished - task.created, 3),
     }

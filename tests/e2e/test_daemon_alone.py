@@ -217,6 +217,12 @@ def test_a_task_from_the_command_line_shows_its_end_and_fails_aloud(daemon: Daem
     told = _outrider(*asked, OUTRIDER_TOKEN=daemon.token("operator"))
     assert (told.returncode, told.stderr) == (1, "")
     assert told.stdout.startswith("failed: ")
+    listed = _outrider("task", "list", "--state", "failed", "--api", daemon.url, OUTRIDER_TOKEN=daemon.token("viewer"))
+    id, state = listed.stdout.split()[:2]
+    assert (state, "ada: how fast is line 1?" in listed.stdout) == ("failed", True)
+    shown = _outrider("task", "show", id, "--api", daemon.url, OUTRIDER_TOKEN=daemon.token("viewer"))
+    assert shown.stdout.splitlines()[0].split()[:2] == [id, "failed"]
+    assert shown.stdout.splitlines()[-1].startswith("failed: ")
     assert '"state":"failed"' in _outrider(*asked, "--json", OUTRIDER_TOKEN=daemon.token("operator")).stdout
     stranger = _outrider(*asked, OUTRIDER_TOKEN="nonsense")
     assert stranger.returncode == 78
