@@ -35,8 +35,9 @@ from edge_agent.agent.workflow_triggers import Library, Triggers
 from edge_agent.api.access import Denied
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.trouble import Trouble
+from edge_agent.watch import Watch
 from edge_agent.wire.grants import Subject
-from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobState
+from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobState, Progress
 
 LOCAL_TTL_S = 86400.0
 RUN_WORKFLOW, APPROVE = "run_workflow", "approve_call"
@@ -50,10 +51,14 @@ _storing = Trouble(_log, "jobs wait for the store, which is tried again and agai
 class Inbox(Protocol):
     """sync.inbox.Inbox."""
 
+    on_cancel: Callable[[str, str], None]
+
     async def accept(self, job: Job) -> JobState | None: ...
     async def state(self, id: str) -> JobState | None: ...
     async def next(self) -> Job: ...
     async def interrupted(self) -> list[Job]: ...
+    async def cancelled(self, id: str) -> bool: ...
+    async def progress(self, id: str, progress: Progress) -> None: ...
     async def report(self, id: str, state: JobState, result: dict[str, Any] | None = None, error: str = "") -> None: ...
 
 
@@ -86,6 +91,8 @@ class Work:
         self._approvals, self._one = approvals, asyncio.Lock()
         self._waiting: dict[str, tuple[Job, float]] = {}  # by id: what waits for an approval, and until when
         self._approved: set[str] = set()
+        self._watch = Watch(inbox, transcripts)
+        inbox.on_cancel, transcripts.on_step = self._watch.cancel, self._watch.stepped
         self.current = ""
 
     async def run(self) -> None:
@@ -106,7 +113,7 @@ class Work:
         while True:
             await asyncio.sleep(LOOK_S)
             for job, until in list(self._waiting.values()):
-                if until <= self._clock() or job.id in self._approved:
+                if until <= self._clock() or job.id in self._approved or job.id in self._watch.ending:
                     del self._waiting[job.id]
                     self._approved.discard(job.id)
                     await self._job(job, again=True)
@@ -236,6 +243,7 @@ class Work:
     async def _run(self, job: Job, again: bool) -> None:
         self.current = job.id
         try:
+            await self._watch.begin(job, again, self._clock())
             state, result, error = await self._do(job, again)
         except OutriderError as problem:
             state, result, error = JobState.FAILED, {}, str(problem)
@@ -244,12 +252,15 @@ class Work:
             state, result, error = JobState.FAILED, {}, f"{type(problem).__name__} in the agent: {problem}"
         finally:
             self.current = ""
+        if job.id in self._watch.ending and state is not JobState.SUCCEEDED:
+            state, error = JobState.CANCELLED, f"{self._watch.ending[job.id]}: {error}"
         if state is JobState.RUNNING:
             self._waiting[job.id] = job, result["until"]
             return
         error = error[:MAX_ERROR]
         _log.info("job %s: %s %s", job.id, state, error)
         await _until_stored(lambda: self._inbox.report(job.id, state, result, error))
+        self._watch.over(job.id)
         self._triggered.pop(job.id, None)
         kind, name, args = "task", "", job.body.get("args")
         args = args if isinstance(args, dict) else {}
@@ -273,7 +284,8 @@ class Work:
                     return await self._workflow(job.id, args, subject, again)
                 if again and name != APPROVE and not (await self._checked(name, args, subject))[0].repeatable:
                     raise Refused(f"interrupted: effect unknown of {name}", "look at the device before you ask again")
-                return JobState.SUCCEEDED, {"result": bounded(await self.call(name, args, subject, job.id))}, ""
+                made = await self._watch.calling(job.id, self.call(name, args, subject, job.id))
+                return JobState.SUCCEEDED, {"result": bounded(made)}, ""
             case _:
                 raise Refused("this agent does not know that kind of job", "update the agent")
 

@@ -24,7 +24,7 @@ from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import check_name
 from hub import db as tables
 from hub import objects
-from hub.api import blobs, bundles, deadletters, devices, health, people, problems, rollouts
+from hub.api import blobs, bundles, deadletters, devices, health, jobs, people, problems, rollouts
 from hub.api.guard import declare_actions
 from hub.audit import Audit
 from hub.auth import GRANTS_RENEWAL_S, Auth, TokenKeys
@@ -35,6 +35,7 @@ from hub.db import Database
 from hub.devices import Devices
 from hub.downlink import Downlink
 from hub.errors import Fatal
+from hub.fanout import Fanouts
 from hub.ingest import Ingest
 from hub.jobs import Jobs
 from hub.registry import Registry
@@ -46,6 +47,7 @@ from hub.twin import Twin
 
 log = logging.getLogger(__name__)
 JOB_TICK_S = 15.0
+FANOUT_TICK_S = 1.0
 ANCHOR_S = 10.0
 RUNNER_PAUSE_S = 1.0
 TRUST_TICK_S = 1800.0
@@ -89,9 +91,9 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     problems.install(app)
-    for router in (people.router, devices.router, deadletters.router, bundles.router, rollouts.router, blobs.router):
-        declare_actions(router)
-        app.include_router(router)
+    for each in (people, devices, jobs, deadletters, bundles, rollouts, blobs):
+        declare_actions(each.router)
+        app.include_router(each.router)
     app.include_router(health.router)
     if settings.dashboard:
         from hub.ui.mount import mount  # takes a second to import
@@ -129,14 +131,14 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
     at = session.address
     address = BrokerAddress(str(at), at.username or "", at.password or "", ca)
     downlink = Downlink(session, key, settings.fleet)
-    devices_, twin, jobs = (
+    devices_, twin, work = (
         Devices(database, authority),
         Twin(database, downlink.desired),
         Jobs(database, downlink.job),
     )
     repository = await asyncio.to_thread(_repository, settings.data)
     registry = Registry(database, settings.data, repository, objects.at(settings.blobs, settings.data / "blobs"))
-    ingest = Ingest(database, session, devices_, downlink, jobs.send_queued)
+    ingest = Ingest(database, session, devices_, downlink, work.send_queued)
     services = Services(
         fleet=settings.fleet,
         key=key,
@@ -149,7 +151,8 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         auth=auth,
         devices=devices_,
         twin=twin,
-        jobs=jobs,
+        jobs=work,
+        fanouts=Fanouts(database, work, downlink.job),
         registry=registry,
         rollouts=Rollouts(database, twin, registry, devices_, key),
         telemetry=Telemetry(database),
@@ -232,6 +235,11 @@ async def _running(services: Services, ingest: Ingest, connected: asyncio.Event)
             for device in (await services.jobs.waiting()).intersection(services.devices.liveness.claiming()):
                 await services.jobs.send_queued(device)
 
+    async def fan_out() -> None:
+        while True:
+            await asyncio.sleep(FANOUT_TICK_S)
+            await services.fanouts.release(set(services.devices.liveness.claiming()))
+
     async def renew_grants() -> None:
         while True:
             await asyncio.sleep(GRANTS_RENEWAL_S)
@@ -254,7 +262,7 @@ async def _running(services: Services, ingest: Ingest, connected: asyncio.Event)
             await asyncio.sleep(TRUST_TICK_S)
 
     runners = {"ingest": ingest.run, "greet": greet, "jobs": tend_jobs, "grants": renew_grants, "anchor": anchor}
-    runners |= {"trust": renew_trust, "rollouts": services.rollouts.run}
+    runners |= {"fanouts": fan_out, "trust": renew_trust, "rollouts": services.rollouts.run}
     tasks = [asyncio.create_task(_for_ever(name, run), name=name) for name, run in runners.items()]
     try:
         yield

@@ -306,9 +306,17 @@ class Auth:
         except WireError as error:
             raise Refused(401, str(error), "log in again: outrider hub login") from None
 
+    def may(self, subject: Subject, action: str, device: str = "") -> bool:
+        return allowed(self.grants, subject, action, device, now=time.time(), device=device)
+
+    def somewhere(self, subject: Subject, action: str) -> bool:
+        """Whether there could be a device that the subject may do it to."""
+        bare = {role: [":".join(each.split(":")[:2]) for each in given] for role, given in self.grants.roles.items()}
+        return allowed(msgspec.structs.replace(self.grants, roles=bare), subject, action, now=time.time())
+
     def require(self, subject: Subject, action: str, device: str = "") -> None:
         """Raises Refused 403 when the subject may not."""
-        if not allowed(self.grants, subject, action, device, now=time.time(), device=device):
+        if not self.may(subject, action, device):
             roles = ", ".join(subject.roles) or "no role"
             raise Refused(403, f"{subject.name} may not {action}", f"{subject.name} has {roles}; ask an admin")
 

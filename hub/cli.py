@@ -308,6 +308,51 @@ def task(device: str, text: str, key: str = "", hub: Url = None, as_json: Json =
 
 
 @app.command()
+def fanout(
+    group: str,
+    text: Annotated[str, typer.Argument(help="A task in plain words; with --tool nothing.")] = "",
+    tool: Annotated[str, typer.Option(help="Call this tool instead.")] = "",
+    args: Annotated[str, typer.Option(help="The tool's arguments, as JSON.")] = "{}",
+    at_once: Annotated[int, typer.Option(help="At most so many devices at a time; 0: all.")] = 0,
+    key: str = "",
+    ttl_s: float = 3600,
+    hub: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Give every device of a group a job."""
+    with _hub(hub) as client:
+        try:
+            body = {"tool": tool, "args": json.loads(args)} if tool else {"text": text}
+        except ValueError as error:
+            raise HubError(f"--args is no JSON: {error}", """such as '{"line": 2}'""") from error
+        job = {"kind": "tool" if tool else "task", "body": body, "idempotency_key": key, "ttl_s": ttl_s}
+        _print(client.post(f"/v1/groups/{group}/jobs", job | {"at_once": at_once}), as_json, _fanout_lines)
+
+
+@app.command("fanout-show")
+def fanout_show(fanout: str, hub: Url = None, as_json: Json = False) -> None:
+    """How the jobs of a fan-out fare."""
+    with _hub(hub) as client:
+        _print(client.get(f"/v1/fanouts/{fanout}"), as_json, _fanout_lines)
+
+
+def _fanout_lines(seen: dict[str, Any]) -> str:
+    states = ", ".join(f"{n} {state}" for state, n in seen["states"].items())
+    lines = (f"  {j['id']} {j['device']:20} {'held' if j['held'] else j['state']}{_far(j)}" for j in seen["jobs"])
+    return "\n".join([f"{seen['id']} for {seen['group']}: {states}", *lines])
+
+
+@app.command()
+def cancel(id: str, hub: Url = None, as_json: Json = False) -> None:
+    """Take back a job, or what is left of a fan-out."""
+    with _hub(hub) as client:
+        if len(id) == 17 and id.startswith("f"):  # a job has 16 digits
+            _print(client.post(f"/v1/fanouts/{id}/cancel", {}), as_json, _fanout_lines)
+        else:
+            _print(client.post(f"/v1/jobs/{id}/cancel", {}), as_json, _job_line)
+
+
+@app.command()
 def jobs(device: str | None = None, limit: int = 20, hub: Url = None, as_json: Json = False) -> None:
     """List jobs, newest first."""
     with _hub(hub) as client:
@@ -356,7 +401,7 @@ def _device_line(device: dict[str, Any]) -> str:
 def _job_line(job: dict[str, Any]) -> str:
     """The job, and below it its calls and its answer or error."""
     what = job["body"].get("text") or job["body"].get("tool") or ""
-    line = f"{job['id']} {job['device']:20} {job['state']:10} {what}".rstrip()
+    line = f"{job['id']} {job['device']:20} {job['state']:10} {what}".rstrip() + _far(job)
     result = job["result"]
     made = result.get("calls")
     made = [each for each in made if isinstance(each, dict)] if isinstance(made, list) else []
@@ -364,6 +409,14 @@ def _job_line(job: dict[str, Any]) -> str:
     ended = job["error"] or result.get("answer") or result.get("result") or ""
     ended = ended if isinstance(ended, str) else json.dumps(ended, ensure_ascii=False)
     return line + "".join(f"\n    {' '.join(more.split())[:200]}" for more in (calls, ended) if more)
+
+
+def _far(job: dict[str, Any]) -> str:
+    if job["state"] not in ("running", "delivered"):
+        return ""
+    progress, ends = job.get("progress"), "  (is to end)" if job.get("cancelled_by") else ""
+    of = f" of {progress['total']}" if progress and progress["total"] else ""
+    return (f"  {progress['done']}{of}: {progress['text']}" if progress else "") + ends
 
 
 def _print(answer: Any, as_json: bool, line: Callable[[dict[str, Any]], str]) -> None:

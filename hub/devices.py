@@ -144,6 +144,9 @@ class Devices:
         rows = await self._db.read(lambda c: c.execute(sa.select(devices).order_by(devices.c.name)).all())
         return [self._show(row) for row in rows]
 
+    async def names(self) -> Sequence[str]:
+        return await self._db.read(lambda c: c.execute(sa.select(devices.c.name)).scalars().all())
+
     async def get(self, name: str) -> dict[str, Any]:
         """One device. Raises Refused 404."""
         return self._show(await self.row(name))

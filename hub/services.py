@@ -13,6 +13,7 @@ from hub.broker import EmbeddedBroker, Mosquitto
 from hub.db import Database
 from hub.devices import Devices
 from hub.downlink import Downlink
+from hub.fanout import Fanouts
 from hub.jobs import Jobs
 from hub.registry import Registry
 from hub.rollout_runner import Rollouts
@@ -46,6 +47,7 @@ class Services:
     devices: Devices
     twin: Twin
     jobs: Jobs
+    fanouts: Fanouts
     registry: Registry
     rollouts: Rollouts
     telemetry: Telemetry

@@ -4,6 +4,7 @@ Invariant: within one device, the order of `id` is the order of (epoch, seq), be
 what was a dead letter and is replayed comes later.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -37,11 +38,12 @@ class Telemetry:
         epoch: int | None = None,
         newest_first: bool = False,
         limit: int = 100,
+        only: Collection[str] | None = None,
     ) -> list[dict[str, Any]]:
         """At most MAX_PAGE records, oldest first unless told.
 
         Of one device: by (epoch, seq), those of `epoch` (else of its newest) above `after_seq`, or all when neither is
-        given. Of all devices: by id, those above `after`.
+        given. Of all devices: by id, those above `after`. `only` of these devices, if they are given.
         """
         query = sa.select(telemetry).limit(min(limit, MAX_PAGE))
         order: list[sa.ColumnElement[Any]] = [telemetry.c.id]
@@ -53,6 +55,8 @@ class Telemetry:
                 query = query.where(telemetry.c.seq > after_seq)
         else:
             query = query.where(telemetry.c.id > after)
+        if only is not None:
+            query = query.where(telemetry.c.device.in_(only))
         if kind is not None:
             query = query.where(telemetry.c.kind == kind)
         query = query.order_by(*(column.desc() if newest_first else column for column in order))
@@ -70,11 +74,15 @@ class Telemetry:
         query = sa.select(gaps).where(gaps.c.device == device).order_by(gaps.c.id.desc())
         return [dict(row) for row in await self._db.read(lambda c: c.execute(query).mappings().all())]
 
-    async def dead(self, device: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+    async def dead(
+        self, device: str | None = None, limit: int = 100, only: Collection[str] | None = None
+    ) -> list[dict[str, Any]]:
         """Dead letters without their payload, newest first."""
         size = sa.func.length(dead_letters.c.payload).label("size")
         wanted = [column for column in dead_letters.c if column.name not in ("payload", "properties")]
         query = sa.select(*wanted, size).order_by(dead_letters.c.id.desc()).limit(min(limit, MAX_PAGE))
+        if only is not None:
+            query = query.where(dead_letters.c.device.in_(only))
         if device is not None:
             query = query.where(dead_letters.c.device == device)
         return [dict(row) for row in await self._db.read(lambda c: c.execute(query).mappings().all())]

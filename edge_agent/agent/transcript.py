@@ -7,6 +7,7 @@ is on disk before what follows it; finished tasks beyond KEEP are removed, the o
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +89,7 @@ class Transcripts:
 
     def __init__(self, store: Store) -> None:
         self._store, self._turn = store, asyncio.Lock()
+        self.on_step: Callable[[Task, Step], Awaitable[None]] | None = None
 
     @property
     def folder(self) -> Path:
@@ -109,11 +111,13 @@ class Transcripts:
         return await self._store.read(lambda db: [decode(head) for (head,) in db.execute(rows, (limit,))])
 
     async def append(self, task: Task, step: Step) -> None:
-        """Add a step; it is on disk when this returns."""
+        """Add a step; it is on disk when this returns, and before `on_step` hears of it."""
         async with self._turn:  # parallel steps of a task have an order
             row = (task.id, len(task.steps), msgspec.json.encode(step))
             await self._store.write(lambda db: db.execute("INSERT INTO task_steps VALUES (?, ?, ?)", row).rowcount)
             task.steps.append(step)
+        if self.on_step:
+            await self.on_step(task, step)
 
     async def save(self, task: Task) -> None:
         """Save everything of a task but its steps."""

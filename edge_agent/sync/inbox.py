@@ -3,7 +3,8 @@
 Invariants: a job is accepted once, by id and by idempotency key; it changes state only along `JOB_TRANSITIONS`, and the
 record that reports the change is enqueued in the same transaction; an expired job is reported expired, never run;
 `next` journals `running` before it hands a job out, so a job found running at start was interrupted and is never run
-again by itself.
+again by itself. A cancellation drops a job that waits, for ever one that is not known yet, and tells `on_cancel` of one
+that runs; that it was asked for is on disk.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import msgspec
 from edge_agent.errors import Refused
 from edge_agent.store import Connection, Store
 from edge_agent.sync.outbox import Outbox
-from edge_agent.wire.messages import JOB_TRANSITIONS, TERMINAL, Job, JobReport, JobState
+from edge_agent.wire.messages import JOB_TRANSITIONS, TERMINAL, Job, JobKind, JobReport, JobState, Progress
 
 MAX_WAITING = 1000  # jobs delivered and not begun
 KEPT = 10_000  # of so many newest jobs the ended ones are remembered, so that a repeated one is known
-REPORT_PRIORITY = 1
+REPORT_PRIORITY, PROGRESS_PRIORITY = 1, 6
+_COLUMNS = "id, idempotency_key, state, expires, updated, job"
 
 
 class Inbox:
@@ -31,6 +33,7 @@ class Inbox:
     def __init__(self, store: Store, outbox: Outbox, clock: Callable[[], float] = time.time) -> None:
         self._store, self._outbox, self._clock = store, outbox, clock
         self.limit = MAX_WAITING
+        self.on_cancel: Callable[[str, str], None] = lambda _id, _why: None
         self._arrived = asyncio.Event()
         self._arrived.set()
 
@@ -57,12 +60,42 @@ class Inbox:
         report = JobReport(id, state, self._clock(), result or {}, error)
         await self._store.write(lambda db: self._report(db, report))
 
+    async def cancelled(self, id: str) -> bool:
+        """Whether a job that runs was to be ended."""
+        asked = "SELECT 1 FROM jobs WHERE id = ? AND expires = 0"
+        return await self._store.read(lambda db: db.execute(asked, [id]).fetchone() is not None)
+
+    async def progress(self, id: str, progress: Progress) -> None:
+        """Tell how far a job is that runs."""
+        body = msgspec.to_builtins(JobReport(id, JobState.RUNNING, self._clock(), progress=progress))
+
+        def tell(db: Connection) -> None:
+            if db.execute("SELECT 1 FROM jobs WHERE id = ? AND state = 'running'", [id]).fetchone():
+                self._outbox.put(db, "job", body, PROGRESS_PRIORITY)
+
+        await self._store.write(tell)
+
     async def state(self, id: str) -> JobState | None:
         """What became of a job; None when it is not known."""
         row = await self._store.read(lambda db: db.execute("SELECT state FROM jobs WHERE id = ?", [id]).fetchone())
         return JobState(row[0]) if row else None
 
+    def _cancel(self, db: Connection, id: str, job: Job) -> None:
+        row, now = db.execute("SELECT state FROM jobs WHERE id = ?", [id]).fetchone(), self._clock()
+        why = f"cancelled by {job.subject}"
+        if row is None:
+            values = [id, "", JobState.QUEUED, job.expires, now, msgspec.json.encode(job)]
+            db.execute(f"INSERT INTO jobs ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", values)
+        if row is None or row[0] == JobState.DELIVERED:
+            self._report(db, JobReport(id, JobState.CANCELLED, now, {}, why))
+        elif row[0] == JobState.RUNNING:
+            db.execute("UPDATE jobs SET expires = 0 WHERE id = ?", [id])
+            db.on_commit(lambda: self.on_cancel(id, why))
+
     def _accept(self, db: Connection, job: Job) -> JobState | None:
+        if job.kind is JobKind.CANCEL:
+            self._cancel(db, str(job.body.get("job", ""))[:64], job)
+            return None
         if db.execute("SELECT 1 FROM jobs WHERE id = ?", [job.id]).fetchone():
             return None
         now = self._clock()
@@ -70,8 +103,7 @@ class Inbox:
         twin = db.execute("SELECT id FROM jobs WHERE idempotency_key = ? AND ? != ''", [key, key]).fetchone()
         waiting = db.execute("SELECT count(*) FROM jobs WHERE state = 'delivered'").fetchone()[0]
         values = [job.id, key, JobState.QUEUED, job.expires, now, msgspec.json.encode(job)]
-        columns = "id, idempotency_key, state, expires, updated, job"
-        db.execute(f"INSERT INTO jobs ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values)
+        db.execute(f"INSERT INTO jobs ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", values)
         if twin:
             state, error = JobState.REJECTED, f"the same as job {twin[0]}: both carry idempotency key {key!r}"
         elif job.expires <= now:

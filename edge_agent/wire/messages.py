@@ -46,6 +46,7 @@ class JobState(_Tolerant):
 class JobKind(_Tolerant):
     TASK = "task"
     TOOL = "tool"
+    CANCEL = "cancel"  # of the job that its body names
     UNKNOWN = "unknown"
 
 
@@ -123,14 +124,23 @@ class Job(msgspec.Struct, frozen=True):
     v: int = VERSION
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """How far a job is: steps done, of how many (0: not known), and the last one in words."""
+
+    done: int
+    total: int = 0
+    text: str = ""
+
+
 class JobReport(msgspec.Struct, frozen=True):
-    """What became of a job: the body of a record of kind `job`."""
+    """What became of a job: the body of a record of kind `job`. One that runs tells its progress, at a bounded rate."""
 
     id: str
     state: JobState
     ts: float
     result: dict[str, Any] = {}
     error: str = ""
+    progress: Progress | msgspec.UnsetType = msgspec.UNSET
 
 
 class Loss(msgspec.Struct, frozen=True):

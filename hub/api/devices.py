@@ -1,22 +1,19 @@
-"""Enrolment, devices, their telemetry and their jobs."""
+"""Enrolment, devices, their configuration and their telemetry."""
 
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 from pydantic import BaseModel, Field
 
 from edge_agent.wire.grants import Subject
-from edge_agent.wire.messages import JobKind, JobState
-from hub.api.guard import Hub, May
+from hub.api.guard import Hub, May, visible, within
 from hub.errors import Refused
-from hub.jobs import MAX_TEXT
 from hub.twin import free
 
 router = APIRouter(prefix="/v1", tags=["devices"])
-Worker = Annotated[Subject, Depends(May("run:task"))]
 DeviceReader = Annotated[Subject, Depends(May("read:device"))]
-JobReader = Annotated[Subject, Depends(May("read:job"))]
+SomeReader = Annotated[Subject, Depends(May("read:device", scoped=True))]
 
 
 class NewEnrolment(BaseModel):
@@ -33,19 +30,6 @@ class Enrol(BaseModel):
 
 class Renewal(BaseModel):
     csr: str = Field(max_length=4096, description="PKCS#10 in PEM, signed by the enrolled key")
-
-
-class NewTask(BaseModel):
-    text: str = Field(min_length=1, max_length=MAX_TEXT, description="what to do, in plain words")
-    idempotency_key: str = Field("", description="the same key again gives the same job")
-    ttl_s: float = Field(3600, description="seconds in which the device must take it up")
-
-
-class NewJob(BaseModel):
-    kind: Literal["task", "tool"]
-    body: dict[str, Any] = Field(description='{"tool": name, "args": {…}} for a tool, {"text": …} for a task')
-    idempotency_key: str = ""
-    ttl_s: float = 3600
 
 
 @router.post("/enrolments", status_code=201, summary="Make a single-use enrolment token")
@@ -96,8 +80,9 @@ async def broker(hub: Hub, _: DeviceReader) -> dict[str, Any]:
 
 
 @router.get("/devices", summary="Every device with its true presence")
-async def list_devices(hub: Hub, _: DeviceReader) -> list[dict[str, Any]]:
-    return [_shown(device) for device in await hub.devices.list()]
+async def list_devices(hub: Hub, who: SomeReader) -> list[dict[str, Any]]:
+    may = within(hub, who, "read:device")
+    return [_shown(device) for device in await hub.devices.list() if may(device["name"])]
 
 
 @router.get("/devices/{device}", summary="One device: presence, clock offset, watermark, twin, bundles")
@@ -127,7 +112,7 @@ async def patch_desired(
 @router.get("/telemetry", summary="Committed records, a page at a time")
 async def telemetry(
     hub: Hub,
-    _: Annotated[Subject, Depends(May("read:telemetry"))],
+    who: Annotated[Subject, Depends(May("read:telemetry", scoped=True))],
     device: Annotated[str | None, Query(description="of this device, by (epoch, seq)")] = None,
     kind: Annotated[str | None, Query(description="of this kind")] = None,
     after: Annotated[int, Query(ge=0, description="without device: records with an id above this")] = 0,
@@ -135,43 +120,10 @@ async def telemetry(
     epoch: Annotated[int | None, Query(ge=0, description="with device: of this epoch, else of the newest")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> dict[str, Any]:
-    records = await hub.telemetry.query(device, kind, after=after, after_seq=after_seq, epoch=epoch, limit=limit)
+    only = await visible(hub, who, "read:telemetry")
+    paged: dict[str, Any] = {"after": after, "after_seq": after_seq, "epoch": epoch, "limit": limit, "only": only}
+    records = await hub.telemetry.query(device, kind, **paged)
     return {"records": records, "next": {f: records[-1][f] for f in ("id", "epoch", "seq")} if records else None}
-
-
-@router.post("/devices/{device}/tasks", status_code=201, summary="Give a device a task in plain words")
-async def create_task(device: str, body: NewTask, hub: Hub, who: Worker) -> dict[str, Any]:
-    work = NewJob(kind="task", body={"text": body.text}, idempotency_key=body.idempotency_key, ttl_s=body.ttl_s)
-    return await create_job(device, work, hub, who)
-
-
-@router.post("/devices/{device}/jobs", status_code=201, summary="Give a device a job of any kind")
-async def create_job(device: str, body: NewJob, hub: Hub, who: Worker) -> dict[str, Any]:
-    return await hub.jobs.create(
-        device,
-        JobKind(body.kind),
-        body.body,
-        subject=who.name,
-        roles=who.roles,
-        idempotency_key=body.idempotency_key,
-        ttl_s=body.ttl_s,
-    )
-
-
-@router.get("/jobs", summary="Jobs, newest first")
-async def list_jobs(
-    hub: Hub,
-    _: JobReader,
-    device: str | None = None,
-    state: Annotated[str | None, Query(description=f"of {', '.join(JobState)}")] = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> list[dict[str, Any]]:
-    return await hub.jobs.list(device, state, limit)
-
-
-@router.get("/jobs/{job}", summary="One job with its result")
-async def get_job(job: str, hub: Hub, _: JobReader) -> dict[str, Any]:
-    return await hub.jobs.get(job)
 
 
 def _shown(device: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ that devices have too; a device's own token opens only routes that say `device=T
 """
 
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -31,11 +32,15 @@ Hub = Annotated[Services, Depends(services_of)]
 
 
 class May:
-    """A dependency that lets through who may do `action` on the device named in the path; gives the subject."""
+    """A dependency that lets through who may do `action` on the device named in the path; gives the subject.
 
-    def __init__(self, action: str, device: bool = False) -> None:
+    One that is `scoped` lets through, too, who may do it to some devices: the route then answers for these alone.
+    """
+
+    def __init__(self, action: str, device: bool = False, scoped: bool = False) -> None:
         self.action = action
         self.device = device
+        self.scoped = scoped
 
     async def __call__(
         self, request: Request, shown: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
@@ -49,12 +54,26 @@ class May:
             if not self.device:
                 raise
             return await _device(services, shown.credentials)
+        if self.scoped and services.auth.somewhere(subject, self.action):
+            return subject
         try:
             services.auth.require(subject, self.action, request.path_params.get("device", ""))
         except Refused:
             await services.auth.tell_refused(subject.name, "refuse:request", {"action": self.action})
             raise
         return subject
+
+
+def within(services: Services, who: Subject, action: str) -> Callable[[str], bool]:
+    """Whether somebody may do something to a device."""
+    return lambda device: services.auth.may(who, action, device)
+
+
+async def visible(services: Services, who: Subject, action: str) -> set[str] | None:
+    """The devices that somebody may do something to; None: all that there are."""
+    if services.auth.may(who, action):
+        return None
+    return set(filter(within(services, who, action), await services.devices.names()))
 
 
 async def _device(services: Services, token: str) -> Subject:
