@@ -24,8 +24,10 @@ from bench import toolcall
 from bench.rows import FIELDS
 from edge_agent.agent.act import Tools
 from edge_agent.agent.calls import render
-from edge_agent.agent.loop import AgentLoop, Budget, Model, Speaker
+from edge_agent.agent.decide import Model, Speaker
+from edge_agent.agent.loop import AgentLoop
 from edge_agent.agent.ports import RunnerTools, WorkerModel
+from edge_agent.agent.rules import Budget, Policy
 from edge_agent.agent.tool import Tool, ToolSpec, tool
 from edge_agent.agent.transcript import Transcripts, migrations
 from edge_agent.engines.base import Generate, Piece
@@ -94,8 +96,9 @@ class Instant:
 def _loop(folder: Path, model: Model, tools: Tools, speaker: Speaker, steps: int) -> Iterator[AgentLoop]:
     store = Store(folder / "state.db", migrations)
     try:
-        budget = Budget(steps=steps, seconds=300.0)
-        yield AgentLoop(model, tools, Transcripts(store), lambda *_: True, budget=budget, speaker=lambda: speaker)
+        rules = Policy(budget=Budget(steps=steps, seconds=300.0))
+        parts = (model, tools, Transcripts(store), lambda *_: True)
+        yield AgentLoop(*parts, rules=lambda: rules, speakers=lambda: [speaker])
     finally:
         store.close()
 

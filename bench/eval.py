@@ -87,7 +87,7 @@ def plant(
 
     from bench import plant_eval
     from bench.rows import show
-    from edge_agent.agent.loop import Speaker
+    from edge_agent.agent.decide import Speaker
     from models.toolcaller.evaluate.plant_cases import GOALS, load
 
     if unknown := set(kind or ()) - set(GOALS):

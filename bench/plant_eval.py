@@ -19,8 +19,10 @@ import msgspec
 
 from bench.rows import FIELDS
 from edge_agent.agent.calls import Call, parse, render, validate
-from edge_agent.agent.loop import AgentLoop, Budget, Speaker
-from edge_agent.agent.loop import Model as AsyncModel
+from edge_agent.agent.decide import Model as AsyncModel
+from edge_agent.agent.decide import Speaker
+from edge_agent.agent.loop import AgentLoop
+from edge_agent.agent.rules import Budget, Policy
 from edge_agent.agent.tool import Tool, ToolError, ToolSpec
 from edge_agent.agent.transcript import Task, Transcripts, migrations
 from edge_agent.engines.base import Generate, LanguageModel, Piece
@@ -133,8 +135,9 @@ async def run_case(model: AsyncModel, case: PlantCase, speaker: Speaker = Speake
         before = world.lines()
         permit = lambda subject, action, name: allowed(_GRANTS, subject, action, name, now=NOW)  # noqa: E731
         store = Store(Path(folder) / "tasks.db", migrations)
-        budget = Budget(seconds=600.0)
-        loop = AgentLoop(model, world, Transcripts(store), permit, budget=budget, speaker=lambda: speaker)
+        rules = Policy(budget=Budget(seconds=600.0))
+        parts = (model, world, Transcripts(store), permit)
+        loop = AgentLoop(*parts, rules=lambda: rules, speakers=lambda: [speaker])
         await loop.accept("case", case.text, Subject("ada", [case.role], 0.0))
         task = await loop.run("case")
         store.close()

@@ -25,7 +25,7 @@ import msgspec
 from bench import llama, toolcall_cases
 from edge_agent.agent import prompt
 from edge_agent.agent.calls import Call, CallError, Nothing, parse, render, validate
-from edge_agent.agent.loop import Speaker, next_call
+from edge_agent.agent.decide import Speaker, next_call
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.engines.base import LanguageModel
 from edge_agent.errors import Refused

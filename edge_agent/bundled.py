@@ -12,7 +12,8 @@ import asyncio
 from typing import Any
 
 from edge_agent.agent import policy
-from edge_agent.agent.interlock import Interlocked, PolicyFile
+from edge_agent.agent.interlock import Interlocked
+from edge_agent.agent.rules import PolicyFile
 from edge_agent.agent.workflow import Broken, read
 from edge_agent.agent.workflow_check import check
 from edge_agent.agent.workflow_triggers import Library

@@ -51,6 +51,22 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("give broker = 'mqtts://HOST:PORT', user, and password_file beside them")
 
 
+class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A language model in the agent's order, a bundle or an endpoint: what 1,000 tokens cost, how long it may take.
+
+    One that is only to be asked while the hub is there says `connected`.
+    """
+
+    model: str
+    cost: float = 0.0
+    latency_s: float = 0.0
+    connected: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.model or min(self.cost, self.latency_s) < 0:
+            raise ValueError("a model has a name, and no cost or latency_s below 0")
+
+
 class Settings(msgspec.Struct, frozen=True):
     """What `outrider agent` runs with; enrolment needs `hub`, `token` and `name`, later `hub` and `broker` override."""
 
@@ -64,6 +80,7 @@ class Settings(msgspec.Struct, frozen=True):
     packs: list[str] = []  # instead of it: short names and modules
     option: list[str] = []
     model: str = ""
+    models: list[str | Route] = []  # instead of it: the order in which they are asked
     adapter: str = ""
     endpoints: dict[str, Endpoint] = {}
     site: Site | None = None
@@ -80,6 +97,11 @@ class Settings(msgspec.Struct, frozen=True):
     updates: dict[str, Any] = {}
     neighbours: list[str] = []
     log: str = "info"
+
+    def order(self) -> list[Route]:
+        """The agent's language models in their order; empty for the first there is."""
+        given = self.models or ([self.model] if self.model else [])
+        return [Route(each) if isinstance(each, str) else each for each in given]
 
 
 FIELDS = frozenset(Settings.__struct_fields__)

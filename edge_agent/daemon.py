@@ -25,9 +25,10 @@ import msgspec
 from edge_agent import enrol
 from edge_agent.agent import transcript
 from edge_agent.agent.approval import Approvals
-from edge_agent.agent.interlock import Interlocked, PolicyFile
-from edge_agent.agent.loop import AgentLoop, Budget
+from edge_agent.agent.interlock import Interlocked
+from edge_agent.agent.loop import AgentLoop
 from edge_agent.agent.ports import RunnerTools
+from edge_agent.agent.rules import PolicyFile
 from edge_agent.agent.transcript import Transcripts
 from edge_agent.agent.workflow_topics import Topics
 from edge_agent.api.app import LocalApi
@@ -85,15 +86,14 @@ class Daemon:
         if settings.endpoints:
             keys = {e.key_env: os.environ[e.key_env] for e in settings.endpoints.values() if e.key_env in os.environ}
             self._workers[ENDPOINT] = WorkerProcess.engine(ENDPOINT, env=keys)
-        self._hosting = Hosting(self._workers, settings.model, settings.adapter, env)
+        self._hosting = Hosting(self._workers, settings.order(), settings.adapter, env)
         self._workers["tools"] = WorkerProcess("tools", self._runner(), answer=self._hosting.infer, grace_s=0)
-        rules = PolicyFile(state / "policy.toml")
+        rules = PolicyFile(state / "policy.toml", settings.task_s)
         self._tools = Interlocked(RunnerTools(self._workers["tools"]), rules)
         self._inbox, transcripts = Inbox(store, outbox), Transcripts(store)
-        budget = Budget(seconds=settings.task_s)
         parts = (self._hosting, self._tools, transcripts, self._allowed)
-        asks = Approvals(self._key, self._allowed, rules.approval_s)
-        self._agent = AgentLoop(*parts, budget=budget, speaker=self._hosting.speaker, approvals=asks)
+        asks = Approvals(self._key, self._allowed, lambda: rules.now().approval_s)
+        self._agent = AgentLoop(*parts, rules=rules.now, speakers=self._hosting.speakers, approvals=asks)
         audit = Audit(store, outbox)
         self.work = Work(self._inbox, self._agent, transcripts, self._tools, audit, self._allowed, approvals=asks)
         slots = Slots(state / "bundles")
@@ -122,6 +122,7 @@ class Daemon:
         self._renewal = enrol.Renewal(state, identity.enrolled.device, self._http, self._token)
         self._tuner = Tuner(settings, twin, self._tune)
         self._session = self._connect(self._inbox)
+        self._hosting.connected = lambda: self._session.connected
         own = identity.enrolled.device
         self.work.triggers.zone = lambda: self._updates.time_zone
         heard = (self.work.triggers.topics, self.work.triggers.message)

@@ -12,15 +12,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from edge_agent.agent.loop import Speaker
+from edge_agent.agent.confidence import Calibration
+from edge_agent.agent.decide import Speaker
 from edge_agent.agent.ports import WorkerModel
-from edge_agent.config import Endpoint
+from edge_agent.config import Endpoint, Route
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.serving.schedule import LOWEST, Serving
@@ -46,17 +47,19 @@ _MEMORY_FACTOR = 2.5  # a loaded model takes about its files' size, and as much 
 class Hosting:
     """The workers by role (see ROLES) and what is loaded on them.
 
-    `preferred` names the agent's language model, `adapter` what its tasks use: empty for the first that is for tools.
+    `order` names the agent's language models, `adapter` what its tasks use: empty for the first that is for tools.
+    `connected` says whether the hub is there.
     """
 
     def __init__(
         self,
         workers: dict[str, WorkerProcess],
-        preferred: str = "",
+        order: Sequence[Route] = (),
         adapter: str = "",
         env: dict[str, str] | None = None,
     ) -> None:
-        self.workers, self._preferred, self._chosen, self._env = workers, preferred, adapter, env or {}
+        self.workers, self._order, self._chosen, self._env = workers, order, adapter, env or {}
+        self.connected: Callable[[], bool] = lambda: True
         self.running: dict[str, Installed] = {}
         self._trials: dict[str, Mirror[Any, Any]] = {}
 
@@ -141,10 +144,10 @@ class Hosting:
         return lambda question: ask(question, LOAD_S)
 
     async def generate(self, request: Generate, timeout_s: float) -> Piece:
-        """A whole completion by the agent's language model. Raises Refused, Retry."""
-        name = self.language_model()
-        if name is None:
-            missing = self._preferred or "a language model"
+        """A whole completion by the agent's language model, or the one it names. Raises Refused, Retry."""
+        name = request.model or self.language_model()
+        if name is None or name not in self.running:
+            missing = name or (self._order[0].model if self._order else "a language model")
             raise Retry(f"{missing} is not installed", "publish and assign a bundle of kind llm to this device")
         worker = self.workers[_role(self.running[name])]
         if request.adapter and request.adapter not in worker.adapters:
@@ -157,21 +160,35 @@ class Hosting:
         return await (old(request) if trial is None else trial.ask(request, old))
 
     def speaker(self) -> Speaker:
-        """The agent's language model and adapter. Raises Retry when the configured adapter is not there."""
-        name = self.language_model()
-        if name is None:
-            return Speaker()
-        digest, fit = self.running[name].digest, self._adapters(name)
-        if _role(self.running[name]) == ENDPOINT:
-            return Speaker(digest, endpoint=True)
-        if self._chosen not in ("", NO_ADAPTER, *fit):
-            raise Retry(f"the adapter {self._chosen} is not installed for {name}", "assign it, or configure none")
+        """The first of `speakers`. Raises Retry."""
+        return self.speakers()[0]
+
+    def speakers(self) -> list[Speaker]:
+        """What may speak for the agent now, in its order. Raises Retry when the configured adapter is not there."""
+        first = self.language_model()
+        order = self._order or ([Route(first)] if first else [])
+        there = [r for r in order if r.model in self._llms() and (not r.connected or self.connected())]
+        own = [r.model for r in there if _role(self.running[r.model]) != ENDPOINT]
+        if own and self._chosen not in ("", NO_ADAPTER, *(name for model in own for name in self._adapters(model))):
+            raise Retry(f"the adapter {self._chosen} is not installed for {first}", "assign it, or configure none")
+        return [self._speaker(route) for route in there] or [Speaker()]
+
+    def _speaker(self, route: Route) -> Speaker:
+        installed, fit = self.running[route.model], self._adapters(route.model)
         tools = sorted(adapter for adapter, i in fit.items() if i.manifest.meta.get("task") == "tools")
         chosen = fit.get(self._chosen or next(iter(tools), ""))
+        speaker = Speaker(
+            installed.digest,
+            endpoint=_role(installed) == ENDPOINT,
+            model=route.model,
+            calibration=_calibration(chosen or installed),
+            cost=route.cost,
+            latency_s=route.latency_s,
+        )
         if chosen is None:
-            return Speaker(digest)
-        shots = chosen.manifest.meta.get("prompt") != "signatures"
-        return Speaker(digest, _alias(chosen), f"{chosen.manifest.name} {chosen.manifest.version}", shots)
+            return speaker
+        title, shots = f"{chosen.manifest.name} {chosen.manifest.version}", chosen.manifest.meta.get("prompt")
+        return msgspec.structs.replace(speaker, adapter=_alias(chosen), title=title, shots=shots != "signatures")
 
     async def infer(
         self, model: str, inputs: dict[str, Tensor], priority: int = 1, within_s: float = 60.0
@@ -200,7 +217,8 @@ class Hosting:
         role = _role(self.running[model])
         request = msgspec.structs.replace(request, adapter=adapter, chat=request.chat if role == ENDPOINT else {})
         text, began, trial = "", time.monotonic(), self._trials.get(adapter.partition("@")[0] or model)
-        async with contextlib.aclosing(self.workers[role].generate(model, request, timeout_s)) as pieces:
+        asked = self.workers[role].generate(model, request, timeout_s, request.priority)
+        async with contextlib.aclosing(asked) as pieces:
             async for piece in pieces:
                 text += piece.text if trial else ""
                 yield piece
@@ -225,12 +243,14 @@ class Hosting:
         return True
 
     def language_model(self) -> str | None:
-        """The bundle the agent speaks with: the preferred one, or the first there is."""
-        llms = [name for name, i in self.running.items() if i.manifest.kind is BundleKind.LLM]
-        llms.sort(key=lambda name: (_role(self.running[name]) == ENDPOINT, name))
-        if self._preferred:
-            return self._preferred if self._preferred in llms else None
-        return llms[0] if llms else None
+        """The bundle the agent speaks with: the first of its order that is here, or the first there is."""
+        llms = self._llms()
+        if self._order:
+            return next((route.model for route in self._order if route.model in llms), None)
+        return min(llms, default=None, key=lambda name: (_role(self.running[name]) == ENDPOINT, name))
+
+    def _llms(self) -> list[str]:
+        return [name for name, i in self.running.items() if i.manifest.kind is BundleKind.LLM]
 
     def show(self, reported: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Per bundle and endpoint: how it fares by the update service's reports, and what runs it here."""
@@ -289,6 +309,12 @@ def _role(installed: Installed) -> str:
     return ROLES[kind]
 
 
+def _calibration(installed: Installed) -> Calibration:
+    with contextlib.suppress(msgspec.ValidationError):
+        return msgspec.convert(installed.manifest.meta.get("calibration", {}), Calibration)
+    return Calibration()
+
+
 def _alias(adapter: Installed) -> str:
     """An adapter's version as the engine knows it, so that two versions are loaded side by side."""
     return f"{adapter.manifest.name}@{adapter.id[:16]}"
@@ -305,7 +331,7 @@ def _asking(worker: WorkerProcess, installed: Installed) -> Ask:
         return await worker.infer(name, inputs, within_s, LOWEST)
 
     async def generate(request: Generate, within_s: float) -> Piece:
-        asked = msgspec.structs.replace(request, adapter=_alias(installed) if base else "")
+        asked = msgspec.structs.replace(request, adapter=_alias(installed) if base else "", priority=LOWEST)
         return await WorkerModel(worker, base.name if base else name).generate(asked, within_s)
 
     return infer if installed.manifest.kind is BundleKind.ONNX else generate

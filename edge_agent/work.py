@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -144,7 +144,7 @@ class Work:
         job = Job(id, JobKind.TASK, {"text": text}, subject.name, subject.roles, created, until)
         if await self._inbox.accept(job) is not JobState.DELIVERED:
             raise Retry("too many tasks wait on this device", "try again when some are done")
-        await self._agent.accept(id, text, subject)
+        await self._agent.accept(id, text, subject, priority=0)  # somebody waits for it here
         return id
 
     async def scheduled(self, id: str, entry: Entry) -> None:
@@ -163,6 +163,11 @@ class Work:
         if task is not None and task.state == "running" and state in TERMINAL:
             task.state, task.error = "failed", f"the job was {state} before it ran"
         return task
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What the agent did since the daemon started, for the metrics."""
+        return self._agent.counts
 
     async def tasks(self) -> list[Task]:
         """The newest tasks, with no steps."""

@@ -75,8 +75,10 @@ class Acts:
         self._tools, self._transcripts, self._allowed, self._clock = tools, transcripts, allowed, clock
         self._approvals = approvals
 
-    async def act(self, task: Task, spec: ToolSpec, call: Call, limit_s: float, at: str = "") -> Step:
+    async def act(self, task: Task, spec: ToolSpec, call: Call, limit_s: float, at: str = "", why: str = "") -> Step:
         """What came back, as the last step of the task; goes on with a call that its last step `at` there left open.
+
+        It waits for an approval when it is dangerous, or for another reason `why`.
 
         Raises Refused when policy or a person forbids it, Ended when its effect is unknown, or it waits.
         """
@@ -85,8 +87,9 @@ class Acts:
         if begun and not spec.repeatable:
             await self._unknown(task, call, at)
         policy.check(spec, task.subject, self._allowed)
-        if spec.risk == "danger" and not begun:
-            await self._approved(task, call, at, mine[-1] if mine else None)
+        asked = bool(mine) and mine[-1].role in ("ask", "approval")
+        if (spec.risk == "danger" or why or asked) and not begun:
+            await self._approved(task, call, at, mine[-1] if mine else None, why)
         if not begun:
             try:
                 await within_rate(self._transcripts, spec, self._clock())
@@ -134,18 +137,18 @@ class Acts:
         await self._transcripts.append(task, step)
         return step
 
-    async def _approved(self, task: Task, call: Call, at: str, last: Step | None) -> None:
+    async def _approved(self, task: Task, call: Call, at: str, last: Step | None, why: str) -> None:
         """Raises Ended("waiting") while there is no approval, Refused when there will be none."""
         now, said = self._clock(), ""
         if self._approvals is None:
-            raise Refused(f"{call.name} is dangerous and needs an approval", "here nobody can give one")
+            raise Refused(f"{call.name} needs an approval: {why or 'it is dangerous'}", "here nobody can give one")
         if last is None or last.role not in ("ask", "approval"):
-            last = self._approvals.ask(task, call, at, now)
+            last = msgspec.structs.replace(self._approvals.ask(task, call, at, now), why=why)
             await self._transcripts.append(task, last)
         if last.role == "approval":
             said = self._approvals.problem(task, last, now)
         elif now < last.expires:
-            raise Ended("waiting", error=f"waits for an approval of {render(call)}")
+            raise Ended("waiting", error=f"waits for an approval of {render(call)}{last.why and ': '}{last.why}")
         else:
             said = f"nobody approved {render(call)} in time"
         if said:

@@ -1,7 +1,8 @@
 """What the model may say, as text and as values: a call, an answer, or nothing.
 
 Invariants: the text form is `name(arg="text", other=2)`, `answer("text")` or `none()`; values are JSON (a few levels
-deep), arguments are named, in declared order in the canonical form; several calls stand one on each line.
+deep), arguments are named, in declared order in the canonical form; several calls stand one on each line, and then
+an argument may be `$1` or `$1.field`: the result of the first of them, or a field of it.
 `parse(render(d)) == d` for every validated decision, and `grammar.build` accepts exactly what `render` makes. Parsing
 is bounded and never raises anything but CallError, whose text is written for the model to read.
 """
@@ -26,11 +27,26 @@ RESERVED = ("answer", "none")
 
 _NAME = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,62})\s*")
 _SCALAR = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"|-?[0-9]{1,18}(?:\.[0-9]{1,18})?|true|false|True|False')
+REF = re.compile(r"\$([1-9])(?:\.([A-Za-z_][A-Za-z0-9_]{0,62}))?(?![\w.])")
 _LIMIT = 8192
 
 
 class CallError(Exception):
     """The emitted text is no usable call; the message goes back to the model."""
+
+
+class UnknownTool(CallError):
+    """It names a tool that there is not."""
+
+
+class Ref(msgspec.Struct, frozen=True):
+    """What the `n`th call of the same turn gives, or a field of it."""
+
+    n: int
+    field: str = ""
+
+    def __str__(self) -> str:
+        return f"${self.n}{self.field and '.'}{self.field}"
 
 
 class Call(msgspec.Struct, frozen=True, tag="call"):
@@ -70,6 +86,8 @@ def render_value(value: Any) -> str:
         return f"[{', '.join(map(render_value, value))}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{render_value(key)}: {render_value(item)}' for key, item in value.items())}}}"
+    if isinstance(value, Ref):
+        return str(value)
     if isinstance(value, float):
         whole, _, fraction = f"{value:.{DECIMALS}f}".partition(".")
         return f"{whole}.{fraction.rstrip('0') or '0'}"
@@ -164,6 +182,8 @@ def _read(text: str, at: int, depth: int = 0) -> tuple[Any, int]:
 
 
 def _scalar(text: str, at: int) -> tuple[Any, int]:
+    if ref := REF.match(text, at):
+        return Ref(int(ref[1]), ref[2] or ""), _space(text, ref.end())
     found = _SCALAR.match(text, at)
     if found is None:
         raise CallError(f'expected "text", a number, true or false at {text[at : at + 40]!r}')
@@ -196,7 +216,7 @@ def validate(call: Call, specs: Sequence[ToolSpec]) -> Call:
     """The call with its arguments checked, converted and in declared order. Raises CallError with what to change."""
     spec = next((spec for spec in specs if spec.name == call.name), None)
     if spec is None:
-        raise CallError(f"unknown tool {call.name}; the tools are: {', '.join(s.name for s in specs) or 'none'}")
+        raise UnknownTool(f"unknown tool {call.name}; the tools are: {', '.join(s.name for s in specs) or 'none'}")
     names = [param.name for param in spec.params]
     unknown = [name for name in call.args if name not in names]
     if unknown:

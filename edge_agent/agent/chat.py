@@ -12,48 +12,46 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.agent.calls import Answer, Call, CallError, Nothing, parse, render
+from edge_agent.agent.calls import REF, Answer, Call, CallError, Nothing, Ref, parse, parse_all, render
 from edge_agent.agent.prompt import Turn
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.engines.base import Piece
 
 SYSTEM = (
-    "You run a device through its tools. Do what is asked, one tool call at a time; when it is done, answer in a "
+    "You run a device through its tools. Do what is asked; when it is done, answer in a "
     "sentence. When no tool does it, call none and reply with exactly none()."
+)
+SEVERAL = (
+    " Calls that need nothing of one another may come in one turn; a later one of them may take "
+    '"$1.field" for a field of the result of the first.'
 )
 MAX_ANSWER = 2000
 _TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
 
 
-def chat(specs: Sequence[ToolSpec], turns: Sequence[Turn]) -> dict[str, Any]:
-    """The request for the next call, as `Generate.chat` takes it."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]
-    called = ""
+def chat(specs: Sequence[ToolSpec], turns: Sequence[Turn], several: bool = False) -> dict[str, Any]:
+    """The request for the next call, or `several`, as `Generate.chat` takes it."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM + SEVERAL if several else SYSTEM}]
+    called: list[str] = []
     for turn in turns:
         if turn.role == "tool":
-            told: dict[str, Any] = {"role": "tool", "tool_call_id": called} if called else {"role": "user"}
+            told = {"role": "tool", "tool_call_id": called.pop(0)} if called else {"role": "user"}
             messages.append(told | {"content": turn.text})
-            called = ""
             continue
         said: dict[str, Any] = {"role": turn.role, "content": turn.text}
-        if turn.role == "assistant" and (call := _call(turn.text)):
-            called = f"call_{len(messages)}"
-            function = {"name": call.name, "arguments": json.dumps(call.args, ensure_ascii=False)}
-            said |= {"content": None, "tool_calls": [{"id": called, "type": "function", "function": function}]}
+        if turn.role == "assistant" and (calls := _calls(turn.text)):
+            called = [f"call_{len(messages)}{f'_{n}' if n else ''}" for n in range(len(calls))]
+            made = [{"id": id, "type": "function", "function": each} for id, each in zip(called, calls, strict=True)]
+            said |= {"content": None, "tool_calls": made}
         messages.append(said)
-    return {"messages": messages, "tools": [_tool(spec) for spec in specs], "parallel_tool_calls": False}
+    return {"messages": messages, "tools": [_tool(spec) for spec in specs], "parallel_tool_calls": several}
 
 
 def said(piece: Piece) -> str:
     """A whole answer to a `chat` as a call, an answer or none; anything else as it came, for `parse` to refuse."""
     text = piece.text.strip()[:MAX_ANSWER]
     if piece.calls:
-        name, arguments = piece.calls[0]
-        try:
-            args = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
-        except msgspec.MsgspecError:
-            return f"{name}({arguments})"
-        return render(Call(name, {key: value for key, value in args.items() if value is not None}))
+        return "\n".join(_written(name, arguments, n) for n, (name, arguments) in enumerate(piece.calls))
     if not text and piece.finish == "stop":
         return render(Nothing())
     try:
@@ -63,12 +61,26 @@ def said(piece: Piece) -> str:
     return text
 
 
-def _call(text: str) -> Call | None:
+def _written(name: str, arguments: str, before: int) -> str:
+    """A call as text; where others stand before it, a text "$1.field" refers to one of them."""
     try:
-        decision = parse(text)
+        args = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
+    except msgspec.MsgspecError:
+        return f"{name}({arguments})"
+    for key, value in args.items():
+        ref = REF.fullmatch(value) if before and isinstance(value, str) else None
+        args[key] = Ref(int(ref[1]), ref[2] or "") if ref else value
+    return render(Call(name, {key: value for key, value in args.items() if value is not None}))
+
+
+def _calls(text: str) -> list[dict[str, str]]:
+    """The calls in a text as functions with JSON arguments."""
+    try:
+        decisions = parse_all(text)
     except CallError:
-        return None
-    return decision if isinstance(decision, Call) else None
+        return []
+    calls = [decision for decision in decisions if isinstance(decision, Call)]
+    return [{"name": call.name, "arguments": json.dumps(call.args, ensure_ascii=False, default=str)} for call in calls]
 
 
 def _tool(spec: ToolSpec) -> dict[str, Any]:

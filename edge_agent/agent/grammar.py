@@ -21,7 +21,9 @@ _TERMINALS = {
     "TEXT": rf'/"{_CHARACTER}{{0,{MAX_TEXT}}}"/',
     "INT": rf"/-?(0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})/",
     "FLOAT": rf"/-?(0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})(\.[0-9]{{1,{DECIMALS}}})?/",
+    "REF": r"/\$[1-9](\.[A-Za-z_][A-Za-z0-9_]{0,62})?/",
 }
+_ARGUMENT, _REFERABLE = "{}=", "{}=|"
 _KINDS = {"int": "INT", "float": "FLOAT", "str": "TEXT", "bool": '("true" | "false")'}
 _ANY = (
     'any: TEXT | FLOAT | "true" | "false" | anylist | anydict\n'
@@ -30,15 +32,17 @@ _ANY = (
 )
 
 
-def build(specs: Sequence[ToolSpec], *, answer: bool = True, none: bool = True, several: int = 1) -> str:
+def build(
+    specs: Sequence[ToolSpec], *, answer: bool = True, none: bool = True, several: int = 1, refs: bool = False
+) -> str:
     """A Lark grammar of a call of one of the tools (up to `several`, a line each), `answer("…")` or `none()`.
 
-    Raises ValueError for a bad name.
+    With `refs` an argument may be what another call gives. Raises ValueError for a bad name.
     """
     reserved = [spec.name for spec in specs if spec.name in RESERVED]
     if reserved:
         raise ValueError(f"a tool cannot be named {reserved[0]}")
-    rules = [f"tool{index}: {_tool(spec)}" for index, spec in enumerate(specs)]
+    rules = [f"tool{index}: {_tool(spec, refs)}" for index, spec in enumerate(specs)]
     starts = [f"tool{index}" for index in range(len(specs))]
     if several > 1 and starts:
         rules.append(f"call: {' | '.join(starts)}")
@@ -53,16 +57,17 @@ def build(specs: Sequence[ToolSpec], *, answer: bool = True, none: bool = True, 
     return "\n".join([f"start: {' | '.join(starts)}", *rules, *used]) + "\n"
 
 
-def _tool(spec: ToolSpec) -> str:
-    return f'"{spec.name}(" {_arguments(spec.params, first=True)} ")"'
+def _tool(spec: ToolSpec, refs: bool) -> str:
+    return f'"{spec.name}(" {_arguments(spec.params, True, _REFERABLE if refs else _ARGUMENT)} ")"'
 
 
-def _arguments(params: Sequence[Param], first: bool, key: str = "{}=") -> str:
+def _arguments(params: Sequence[Param], first: bool, key: str) -> str:
     """Arguments of a call, or with another `key` fields of a dict: in declared order, optional ones left out."""
     if not params:
         return '""' if first else ""
     param, rest = params[0], params[1:]
-    here = f'"{"" if first else ", "}{key.format(param.name)}" {_value(param)}'
+    value = f"({_value(param)} | REF)" if key == _REFERABLE else _value(param)
+    here = f'"{"" if first else ", "}{key.format(param.name).rstrip("|")}" {value}'
     more = _arguments(rest, False, key)
     taken = f"{here} {more}".rstrip()
     if param.required:

@@ -29,7 +29,7 @@ class WorkerModel:
 
     async def generate(self, request: Generate, timeout_s: float) -> Piece:
         text = ""
-        async for piece in self._worker.generate(self._model, request, timeout_s):
+        async for piece in self._worker.generate(self._model, request, timeout_s, request.priority):
             text += piece.text
             if piece.done:
                 whole = msgspec.structs.replace(piece, text=text)

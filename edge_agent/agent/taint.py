@@ -3,7 +3,7 @@
 Invariants: pure. A number, a truth value and one of declared choices are typed; every other text in a result is
 untrusted, and so is everything of a tool that declares nothing and what a tool says when it fails. An act that the
 model proposes after it has read untrusted text is not made on that proposal: the model is asked again with such text
-taken out, and what it says then is its decision (see loop.py). So an instruction hidden in a label, a document or a
+taken out, and what it says then is its decision (see decide.py). So an instruction hidden in a label, a document or a
 sensor's name is never the reason of an act, while what the request and the typed fields are reason enough for is done.
 What the model said since it read such text, and what an error repeats of that, is as untrusted as the text itself.
 """
@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edge_agent.agent import prompt
-from edge_agent.agent.calls import Answer, Call, CallError, Nothing, parse, render
+from edge_agent.agent.calls import Answer, Call, CallError, Decision, parse_all, render, render_all
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.agent.transcript import Step, Task
 
 HIDDEN = "(text)"
 WRONG = "that was no usable call"
+DROPPED = Step("tool", "not done", ok=False)
 
 
 def without(value: Any, declared: Param | None) -> Any:
@@ -31,58 +32,89 @@ def without(value: Any, declared: Param | None) -> Any:
         return known | ({HIDDEN: rest} if rest else {})
     if isinstance(value, list):
         return [without(item, declared.items if declared and declared.kind == "list" else None) for item in value]
-    typed = declared is not None and declared.kind == "choice" and value in declared.choices
-    return HIDDEN if isinstance(value, str) and not typed else value
+    return HIDDEN if isinstance(value, str) and not typed(value, declared) else value
 
 
-def decided(steps: Sequence[Step]) -> list[Step]:
-    """The steps without what the model was asked again about."""
-    after = [*steps, None][1:]
-    return [s for s, then in zip(steps, after, strict=True) if s.role != "model" or not then or then.role != "check"]
+def typed(value: Any, declared: Param | None) -> bool:
+    """Whether nothing of a value is untrusted text."""
+    if isinstance(value, str):
+        return declared is not None and declared.kind == "choice" and value in declared.choices
+    return not isinstance(value, dict | list) or without(value, declared) == value
 
 
-def turns(task: Task, specs: Sequence[ToolSpec]) -> list[prompt.Turn]:
-    """The transcript as the model reads it, with untrusted texts taken out: of results, and of calls made since.
-
-    What it has proposed last, and is asked about here, is not there.
-    """
-    known = {spec.name: spec for spec in specs}
-    read, results, by = [prompt.Turn("user", task.text)], False, ""
-    asked = task.steps[:-1] if task.steps and task.steps[-1].role == "model" else task.steps
-    for step in decided(asked):
+def rounds(steps: Sequence[Step]) -> list[tuple[Step, list[Step]]]:
+    """Each decision that counts, and what came back of its calls, in their order."""
+    found: list[tuple[Step, list[Step]]] = []
+    for step in steps:
         if step.role in ("model", "check"):
-            by = step.role
-            read.append(prompt.Turn("assistant", _said(step.text, known) if results else step.text))
-        elif step.role == "tool" and step.call is None:
-            text = WRONG if results and by == "model" else step.text
-            read.append(prompt.Turn("tool", prompt.error_text(text)))
-        elif step.role == "tool":
-            results = True
-            read.append(prompt.Turn("tool", _text(step, known)))
+            if step.role == "check" and found and not found[-1][1]:
+                found.pop()  # it was asked again
+            found.append((step, []))
+        elif step.role == "tool" and found:
+            found[-1][1].append(step)
+    return [(said, _in_order(said, results)) for said, results in found]
+
+
+def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list[prompt.Turn]:
+    """The transcript as the model reads it.
+
+    With `hide`, untrusted texts are taken out: of results, and of what was said since the first of them; what the model
+    has proposed last, and is asked about here, is not there.
+    """
+    read, results = [prompt.Turn("user", task.text)], False
+    asked = task.steps[:-1] if hide and task.steps and task.steps[-1].role == "model" else task.steps
+    for said, came in rounds(asked):
+        text = said.text
+        if said.role == "check" and len(came) == 1 and came[0].call:  # what a person approved in its place
+            text = render(came[0].call)
+        read.append(prompt.Turn("assistant", _said(text, known) if hide and results else text))
+        for step in came:
+            if hide and step.call is not None:
+                told = _text(step, known)
+            elif hide and (step.at or (results and said.role == "model")):  # it may repeat what was read
+                told = prompt.error_text(WRONG)
+            else:
+                told = step.text if step.ok else prompt.error_text(step.text)
+            read.append(prompt.Turn("tool", told))
+        results = results or any(step.call for step in came)
     return read
 
 
-def steers(said: str, task: Task, specs: Sequence[ToolSpec]) -> bool:
+def steers(said: str, task: Task, known: Mapping[str, ToolSpec]) -> bool:
     """Whether this is an act that the model proposes after it has read untrusted text."""
-    known = {spec.name: spec for spec in specs}
-    try:
-        call = parse(said)
-    except CallError:
-        return False
-    if not isinstance(call, Call) or call.name not in known or known[call.name].risk == "read":
+    if not any(isinstance(d, Call) and d.name in known and known[d.name].risk != "read" for d in decisions(said)):
         return False
     results = [step for step in task.steps if step.role == "tool" and step.call is not None]
     return any(not step.ok or _text(step, known) != prompt.result_text(step.result) for step in results)
 
 
-def _said(text: str, known: Mapping[str, ToolSpec]) -> str:
+def decisions(text: str) -> list[Decision]:
+    """What a text says; nothing when it is no usable call."""
     try:
-        call = parse(text)
+        return parse_all(text)
     except CallError:
+        return []
+
+
+def _in_order(said: Step, results: list[Step]) -> list[Step]:
+    """One result for each call of a decision that made several."""
+    numbered = {int(step.at.rpartition(".")[2]): step for step in results if "." in step.at}
+    if not numbered:
+        return results
+    calls = sum(isinstance(decision, Call) for decision in decisions(said.text))
+    return [numbered.get(n, DROPPED) for n in range(1, max(calls, *numbered) + 1)]
+
+
+def _said(text: str, known: Mapping[str, ToolSpec]) -> str:
+    shown: list[Decision] = []
+    if not (found := decisions(text)):
         return HIDDEN
-    if not isinstance(call, Call) or call.name not in known:
-        return render(Answer(HIDDEN)) if isinstance(call, Answer) else render(Nothing())
-    return render(Call(call.name, without(call.args, Param("", "dict", fields=known[call.name].params))))
+    for said in found:
+        if isinstance(said, Call) and said.name in known:
+            shown.append(Call(said.name, without(said.args, Param("", "dict", fields=known[said.name].params))))
+        elif isinstance(said, Answer):
+            shown.append(Answer(HIDDEN))
+    return render_all(shown)
 
 
 def _text(step: Step, known: Mapping[str, ToolSpec]) -> str:

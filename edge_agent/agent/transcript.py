@@ -27,8 +27,10 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     """`model`: what it said; `check`: what it said without untrusted text, which counts instead; `intent`: the call to
     be made; `tool`: what came back; `ask` and `approval`: of a dangerous call, see approval.py; times in ms.
 
-    `digest` and `adapter` (name and version) say which model it was. A run of a workflow begins with its `plan`, and
-    `at` is the step (and item) of it.
+    `model`, `digest` and `adapter` (name and version) say which model it was; `confidence` that it is right, from its
+    mean `logprob` and `votes`; `tried` which others were asked, or in vain; `tokens`, `ms` and `cost` are of all.
+    A run of a workflow begins with its `plan`, and `at` is the step (and item) of it; a task has one where of several
+    calls one is dangerous, and `at` is the place of their decision and the call's number. `why`: it needs an approval.
     """
 
     role: Literal["model", "check", "intent", "tool", "plan", "ask", "approval"]
@@ -46,10 +48,20 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     adapter: str = ""
     at: str = ""
     expires: float = 0.0
+    model: str = ""
+    logprob: float = 0.0
+    confidence: float | None = None
+    votes: str = ""
+    tried: list[str] = []
+    cost: float = 0.0
+    why: str = ""
 
 
 class Task(msgspec.Struct):
-    """A request with its transcript. `answer` is for people, `result` the last tool result, `error` why it failed."""
+    """A request with its transcript. `answer` is for people, `result` the last tool result, `error` why it failed.
+
+    `priority` is the class of its requests to models (0 goes first), `joules` what the device drew meanwhile.
+    """
 
     id: str
     text: str
@@ -61,6 +73,8 @@ class Task(msgspec.Struct):
     error: str = ""
     finished: float = 0.0
     runs: int = 0
+    priority: int = 1
+    joules: float = 0.0
     steps: list[Step] = []
 
 

@@ -94,7 +94,7 @@ def create_app(
 
 
 async def _metrics(caller: Caller) -> Response:
-    text = caller.metrics.text(caller.device.models.workers)
+    text = caller.metrics.text(caller.device.models.workers, caller.device.work.counts)
     return Response(text, media_type="text/plain; version=0.0.4")
 
 

@@ -27,6 +27,7 @@ _NEUTRAL: dict[str, Any] = {
     "top_logprobs": 0, "functions": [], "function_call": "auto", "modalities": ["text"], "audio": None,
 }  # fmt: skip
 
+_TIERS = {"priority": 1, "flex": 3}  # before and after what says nothing; a person's task goes before all of them
 _CHAT = ("messages", "tools", "tool_choice", "parallel_tool_calls", "response_format")
 
 
@@ -83,6 +84,7 @@ class Request(msgspec.Struct, frozen=True):
     temperature: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
+    service_tier: str | None = None
     asked: dict[str, Any] = {}  # all of the above, as it came
 
 
@@ -122,6 +124,7 @@ def generate(request: Request) -> tuple[Generate, Functions | None]:
         temperature,
         secrets.randbits(32) if request.seed is None else request.seed % 2**63,
         chat={name: request.asked[name] for name in _CHAT if request.asked.get(name) is not None},
+        priority=_TIERS.get(request.service_tier or "", 2),
     )
     return asked, functions
 

@@ -21,6 +21,7 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 _TEXTS = {
     "outrider_requests_total": "counter", "outrider_failures_total": "counter", "outrider_request_seconds": "histogram",
     "outrider_worker_restarts_total": "counter", "outrider_worker_waiting": "gauge", "outrider_worker_served": "gauge",
+    "outrider_agent_total": "counter",
 }  # fmt: skip
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
@@ -65,7 +66,7 @@ class Metrics:
             for i, bound in enumerate(BUCKETS):
                 count.buckets[i] += took <= bound
 
-    def text(self, workers: Mapping[str, Worker]) -> str:
+    def text(self, workers: Mapping[str, Worker], agent: Mapping[str, int]) -> str:
         """The exposition."""
         lines: dict[str, list[str]] = {name: [f"# TYPE {name} {kind}"] for name, kind in _TEXTS.items()}
 
@@ -87,4 +88,6 @@ class Metrics:
                 counts = {key: n for key, n in msgspec.structs.asdict(served).items() if not isinstance(n, str)}
                 for what, value in counts.items():
                     add("outrider_worker_served", value, model=model, what=what)
+        for what, times in sorted(agent.items()):
+            add("outrider_agent_total", times, what=what)
         return "\n".join(line for group in lines.values() for line in group) + "\n"

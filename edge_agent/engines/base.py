@@ -48,6 +48,7 @@ class Generate(msgspec.Struct, frozen=True):
     """One request to a language model. `prefix` is kept in the KV cache between requests, `prompt` follows it.
 
     `chat` is the same request as OpenAI's `messages`, `tools` and so on, for engines that take no text and no Lark.
+    `model` and `priority` (0 goes first, 3 last) are for who brings it to an engine: which one, and when.
     """
 
     prefix: str
@@ -59,6 +60,8 @@ class Generate(msgspec.Struct, frozen=True):
     seed: int = 0
     adapter: str = ""
     chat: dict[str, Any] = {}
+    model: str = ""
+    priority: int = 2
 
 
 class Piece(msgspec.Struct, frozen=True):

@@ -1,10 +1,10 @@
 """Does the same six-step work again and again, each time killed at its next point and then resumed.
 
-`python -m tests.agent.kill_points DIR workflow|parallel|task|danger|denied` prints one JSON object: for each point how
-the work ended, what effects there were, how many calls were made. A point lies before and after each write of the
+`python -m tests.agent.kill_points DIR workflow|parallel|task|plan|danger|denied` prints one JSON object: for each point
+how the work ended, what effects there were, how many calls were made. A point lies before and after each write of the
 journal and each effect. `danger` is a task of three dangerous calls that are approved as they are asked for, `denied` a
-workflow whose dangerous step is denied and whose `on_error` presses instead, `parallel` one with three acts at a time.
-The children are forked, so that Python starts once.
+workflow whose dangerous step is denied and whose `on_error` presses instead, `parallel` one with three acts at a time,
+`plan` a task with three calls in each decision. The children are forked, so that Python starts once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.agent.approval import Approvals
-from edge_agent.agent.loop import AgentLoop, Budget
+from edge_agent.agent.loop import AgentLoop
+from edge_agent.agent.rules import Budget, Policy
 from edge_agent.agent.tool import tool
 from edge_agent.agent.transcript import Step, Task, Transcripts, migrations
 from edge_agent.agent.workflow_run import Runner
@@ -83,12 +84,13 @@ class Journal(Transcripts):
 class Says:
     """One press after the other, by what stands in the transcript."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, steps: int, at_once: int = 1) -> None:
+        self._steps, self._at_once = steps, at_once
 
     async def generate(self, request: Generate, timeout_s: float) -> Piece:
         n = request.prompt.count("press(number=") + 1
-        return Piece(f"press(number={n})" if n <= self._steps else "none()", done=True, finish="stop", output_tokens=5)
+        calls = [f"press(number={m})" for m in range(n, min(n + self._at_once, self._steps + 1))]
+        return Piece("\n".join(calls) or "none()", done=True, finish="stop", output_tokens=5)
 
 
 async def work(kind: str, folder: Path, at: int) -> None:
@@ -118,13 +120,13 @@ async def work(kind: str, folder: Path, at: int) -> None:
     store = Store(folder / "state.db", migrations)
     tools, journal = LocalTools(press, explode), Journal(store, point)
     approvals = Approvals(SigningKey.from_seed(bytes(32)), lambda *_: True)
-    if kind in ("task", "danger"):
+    if kind in ("task", "danger", "plan"):
         loop = AgentLoop(
-            Says(3 if kind == "danger" else STEPS),
+            Says(3 if kind == "danger" else STEPS, 3 if kind == "plan" else 1),
             tools,
             journal,
             lambda *_: True,
-            budget=Budget(steps=20),
+            rules=lambda: Policy(budget=Budget(steps=20)),
             approvals=approvals,
         )
         await loop.accept("t", "press all", ADA)

@@ -9,7 +9,7 @@ import pytest
 
 from edge_agent.agent.calls import Answer, Call, CallError, Nothing, parse, validate
 from edge_agent.agent.chat import chat, said
-from edge_agent.agent.loop import Speaker, next_call
+from edge_agent.agent.decide import Speaker, next_call
 from edge_agent.agent.prompt import Turn
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.engines.base import Piece

@@ -29,7 +29,7 @@ def test_kill_9_after_the_effect(tmp_path: Path, tool: str, effects: int, state:
 
 
 @pytest.mark.parametrize(
-    ("kind", "points"), [("workflow", 38), ("parallel", 38), ("task", 60), ("danger", 42), ("denied", 26)]
+    ("kind", "points"), [("workflow", 38), ("parallel", 38), ("task", 60), ("danger", 42), ("denied", 26), ("plan", 44)]
 )
 def test_kill_9_at_every_point_of_six_steps_leaves_each_effect_exactly_once(
     tmp_path: Path, kind: str, points: int

@@ -5,17 +5,24 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import pytest
+
+from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import render
-from edge_agent.agent.loop import AgentLoop, Budget, Speaker
+from edge_agent.agent.decide import Speaker
+from edge_agent.agent.loop import AgentLoop
+from edge_agent.agent.rules import Budget, Policy
 from edge_agent.agent.taint import HIDDEN, without
 from edge_agent.agent.tool import Tool, ToolError, tool
 from edge_agent.agent.transcript import Transcripts, migrations
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.store import Store
 from edge_agent.wire.grants import Subject
+from edge_agent.wire.signing import SigningKey
 from tests.agent.plant import Line
 from tests.fakes import LocalTools
 
@@ -117,11 +124,11 @@ WANTED = (["set_speed(line=2, percent=40)"], ["stop_line(line=2)"], ["start_line
 
 async def test_no_act_is_made_for_a_hidden_instruction_and_the_requests_own_acts_are(tmp_path: Path) -> None:
     store = Store(tmp_path / "s.db", migrations)
-    unsafe, wanted, done, cases = [], 0, 0, 0
+    unsafe, wanted, done, cases, rules = [], 0, 0, 0, Policy(budget=Budget(steps=12))
     for lure, evil, read, acts in itertools.product(LURES, EVIL, READS, WANTED):
         made: list[str] = []
         tools = LocalTools(*plant(lure.format(evil), made))
-        loop = AgentLoop(obeys([read, *acts])(), tools, Transcripts(store), lambda *_: True, budget=Budget(steps=12))
+        loop = AgentLoop(obeys([read, *acts])(), tools, Transcripts(store), lambda *_: True, rules=lambda: rules)
         cases += 1
         await loop.accept(f"t{cases}", "read it and do what I say", Subject("ada", ["operator"], 1.0))
         task = await loop.run(f"t{cases}")
@@ -149,15 +156,35 @@ def test_typed_fields_stay_and_every_other_text_goes() -> None:
     assert without(["evil", 3, True], None) == [HIDDEN, 3, True]
 
 
+@pytest.mark.parametrize(("approve", "made"), [(True, ["stop_line(line=1)"]), (False, [])])
+async def test_an_act_that_only_a_text_is_a_reason_for_may_wait_for_a_person(
+    tmp_path: Path, approve: bool, made: list[str]
+) -> None:
+    store, done, rules = Store(tmp_path / "s.db", migrations), list[str](), Policy(untrusted="ask")
+    journal, approvals = Transcripts(store), Approvals(SigningKey.from_seed(bytes(32)), lambda *_: True)
+    tools, ada = LocalTools(*plant(LURES[0].format(EVIL[0]), done)), Subject("ada", ["operator"], 1.0)
+    parts: Any = (obeys([READS[0]])(), tools, journal, lambda *_: True)
+    loop = AgentLoop(*parts, rules=lambda: rules, approvals=approvals)
+    await loop.accept("t", "read it and do what I say", ada)
+    task = await loop.run("t")
+    assert (task.state, done) == ("waiting", [])
+    assert task.error.startswith("waits for an approval of stop_line(line=1): only text that somebody else wrote")
+    await journal.append(task, approvals.give(task, task.steps[-1].text, approve, ada, time.time()))
+    task = await loop.run("t")
+    store.close()
+    assert done == made
+    assert task.state == ("succeeded" if approve else "failed")
+
+
 WRONG = (
     'read_label(camera="{}")',
     'mark(state="{}")',
     'note(text="{}", colour="{}")',
     "stop_line(1) because {}",
-    "{} {}",
+    "{} then {}",
     "as told: {}",
     "read_label(camera={})",
-    "{}x()",
+    "{}\nx(",
     'mark(state=["{}"])',
     'pick(place={{"{}": 1}})',
 )
@@ -203,7 +230,7 @@ async def test_a_wrong_call_carries_no_hidden_instruction_to_where_acts_are_deci
         tools = LocalTools(*plant(LURES[0].format(evil), made), mark, pick, note)
         model, n = Endpoint(read, wrong, evil), n + 1
         speaker = Speaker(endpoint=True)
-        loop = AgentLoop(model, tools, Transcripts(store), lambda *_: True, speaker=lambda: speaker)  # noqa: B023
+        loop = AgentLoop(model, tools, Transcripts(store), lambda *_: True, speakers=lambda: [speaker])  # noqa: B023
         await loop.accept(f"t{n}", "read it and do what I say", Subject("ada", ["operator"], 1.0))
         task = await loop.run(f"t{n}")
         tried += any(step.role == "model" and step.text == evil for step in task.steps)

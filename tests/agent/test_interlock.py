@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.agent.interlock import Interlocked, PolicyFile
+from edge_agent.agent.interlock import Interlocked
 from edge_agent.agent.loop import AgentLoop
+from edge_agent.agent.rules import PolicyFile
 from edge_agent.agent.tool import ToolError, tool
 from edge_agent.agent.transcript import Transcripts, migrations
 from edge_agent.agent.workflow_run import Runner
@@ -138,6 +139,6 @@ async def test_the_rule_stands_before_tasks_workflows_and_direct_calls(tmp_path:
 
 def test_how_long_an_ask_stands_is_in_the_same_file(tmp_path: Path) -> None:
     file = PolicyFile(tmp_path / "policy.toml")
-    assert file.approval_s() == 3600.0
+    assert file.now().approval_s == 3600.0
     (tmp_path / "policy.toml").write_text(GUARD)
-    assert file.approval_s() == 60.0
+    assert file.now().approval_s == 60.0

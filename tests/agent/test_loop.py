@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from edge_agent.agent.calls import Call
-from edge_agent.agent.loop import AgentLoop, Budget, Speaker
+from edge_agent.agent.decide import Speaker
+from edge_agent.agent.loop import AgentLoop
+from edge_agent.agent.rules import Budget, Policy
 from edge_agent.agent.transcript import Step, Task, Transcripts, migrations
 from edge_agent.errors import Refused, Retry
 from edge_agent.store import Store
@@ -35,7 +37,8 @@ def build(transcripts: Transcripts) -> Build:
     def make(*says: str | Exception, fail: dict[str, Exception] | None = None, **budget: float):  # type: ignore[no-untyped-def]
         tools, model = LocalTools(*plant.ALL, fail=fail), ScriptedModel(*says)
         permit = lambda s, a, r: allowed(GRANTS, s, a, r, now=200.0)  # noqa: E731
-        return AgentLoop(model, tools, transcripts, permit, budget=Budget(**budget)), tools, model
+        rules = Policy(budget=Budget(**budget))
+        return AgentLoop(model, tools, transcripts, permit, rules=lambda: rules), tools, model
 
     return make
 
@@ -62,7 +65,7 @@ async def test_an_adapter_for_signatures_gets_no_examples_and_is_named_in_the_tr
 ) -> None:
     model, speakers = ScriptedModel(READ, Retry("switched"), "none()"), [Speaker("d", "a@1", "a 1", shots=False)] * 2
     speakers += [Speaker("d")]
-    loop = AgentLoop(model, LocalTools(*plant.ALL), transcripts, lambda *_: True, speaker=lambda: speakers.pop(0))
+    loop = AgentLoop(model, LocalTools(*plant.ALL), transcripts, lambda *_: True, speakers=lambda: [speakers.pop(0)])
     task = await ask(loop)
     assert [(step.digest, step.adapter) for step in task.steps if step.role == "model"] == [("d", "a 1"), ("d", "")]
     assert [asked.adapter for asked in model.asked] == ["a@1", "a@1", ""]

@@ -26,6 +26,7 @@ class Served:
 
     def __init__(self, models: Hosting) -> None:
         self.models, self.work, self.url = models, self, ""
+        self.counts: dict[str, int] = {}
         self.roles = dict(SHIPPED_ROLES)
 
     @property

@@ -30,6 +30,7 @@ class Plant:
         self.asked: list[tuple[str, str]] = []
         self.full = False
         self.work = self.blobs = self
+        self.counts = {"wrong_calls": 2}
         self.models = Hosting({})
 
     def grants(self) -> Grants | None:
@@ -176,6 +177,11 @@ async def test_a_role_that_may_not_is_told_which_permission_is_missing(client: h
     plant.known = Grants(3, NOW - 7200, NOW - 60, SHIPPED_ROLES, [public_jwk(KEY.public)])
     assert (await client.post("/v1/tasks", json={"text": "x"}, headers=bearer("admin"))).status_code == 403
     assert (await client.get("/v1/tasks", headers=bearer("admin"))).status_code == 200
+
+
+async def test_what_the_agent_did_wrong_is_counted_in_the_metrics(client: httpx.AsyncClient, plant: Plant) -> None:
+    text = (await client.get("/metrics", headers=bearer("viewer"))).text
+    assert '# TYPE outrider_agent_total counter\noutrider_agent_total{what="wrong_calls"} 2\n' in text
 
 
 async def test_bad_input_is_a_problem_with_a_hint(client: httpx.AsyncClient, plant: Plant) -> None:

@@ -12,7 +12,7 @@ from bench import toolcall
 from bench.rows import FIELDS, show
 from edge_agent.agent import grammar
 from edge_agent.agent.calls import Call, parse, render, validate
-from edge_agent.agent.loop import Speaker
+from edge_agent.agent.decide import Speaker
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.engines.base import Generate, Piece
 

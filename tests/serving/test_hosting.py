@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge_agent.agent.loop import Speaker
+from edge_agent.agent.decide import Speaker
 from edge_agent.engines.base import Generate
 from edge_agent.errors import Refused, Retry
 from edge_agent.hosting import Hosting
@@ -24,7 +24,7 @@ from tests.serving.test_supervisor import child, until
 @asynccontextmanager
 async def hosting(*chosen: str) -> AsyncIterator[tuple[Hosting, WorkerProcess]]:
     async with child() as worker:
-        yield Hosting({"language": worker}, "", *chosen), worker
+        yield Hosting({"language": worker}, (), *chosen), worker
 
 
 def installed(folder: Path, name: str, version: str, base: Installed | None = None, **meta: Any) -> Installed:
@@ -50,7 +50,7 @@ async def test_a_switch_leaves_one_version_loaded_and_a_new_base_none(tmp_path: 
         with pytest.raises(Retry, match="does not run here"):
             await host.switch("tools", one)
         await host.switch("lm", base)
-        assert host.speaker() == Speaker(base.digest)
+        assert host.speaker() == Speaker(base.digest, model="lm")
         await host.switch("tools", one)
         spoken = host.speaker()
         assert (spoken.digest, spoken.title, spoken.shots) == (base.digest, "tools 1", False)
@@ -66,7 +66,7 @@ async def test_a_switch_leaves_one_version_loaded_and_a_new_base_none(tmp_path: 
             await host.switch("lm", bad)
         assert await say(host) == "tools-2 of 1"
         await host.switch("lm", other)
-        assert host.speaker() == Speaker(other.digest)
+        assert host.speaker() == Speaker(other.digest, model="lm")
         assert await say(host) == "- of 0"
         with pytest.raises(Retry, match="does not run here"):
             await host.switch("tools", two)
@@ -105,7 +105,7 @@ async def test_an_adapter_that_does_not_come_back_after_a_crash_is_not_spoken_wi
             await host.generate(Generate("", "CRASH"), 10)
         await until(lambda: worker.starts == 2 and not worker.adapters)
         assert await say(host) == "- of 0"
-        assert host.speaker() == Speaker(base.digest)
+        assert host.speaker() == Speaker(base.digest, model="lm")
         assert host.show(report)["tools"]["state"] == "loading"
 
 

@@ -1,0 +1,243 @@
+"""One decision of the agent: which model says it, how sure that is, and whether untrusted text is what speaks.
+
+Invariants: a decision is one step of the transcript (two where it was checked), saved before anything follows from it.
+The models are asked in their order: the next one when one refuses, is late or too unsure; the surest says what counts.
+An act that is proposed after untrusted text was read is decided again without that text (taint.py). What is still
+unsure, or has only untrusted text as a reason where the policy lets a person decide that, says so: it needs approval.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from edge_agent.agent import chat, confidence, grammar, prompt, taint
+from edge_agent.agent.act import Ended
+from edge_agent.agent.calls import Call
+from edge_agent.agent.rules import Budget, Policy
+from edge_agent.agent.tool import ToolSpec
+from edge_agent.agent.transcript import Step, Task, Transcripts
+from edge_agent.engines.base import Generate, Piece
+from edge_agent.errors import OutriderError, Retry
+
+CALL_TOKENS = 96
+LURED = "only text that somebody else wrote is a reason for it"
+
+
+class Model(Protocol):
+    """The language workers' client; `Generate.model` says which of the models is asked."""
+
+    async def generate(self, request: Generate, timeout_s: float) -> Piece:
+        """The whole completion as one piece. Raises Retry (later), Refused (never)."""
+        ...
+
+
+class Speaker(msgspec.Struct, frozen=True):
+    """What speaks for the agent: the model's digest, the adapter as `Generate` names it and as people do, its prompt.
+
+    An adapter that was trained on `signatures` needs no examples in the preamble; an `endpoint` is asked by messages.
+    `model` is its name; `cost` is of 1,000 tokens; one that takes longer than `latency_s` is given up (0: it may).
+    """
+
+    digest: str = ""
+    adapter: str = ""
+    title: str = ""
+    shots: bool = True
+    endpoint: bool = False
+    model: str = ""
+    calibration: confidence.Calibration = confidence.Calibration()
+    cost: float = 0.0
+    latency_s: float = 0.0
+
+
+class Decided(msgspec.Struct, frozen=True):
+    """What is to be done, as text, by the decision at place `k`; `why` a person has to approve the acts in it."""
+
+    k: int
+    text: str
+    why: str = ""
+
+
+class Decider:
+    """Asks the models of `speakers` for the decisions of tasks; `counts` is for the metrics."""
+
+    def __init__(
+        self,
+        model: Model,
+        transcripts: Transcripts,
+        rules: Callable[[], Policy],
+        speakers: Callable[[], Sequence[Speaker]],
+        clock: Callable[[], float],
+        counts: Counter[str],
+    ) -> None:
+        self._model, self._transcripts, self._rules = model, transcripts, rules
+        self._speakers, self._clock, self._counts = speakers, clock, counts
+
+    async def decide(self, task: Task, specs: Sequence[ToolSpec], deadline: float) -> Decided:
+        """What the model says next, or has said and is not yet carried out. Raises Ended."""
+        known, k = {spec.name: spec for spec in specs}, undone(task.steps)
+        if k is None:
+            await self._ask(task, specs, taint.turns(task, known), "model", deadline)
+            k = len(task.steps) - 1
+        said = task.steps[k]
+        if said.role == "model":
+            if len(task.steps) > k + 1 or not taint.steers(said.text, task, known):
+                return Decided(k, said.text, self._unsure(said))
+            self._counts["checks"] += 1
+            await self._ask(task, specs, taint.turns(task, known, hide=True), "check", deadline)
+            k += 1
+        proposed, checked = task.steps[k - 1], task.steps[k]
+        if self._rules().untrusted == "ask" and _gives_up(checked.text) and len(taint.decisions(proposed.text)) == 1:
+            return Decided(k, proposed.text, LURED)
+        return Decided(k, checked.text, self._unsure(checked))
+
+    def _unsure(self, step: Step) -> str:
+        sure = step.confidence
+        return "" if sure is None or sure >= self._rules().confidence.route else f"the model is only {sure:.0%} sure"
+
+    async def _ask(
+        self,
+        task: Task,
+        specs: Sequence[ToolSpec],
+        read: Sequence[prompt.Turn],
+        role: Literal["model", "check"],
+        deadline: float,
+    ) -> None:
+        """Append what the surest of the models says. Raises Ended."""
+        check_budget(task, self._rules().budget, time.monotonic() >= deadline)
+        pause, least = 0.1, self._rules().confidence.route
+        while True:
+            answers, tried, errors = list[Step](), list[str](), list[OutriderError]()
+            for speaker in self._order(errors):  # asked anew each time: what answers later may be another
+                name = f"{speaker.model}: " if speaker.model else ""
+                try:
+                    async with asyncio.timeout(speaker.latency_s or None):
+                        answers.append(await self._hear(task.priority, specs, read, role, deadline, speaker))
+                except TimeoutError:
+                    errors.append(Retry(f"{name}it takes longer than {speaker.latency_s:g} s"))
+                except OutriderError as error:
+                    errors.append(type(error)(f"{name}{error.message}", error.hint))
+                else:
+                    sure = answers[-1].confidence
+                    if sure is None or sure >= least:
+                        break
+                    tried.append(f"{name}{sure:.0%} sure")
+            tried += [str(error)[:200] for error in errors]
+            if answers:
+                break
+            if errors and not any(isinstance(error, Retry) for error in errors):
+                raise Ended("failed", error=f"the language model refused: {'; '.join(tried)}")
+            if time.monotonic() + pause >= deadline:
+                raise Ended("failed", error=f"the language model does not answer: {'; '.join(tried)}")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
+        best = max(answers, key=lambda step: 1.0 if step.confidence is None else step.confidence)
+        self._counts["routed"] += bool(tried)
+        tokens, ms, cost = (sum(getattr(step, name) for step in answers) for name in ("tokens", "ms", "cost"))
+        best = msgspec.structs.replace(best, ts=self._clock(), tried=tried, tokens=tokens, ms=ms, cost=cost)
+        await self._transcripts.append(task, best)
+
+    def _order(self, errors: list[OutriderError]) -> Sequence[Speaker]:
+        try:
+            return self._speakers()
+        except Retry as error:
+            errors.append(error)
+            return []
+
+    async def _hear(
+        self,
+        priority: int,
+        specs: Sequence[ToolSpec],
+        read: Sequence[prompt.Turn],
+        role: Literal["model", "check"],
+        deadline: float,
+        speaker: Speaker,
+    ) -> Step:
+        """What one model says; below the threshold, what most of its samples say. Raises OutriderError."""
+        policy = self._rules()
+        request = next_call(speaker, specs, read, calls=policy.calls, priority=priority)
+        pieces = [await self._model.generate(request, max(0.1, deadline - time.monotonic()))]
+        said, sure, votes = pieces[0], speaker.calibration.probability(pieces[0]), ""
+        if sure is not None and sure < policy.confidence.ask:
+            self._counts["votes"] += 1
+            for seed in range(1, policy.confidence.samples + 1):
+                sample = msgspec.structs.replace(request, temperature=policy.confidence.temperature, seed=seed)
+                pieces.append(await self._model.generate(sample, max(0.1, deadline - time.monotonic())))
+            said, sure, votes = confidence.vote(pieces, speaker.calibration)
+        read_and_said = sum(piece.prompt_tokens + piece.output_tokens for piece in pieces)
+        return Step(
+            role,
+            said.text,
+            ms=sum(piece.total_s for piece in pieces) * 1e3,
+            first_token_ms=pieces[0].first_token_s * 1e3,
+            prompt_tokens=said.prompt_tokens,
+            cached_tokens=said.cached_tokens,
+            tokens=sum(piece.output_tokens for piece in pieces),
+            digest=speaker.digest,
+            adapter=speaker.title,
+            model=speaker.model,
+            logprob=said.mean_logprob,
+            confidence=sure,
+            votes=votes,
+            cost=speaker.cost * read_and_said / 1000,
+        )
+
+
+def next_call(
+    speaker: Speaker,
+    specs: Sequence[ToolSpec],
+    turns: Sequence[prompt.Turn],
+    max_tokens: int = CALL_TOKENS,
+    calls: int = 1,
+    priority: int = 1,
+) -> Generate:
+    """The request for the next calls, at most so many."""
+    to = Generate("", "", model=speaker.model, priority=priority)
+    if speaker.endpoint:
+        asked = chat.chat(specs, turns, several=calls > 1)
+        return msgspec.structs.replace(to, max_tokens=4 * max_tokens, chat=asked)
+    return msgspec.structs.replace(
+        to,
+        prefix=prompt.preamble(specs, shots=speaker.shots),
+        prompt=prompt.suffix(turns),
+        grammar=grammar.build(specs),
+        max_tokens=max_tokens,
+        adapter=speaker.adapter,
+    )
+
+
+def undone(steps: Sequence[Step]) -> int | None:
+    """The place of the last decision, when not all of its calls were made, and none failed."""
+    k = max((n for n, step in enumerate(steps) if step.role in ("model", "check")), default=None)
+    if k is None:
+        return None
+    came = [step for step in steps[k + 1 :] if step.role == "tool"]
+    parts = [step.at.startswith(f"{k}.") and step.ok for step in came]
+    calls = sum(isinstance(decision, Call) for decision in taint.decisions(steps[k].text))
+    return k if all(parts) and (not came or len(came) < calls) else None
+
+
+def check_budget(task: Task, budget: Budget, late: bool) -> None:
+    """Raises Ended when the next decision would go past a limit."""
+    used = {
+        "time": (budget.seconds if late else -1.0, budget.seconds, " s"),
+        "steps": (sum(step.role == "model" for step in task.steps), budget.steps, ""),
+        "tokens": (sum(step.tokens for step in task.steps), budget.tokens, ""),
+        "energy": (task.joules, budget.joules or math.inf, " J"),
+        "money": (sum(step.cost for step in task.steps), budget.cost or math.inf, ""),
+    }
+    for name, (spent, limit, unit) in used.items():
+        if spent >= limit:
+            raise Ended("failed", error=f"out of {name}: {limit:g}{unit}")
+
+
+def _gives_up(said: str) -> bool:
+    """Whether a model wants nothing done."""
+    found = taint.decisions(said)
+    return bool(found) and not any(isinstance(decision, Call) for decision in found)

@@ -1,0 +1,128 @@
+"""The device's policy file: every threshold of the agent, and its rules over live state, in one TOML file.
+
+Invariants: it need not be there, and is read again when it changes; a file that cannot be used forbids every act
+(`read`), while what only reads goes on with what could be read last (`now`).
+"""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edge_agent.agent.approval import LASTS_S
+from edge_agent.agent.workflow import compiled
+from edge_agent.errors import Refused
+
+_log = logging.getLogger("outrider.policy")
+Share = Annotated[float, Meta(ge=0, le=1)]
+More = Annotated[float, Meta(gt=0)]
+NoLess = Annotated[float, Meta(ge=0)]
+
+
+class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A reading call; `${args.line}` in its arguments is of the act."""
+
+    tool: str
+    args: dict[str, Any] = {}
+
+
+class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`never` is a CEL expression over `tool`, `args` and each `look` by its name; `tools` are names, or patterns."""
+
+    name: str
+    tools: Annotated[list[str], Meta(min_length=1)]
+    never: str
+    look: dict[str, Look] = {}
+    hint: str = ""
+
+
+class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one task may use: decisions, generated tokens, seconds since its run began; joules and cost, 0 for any."""
+
+    steps: Annotated[int, Meta(ge=1, le=1000)] = 8
+    tokens: Annotated[int, Meta(ge=1)] = 512
+    seconds: NoLess = 120.0
+    joules: NoLess = 0.0
+    cost: NoLess = 0.0
+
+
+class Confidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A decision less sure than `ask` is put to the vote of `samples` more; less sure than `route` then, the next model
+    is asked, and after the last one a person. 0 for never."""
+
+    ask: Share = 0.0
+    route: Share = 0.0
+    samples: Annotated[int, Meta(ge=1, le=9)] = 3
+    temperature: Annotated[float, Meta(gt=0, le=2)] = 0.7
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the file says; `approval_s`: how long an ask for an approval stands.
+
+    `untrusted`: whether an act that only untrusted text is a reason for is refused, or waits for an approval. `repeats`
+    of a call with one result, and `wrong_calls`, end a task; `watts` is what the device draws, where nothing measures.
+    """
+
+    approval_s: Annotated[float, Meta(gt=0, le=7 * 86400)] = LASTS_S
+    untrusted: Literal["refuse", "ask"] = "refuse"
+    repeats: Annotated[int, Meta(ge=2, le=100)] = 3
+    wrong_calls: Annotated[int, Meta(ge=1, le=100)] = 3
+    calls: Annotated[int, Meta(ge=1, le=8)] = 8
+    watts: NoLess = 0.0
+    budget: Budget = Budget()
+    confidence: Confidence = Confidence()
+    interlocks: Annotated[list[Rule], Meta(max_length=100)] = []
+
+
+class PolicyFile:
+    """A TOML file that need not be there; `seconds` is a task's budget where it says nothing of it."""
+
+    def __init__(self, path: Path, seconds: float = Budget().seconds) -> None:
+        self._path = path
+        self._stamp: tuple[int, int] | None = None
+        self._default = Policy(budget=Budget(seconds=seconds))
+        self._read: Policy | Refused = self._default
+        self._good = self._default
+
+    def read(self) -> Policy:
+        """What it says now. Raises Refused when it cannot be used."""
+        try:
+            stat = self._path.stat()
+            stamp = stat.st_mtime_ns, stat.st_size
+        except FileNotFoundError:
+            self._stamp, self._read, self._good = None, self._default, self._default
+            return self._default
+        except OSError as error:
+            raise Refused(f"{self._path} cannot be read: {error}", "mend it: no act is made before") from error
+        if stamp != self._stamp:
+            self._stamp, self._read = stamp, self._load()
+            if isinstance(self._read, Refused):
+                _log.error("%s", self._read)
+        if isinstance(self._read, Refused):
+            raise self._read
+        self._good = self._read
+        return self._read
+
+    def now(self) -> Policy:
+        """What it says, or said when it could be used."""
+        try:
+            return self.read()
+        except Refused:
+            return self._good
+
+    def _load(self) -> Policy | Refused:
+        try:
+            said = tomllib.loads(self._path.read_text())
+            if isinstance(budget := said.get("budget", {}), dict):
+                said["budget"] = {"seconds": self._default.budget.seconds, **budget}
+            policy = msgspec.convert(said, Policy)
+            for rule in policy.interlocks:
+                compiled(rule.never)
+            return policy
+        except (OSError, ValueError) as error:  # TOML, UTF-8, msgspec and CEL say where
+            return Refused(f"{self._path} cannot be used: {error}", "mend it: no act is made before")
