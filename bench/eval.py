@@ -45,6 +45,7 @@ def bfcl(
     adapter: Adapter = DEFAULT,
     threads: Threads = 2,
     wrong: Annotated[Path | None, typer.Option(help="Where wrong development cases go, as JSON lines.")] = None,
+    calibrate: Annotated[Path | None, typer.Option(help="The adapter folder that keeps how sure it may be.")] = None,
     as_json: Json = False,
 ) -> None:
     """BFCL v4's single-turn categories, scored by BFCL's own checker; goes on where it was stopped."""
@@ -53,8 +54,8 @@ def bfcl(
     from models.toolcaller.evaluate import bfcl as data
     from models.toolcaller.evaluate import run
 
-    if wrong and split is not Split.DEV:
-        raise Refused("test cases are never shown", "use --wrong with --split dev")
+    if (wrong or calibrate) and split is not Split.DEV:
+        raise Refused("test cases are never shown, nor calibrated on", "use --split dev")
     cache = default_cache()
     wheel = data.fetch_wheel(cache)
     cases = [case for name in category or data.PUBLISHED for case in data.cases(wheel, name, split.value, limit)]
@@ -68,6 +69,10 @@ def bfcl(
         digest = engine.info.digest[:12]
     if wrong:
         _write(wrong, run.wrong(results, cases))
+    if calibrate:
+        from models.toolcaller.evaluate.calibrate import calibration, keep
+
+        keep(calibrate, calibration(results))
     show(({**row, "model": digest, "adapter": loaded} for row in run.rows(results, split.value)), as_json)
 
 

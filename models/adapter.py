@@ -39,7 +39,10 @@ PROBES = (prompt.preamble(_SPECS, shots=False) + _ASKED, PROBE_PROMPT)
 
 
 class Description(msgspec.Struct, frozen=True):
-    """What adapter.json says. `base`: content digest of the base model; `task`: by default `tools` for `signatures`."""
+    """What adapter.json says. `base`: content digest of the base model; `task`: by default `tools` for `signatures`.
+
+    `calibration`: how sure a decision of so and so probability is (see toolcaller/evaluate/calibrate.py).
+    """
 
     base: str
     rank: int = 0
@@ -47,6 +50,7 @@ class Description(msgspec.Struct, frozen=True):
     task: str | None = None
     version: str = "1"
     license: str = ""
+    calibration: dict[str, Any] = {}
 
 
 def shipped() -> dict[str, Path]:
@@ -81,7 +85,7 @@ def package_adapter(
     digest = content_digest(files)
     task = about.task if about.task is not None else TOOLS if about.prompt == "signatures" else ""
     meta = {"base": base, "base_digest": about.base, "task": task, "prompt": about.prompt, "rank": about.rank}
-    meta |= {"content_digest": digest}
+    meta |= {"content_digest": digest} | ({"calibration": about.calibration} if about.calibration else {})
     precisions = {"float16": {"bytes": sum(entry.size for entry in files)}}
     version = version or f"{about.version}+{digest[:8]}"
     try:

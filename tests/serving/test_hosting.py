@@ -11,7 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from edge_agent.agent.confidence import Calibration
 from edge_agent.agent.decide import Speaker
+from edge_agent.config import Route, Settings
 from edge_agent.engines.base import Generate
 from edge_agent.errors import Refused, Retry
 from edge_agent.hosting import Hosting
@@ -89,6 +91,29 @@ async def test_the_task_or_the_configuration_chooses_the_adapter(tmp_path: Path)
         await host.switch("lm", base)
         with pytest.raises(Retry, match="french is not installed for lm"):
             host.speaker()
+
+
+async def test_the_order_says_who_is_asked_and_the_hub_is_left_out_while_it_is_away(tmp_path: Path) -> None:
+    one, two = installed(tmp_path, "one", "1"), installed(tmp_path, "two", "1")
+    tools = installed(tmp_path, "tools", "1", two, calibration={"a": 2.0, "b": 1.0, "n": 9, "bins": []})
+    order = [Route("two", cost=0.5, latency_s=9.0), Route("gone"), Route("one", connected=True)]
+    async with child() as worker:
+        host = Hosting({"language": worker}, order)
+        assert host.speakers() == [Speaker()]
+        with pytest.raises(Retry, match="two is not installed"):
+            await host.generate(Generate("", "x"), 10)
+        for bundle in (one, two, tools):
+            await host.switch(bundle.manifest.name, bundle)
+        first, second = host.speakers()
+        assert (first.model, first.title, first.calibration) == ("two", "tools 1", Calibration(2.0, 1.0))
+        assert (first.cost, first.latency_s) == (0.5, 9.0)
+        assert second == Speaker(one.digest, model="one")
+        host.connected = lambda: False
+        assert host.speakers() == [first]
+        said = await host.generate(Generate("", "ADAPTERS", adapter=first.adapter, model="two"), 10)
+        assert said.text.strip() == "tools-1 of 1"
+    assert Settings(tmp_path, models=["a", Route("b", 1.0)], model="c").order() == [Route("a"), Route("b", 1.0)]
+    assert Settings(tmp_path, model="c").order() == [Route("c")]
 
 
 async def test_an_adapter_that_does_not_come_back_after_a_crash_is_not_spoken_with(tmp_path: Path) -> None:
