@@ -393,9 +393,10 @@ def _hub(url: str | None) -> Iterator[Any]:
 
 def _device_line(device: dict[str, Any]) -> str:
     presence = device["presence"]
-    state = "online " if presence["online"] else "offline"
+    state = f"{presence['state']:7}"
     offset = "" if presence["clock_offset_s"] is None else f"  clock {presence['clock_offset_s']:+.3f} s"
-    return f"{device['name']:20} {state} epoch {device['epoch']} seq {device['watermark']}{offset}"
+    why = f"  ({presence['reason']})" if presence["reason"] else ""
+    return f"{device['name']:20} {state} epoch {device['epoch']} seq {device['watermark']}{offset}{why}"
 
 
 def _job_line(job: dict[str, Any]) -> str:

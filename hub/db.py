@@ -66,6 +66,7 @@ certificates = sa.Table(
     sa.Column("device", sa.String(63), nullable=False),
     sa.Column("expires", sa.Float, nullable=False),
     sa.Column("revoked", sa.Float),
+    sa.Index("certificates_by_device", "device"),
 )
 
 enrolments = sa.Table(

@@ -7,6 +7,7 @@ for it counts, and its certificates are on the broker's list; what is shown as o
 """
 
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from hub.errors import Refused
 from hub.liveness import Heard, Liveness
 
 MAX_TOKEN_LIFETIME_S = 30 * 86400.0
+KEPT_S = 366 * 86400.0  # a certificate that has run out, to say so
 
 
 class Devices:
@@ -93,7 +95,7 @@ class Devices:
     def _certify(self, connection: sa.Connection, csr: str, name: str, public_key: str) -> str:
         made = self._authority.certify(csr, name, public_key)
         expires = made.not_valid_after_utc.timestamp()
-        connection.execute(certificates.delete().where(certificates.c.expires < time.time()))
+        connection.execute(certificates.delete().where(certificates.c.expires < time.time() - KEPT_S))
         row = {"serial": f"{made.serial_number:x}", "device": name, "expires": expires}
         connection.execute(certificates.insert().values(**row))
         audit.append(connection, name, "issue:certificate", {"serial": row["serial"], "expires": expires})
@@ -141,7 +143,7 @@ class Devices:
 
     async def list(self) -> list[dict[str, Any]]:
         """Every device, by name."""
-        rows = await self._db.read(lambda c: c.execute(sa.select(devices).order_by(devices.c.name)).all())
+        rows = await self._db.read(lambda c: c.execute(_WITH_CERTIFICATE.order_by(devices.c.name)).all())
         return [self._show(row) for row in rows]
 
     async def names(self) -> Sequence[str]:
@@ -152,7 +154,7 @@ class Devices:
         return self._show(await self.row(name))
 
     async def row(self, name: str) -> sa.Row[Any]:
-        query = sa.select(devices).where(devices.c.name == name)
+        query = _WITH_CERTIFICATE.where(devices.c.name == name)
         row = await self._db.read(lambda c: c.execute(query).first())
         if row is None:
             raise Refused(404, f"no device {name}", "see GET /v1/devices")
@@ -186,7 +188,21 @@ class Devices:
         device = row_dict(row)
         age = None if device["last_seen"] is None else max(0.0, time.time() - device["last_seen"])
         bundles = device["desired"].get("bundles", {})
-        return device | {"online": self.online(row.name), "heartbeat_age_s": age, "bundles": bundles}
+        state, reason = self.liveness.state(row.name, time.monotonic())
+        if device["revoked"] is not None:
+            state, reason = "offline", "revoked"
+        elif state != "online" and (device["certificate_expires"] or math.inf) < time.time():
+            reason = "certificate expired"
+        elif state == "offline" and device["last_seen"] is None:
+            reason = "never heard"
+        told = {"online": state == "online", "state": state, "reason": reason, "heartbeat_age_s": age}
+        return device | told | {"bundles": bundles}
+
+
+_EXPIRES = sa.select(sa.func.max(certificates.c.expires)).where(
+    certificates.c.device == devices.c.name, certificates.c.revoked.is_(None)
+)
+_WITH_CERTIFICATE = sa.select(devices, _EXPIRES.scalar_subquery().label("certificate_expires"))
 
 
 def _void(connection: sa.Connection, device: str, now: float) -> None:

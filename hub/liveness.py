@@ -1,8 +1,9 @@
 """Which devices are there, as a pure state machine over presence messages.
 
 Invariants: a device counts as online only while it has lately answered a nonce that this hub process lately issued to
-it in an ack, so neither a retained presence nor a replayed one makes it online; its will, or silence of `offline_s`,
-makes it offline. Memory is bounded by the number of enrolled devices.
+it in an ack, so neither a retained presence nor a replayed one makes it online; its will makes it offline, silence of
+`offline_s` stale (the connection may be half-open) and of `STALE` times that offline. Memory is bounded by the number
+of enrolled devices.
 """
 
 import secrets
@@ -14,6 +15,8 @@ from edge_agent.wire.messages import Presence, PresenceState
 
 HEARTBEAT_S = 10.0  # a new nonce this often; a device answers each
 OFFLINE_S = 35.0
+STALE = 3  # times `offline_s` until what claims to be there and does not answer is offline
+_WHY = {"lost": "connection lost", "shutdown": "shut down"}
 CHALLENGES_PER_S = 50.0  # at most: past 500 devices each is challenged less often, and silence is waited for longer
 
 
@@ -30,6 +33,8 @@ class _Device(msgspec.Struct):
     nonces: list[tuple[str, float]] = []  # newest last, at most two
     answered: float = float("-inf")
     claims: bool = False  # it said online, proven or not
+    claimed: float = float("-inf")  # since when
+    why: str = ""  # it is offline
     challenged: bool = True  # it has come (again) and not answered since
 
 
@@ -58,8 +63,10 @@ class Liveness:
         state = self._devices.setdefault(device, _Device())
         if presence.state is not PresenceState.ONLINE:
             state.answered, state.claims, state.nonces, state.challenged = float("-inf"), False, [], True
+            state.why = _WHY.get(presence.reason or "", "it said so")
             return Heard.GONE
-        state.claims = True
+        if not state.claims:
+            state.claims, state.claimed = True, now
         fresh = any(nonce == presence.nonce and now - issued < self.offline_s for nonce, issued in state.nonces)
         if not fresh:
             state.challenged = True
@@ -71,6 +78,19 @@ class Liveness:
     def online(self, device: str, now: float) -> bool:
         state = self._devices.get(device)
         return state is not None and now - state.answered < self.offline_s
+
+    def state(self, device: str, now: float) -> tuple[str, str]:
+        """`online`, `stale` or `offline`, and why it is not online."""
+        state = self._devices.get(device)
+        if state is None or not (state.claims or state.why):
+            return "offline", "not heard since the hub started"
+        if self.online(device, now):
+            return "online", ""
+        if not state.claims:
+            return "offline", state.why
+        if now - max(state.answered, state.claimed) >= STALE * self.offline_s:
+            return "offline", "no answer"
+        return "stale", "no answer" if state.answered > state.claimed else "not proven yet"
 
     def claiming(self) -> list[str]:
         """Devices to challenge with a new nonce."""

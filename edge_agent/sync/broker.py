@@ -47,13 +47,14 @@ class Address:
 
 @dataclass(frozen=True)
 class Publication:
-    """A will, or anything else ready to go."""
+    """A will, or anything else ready to go; a broker keeps a will back for `delay_s`, or for good if we come again."""
 
     topic: str
     payload: bytes
     properties: Mapping[str, str] = field(default_factory=dict)
     qos: int = 1
     retain: bool = False
+    delay_s: int = 0
 
 
 @dataclass(frozen=True)

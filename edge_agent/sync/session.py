@@ -34,6 +34,7 @@ from edge_agent.wire.topics import Topic, TopicKind
 
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 15.0
+WILL_DELAY_S = 5  # a cut that is shorter says nothing
 PATIENCE_S = (5.0, 60.0)  # without an ack before the window is sent again: first and longest
 GAP_S = 1.0  # an ack that moves nothing, so long after the last that did, tells of a gap
 LINGER_S, LINGER_ROWS = 0.02, 500  # while a batch is on its way, a small one waits a little for company
@@ -76,6 +77,7 @@ class Session:
         agent: str = "",
         heartbeat: float = HEARTBEAT_S,
         window: int = 8,
+        will_delay_s: int = WILL_DELAY_S,
     ) -> None:
         self._key, self._hub_key, self._agent = key, hub_key, agent
         self._outbox, self._inbox, self._twin, self._grants = outbox, inbox, twin, grants
@@ -91,7 +93,7 @@ class Session:
             password=password,
             ca=ca,
             subscriptions=self._down,
-            will=lambda: self._presence(PresenceState.OFFLINE),
+            will=lambda: self._presence(PresenceState.OFFLINE, "lost", will_delay_s),
             on_connect=self._on_connect,
         )
         self.counters = Counters()
@@ -126,7 +128,7 @@ class Session:
             finally:
                 with contextlib.suppress(OutriderError, TimeoutError):
                     async with asyncio.timeout(2.0):
-                        await self._publish(mqtt, self._presence(PresenceState.OFFLINE))
+                        await self._publish(mqtt, self._presence(PresenceState.OFFLINE, "shutdown"))
 
     def _on_connect(self, _session_present: bool) -> None:
         self.counters.connections += 1
@@ -193,9 +195,12 @@ class Session:
                     await self._publish(mqtt, self._presence(PresenceState.ONLINE))
             await wait_up_to(self._heartbeat, self._beat_now)
 
-    def _presence(self, state: PresenceState) -> Publication:
+    def _presence(self, state: PresenceState, reason: str = "", delay_s: int = 0) -> Publication:
         said = Presence(state, time.time(), self._outbox.epoch, self._outbox.last_seq, self._nonce, self._agent)
-        return Publication(self._presence_topic, *seal(self._key, self._presence_topic, said), retain=True)
+        if reason:
+            said = msgspec.structs.replace(said, reason=reason)
+        sealed = seal(self._key, self._presence_topic, said)
+        return Publication(self._presence_topic, *sealed, retain=True, delay_s=delay_s)
 
     async def _publish(self, mqtt: MqttSession, out: Publication) -> None:
         await mqtt.publish(out.topic, out.payload, qos=out.qos, retain=out.retain, properties=out.properties)

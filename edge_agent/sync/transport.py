@@ -209,7 +209,9 @@ class _Link:
         if session.address.username is not None:
             client.username_pw_set(session.address.username, session.address.password)
         if session.will and (will := session.will()):
-            client.will_set(will.topic, will.payload, will.qos, will.retain, _user(PacketTypes.WILLMESSAGE, will))
+            properties = _user(PacketTypes.WILLMESSAGE, will)
+            properties.WillDelayInterval = will.delay_s
+            client.will_set(will.topic, will.payload, will.qos, will.retain, properties)
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_publish = self._on_publish

@@ -89,6 +89,7 @@ class Presence(msgspec.Struct, frozen=True):
     nonce: str = ""
     agent: str = ""
     v: int = VERSION
+    reason: str | msgspec.UnsetType = msgspec.UNSET  # of offline: `lost` by the will, `shutdown`
 
 
 class Ack(msgspec.Struct, frozen=True):

@@ -127,5 +127,6 @@ async def telemetry(
 
 
 def _shown(device: dict[str, Any]) -> dict[str, Any]:
-    presence = {name: device.pop(name) for name in ("online", "last_seen", "heartbeat_age_s", "clock_offset_s")}
+    told = ("online", "state", "reason", "last_seen", "heartbeat_age_s", "clock_offset_s")
+    presence = {name: device.pop(name) for name in told}
     return {"name": device.pop("name"), "presence": presence} | device

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from edge_agent.sync.transport import MqttSession
@@ -12,9 +13,9 @@ from edge_agent.wire.grants import verify_grants
 from edge_agent.wire.messages import TWIN_LIMIT, Presence, PresenceState
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import Topic, TopicKind
-from hub import liveness
+from hub import db, liveness
 from hub.errors import Refused
-from hub.liveness import CHALLENGES_PER_S, HEARTBEAT_S, OFFLINE_S, Heard, Liveness
+from hub.liveness import CHALLENGES_PER_S, HEARTBEAT_S, OFFLINE_S, STALE, Heard, Liveness
 from hub.twin import merge
 from tests.hub.rig import Device, Hub, enrolled, running, telemetry, until
 
@@ -157,6 +158,45 @@ def test_liveness_asks_again_and_forgets_the_silent() -> None:
     assert live.claiming() == ["d"]
     assert live.heard("d", online("", PresenceState.OFFLINE), 99.0) is Heard.GONE
     assert live.claiming() == []
+
+
+def test_what_is_not_online_is_stale_or_offline_with_its_reason() -> None:
+    live = Liveness()
+    assert live.state("d", 0.0) == ("offline", "not heard since the hub started")
+    nonce = live.nonce("d", 0.0)
+    assert live.state("d", 0.0) == ("offline", "not heard since the hub started"), "an ack is no sign of life"
+    live.heard("d", online(""), 0.0)
+    assert live.state("d", 1.0) == ("stale", "not proven yet")
+    assert live.state("d", STALE * OFFLINE_S) == ("offline", "no answer")
+    live.heard("d", online(nonce), 2.0)
+    assert live.state("d", 2.0 + OFFLINE_S - 1) == ("online", "")
+    assert live.state("d", 2.0 + OFFLINE_S) == ("stale", "no answer"), "its connection may be half-open"
+    assert live.state("d", 2.0 + STALE * OFFLINE_S) == ("offline", "no answer")
+    for told, shown in [("lost", "connection lost"), ("shutdown", "shut down"), (msgspec.UNSET, "it said so")]:
+        live.heard("d", msgspec.structs.replace(online("", PresenceState.OFFLINE), reason=told), 3.0)
+        assert live.state("d", 3.0) == ("offline", shown)
+    live.heard("d", online(""), 200.0)
+    assert live.state("d", 201.0) == ("stale", "not proven yet"), "its time begins when it comes again"
+
+
+async def test_a_device_that_is_revoked_or_has_no_good_certificate_is_shown_as_such(hub: Hub) -> None:
+    admin = await hub.login()
+    devices = [await enrolled(hub, name) for name in ("press-1", "press-2", "press-3")]
+
+    async def shown(name: str) -> tuple[str, str]:
+        presence = (await admin.get(f"/v1/devices/{name}")).json()["presence"]
+        return presence["state"], presence["reason"]
+
+    assert await shown("press-1") == ("offline", "never heard")
+    async with devices[0].online():
+        await until(lambda: hub.services.devices.online("press-1"))
+        assert await shown("press-1") == ("online", "")
+        old = db.certificates.update().where(db.certificates.c.device != "press-3").values(expires=time.time() - 1)
+        await hub.services.db.write(lambda c: c.execute(old))
+        assert await shown("press-1") == ("online", ""), "what answers is there, whatever its certificate says"
+    assert await shown("press-2") == ("offline", "certificate expired")
+    await admin.delete("/v1/devices/press-3")
+    assert await shown("press-3") == ("offline", "revoked")
 
 
 def test_a_large_fleet_is_challenged_at_a_bounded_rate_and_silence_is_waited_for_as_much_longer() -> None:

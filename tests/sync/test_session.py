@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from bench.link import Link
 from edge_agent.store import Store
 from edge_agent.sync import session as session_module
 from edge_agent.sync.inbox import Inbox
@@ -152,11 +153,28 @@ async def test_presence_is_signed_answers_the_nonce_and_ends_offline(
     await until(lambda: hub.presence[-1].state is PresenceState.OFFLINE)
 
 
-async def test_the_will_says_offline_when_the_cable_is_cut(hub: Hub, device: Device) -> None:
-    await until(lambda: hub.presence)
-    device.cut()
-    await until(lambda: PresenceState.OFFLINE in [p.state for p in hub.presence])
-    await until(lambda: hub.presence[-1].state is PresenceState.ONLINE)
+async def test_a_brief_cut_says_nothing_and_a_long_one_that_the_device_is_lost(
+    hub: Hub, broker: Broker, key: SigningKey, tmp_path: Path
+) -> None:
+    port = int(broker.url.rsplit(":", 1)[1])
+    async with Link("127.0.0.1", port) as link:
+        through = type("Through", (), {"url": f"mqtt://127.0.0.1:{link.port}"})
+        through.username, through.password = broker.username, broker.password
+        async with device_of(hub, through, key, tmp_path / "d" / "s.db", will_delay_s=2) as device:
+            await until(lambda: hub.presence)
+            for _ in range(2):
+                link.cut()
+                link.mend()
+                before = device.session.counters.connections
+                await until(lambda before=before: device.session.counters.connections > before)
+            await asyncio.sleep(2.5)
+            assert {p.state for p in hub.presence} == {PresenceState.ONLINE}
+            link.cut()
+            await until(lambda: hub.presence[-1].state is PresenceState.OFFLINE)
+            assert hub.presence[-1].reason == "lost"
+            link.mend()
+            await until(lambda: hub.presence[-1].state is PresenceState.ONLINE)
+    await until(lambda: hub.presence[-1].reason == "shutdown")
 
 
 async def test_a_job_is_journaled_once_and_its_report_reaches_the_hub(hub: Hub, device: Device) -> None:
