@@ -40,6 +40,7 @@ from edge_agent.errors import Fatal, OutriderError, Retry
 from edge_agent.history import History
 from edge_agent.hosting import ENDPOINT, ROLES, Hosting, endpoint
 from edge_agent.notify import notify, watchdog
+from edge_agent.rhythm import tick
 from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.store import Store
 from edge_agent.sync.blobs import Blobs
@@ -99,8 +100,8 @@ class Daemon:
         slots = Slots(state / "bundles")
         self._bundled = Bundled(self._hosting, self.work.library, self._tools, self._allowed, slots)
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
-        self._history = History(state / "history.db", outbox)
-        self._telemetry = Telemetry(self._tools, self._history, state, *rhythm, settings.sample)
+        self._history = History(state / "history.db")
+        self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample, self._history)
         self._http = hub_client(settings.hub or identity.hub)
         self.blobs = Blobs(state / "blobs", outbox, self._http, self._token, settings.blobs_mb << 20)
         self._inbox.limit = settings.jobs
@@ -321,7 +322,7 @@ class Daemon:
             told = {"hold": shown, "poisoned": near.dropped if near and near.dropped else None}
             with contextlib.suppress(OutriderError):
                 await self._twin.report({"updates": told})
-            await asyncio.sleep(1.0)
+            await tick(1.0)
 
     def _tune(self, settings: Settings) -> None:
         self._telemetry.configure(settings.telemetry_s, settings.telemetry_ttl_s, settings.sample)
@@ -359,7 +360,7 @@ class Daemon:
             if self._session.counters.connections > seen:
                 seen = self._session.counters.connections
                 self._updates.retry_now()
-            await asyncio.sleep(1.0)
+            await tick(1.0)
 
     async def _tell_profile(self) -> None:
         while True:

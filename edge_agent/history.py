@@ -11,9 +11,9 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from edge_agent.trouble import Trouble
 
@@ -31,29 +31,25 @@ _ADD = """INSERT INTO buckets VALUES (?1, ?2, ?3, 1, ?4, ?4, ?4, ?4, ?5) ON CONF
 _log = logging.getLogger("outrider.history")
 
 
-class Outbox(Protocol):
-    async def append(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int: ...
-
-
 class History:
-    """Keeps what goes into `outbox`, which gets it too."""
+    """Keeps the numbers of telemetry records."""
 
-    def __init__(self, path: Path, outbox: Outbox, clock: Callable[[], float] = time.time) -> None:
-        self._path, self._outbox, self._clock = path, outbox, clock
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._path, self._clock = path, clock
         self._trouble, self._full = Trouble(_log, "history is not kept"), False
         self._lock, self._pruned = asyncio.Lock(), 0.0
         self._db: sqlite3.Connection | None = None
 
-    async def append(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int:
-        """As the outbox's."""
+    async def keep(self, bodies: Sequence[Mapping[str, Any]]) -> None:
+        """Of one moment, in one commit; one that fails is told and delays nothing."""
+        seen = {name: value for body in bodies for name, value in values(body).items()}
         async with self._lock:
             try:
-                await asyncio.to_thread(self._keep, values(body), self._clock())
+                await asyncio.to_thread(self._keep, seen, self._clock())
                 self._trouble.over()
             except sqlite3.Error as error:
                 self.close()
                 self._trouble.tell(error)
-        return await self._outbox.append(kind, body, priority, ttl)
 
     def close(self) -> None:
         """Safe to call twice."""

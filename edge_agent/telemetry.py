@@ -12,14 +12,15 @@ import itertools
 import logging
 import os
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from edge_agent.agent.calls import Call, CallError, parse, render, validate
 from edge_agent.agent.tool import Param, ToolError, ToolSpec
 from edge_agent.errors import OutriderError, Refused
+from edge_agent.rhythm import rest
+from edge_agent.sync.outbox import Outbox
 from edge_agent.trouble import Trouble
 
 PRIORITY = 6
@@ -33,17 +34,24 @@ class Tools(Protocol):
     async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any: ...
 
 
-class Outbox(Protocol):
-    async def append(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int: ...
+class History(Protocol):
+    async def keep(self, bodies: Sequence[Mapping[str, Any]]) -> None: ...
 
 
 class Telemetry:
     """The sampler. `sample` is calls in the compact form; empty means every value of `read_sensor`, if there is one."""
 
     def __init__(
-        self, tools: Tools, outbox: Outbox, state: Path, interval_s: float, ttl_s: float, sample: Sequence[str] = ()
+        self,
+        tools: Tools,
+        outbox: Outbox,
+        state: Path,
+        interval_s: float,
+        ttl_s: float,
+        sample: Sequence[str] = (),
+        history: History | None = None,
     ) -> None:
-        self._tools, self._outbox, self._state = tools, outbox, state
+        self._tools, self._outbox, self._state, self._history = tools, outbox, state, history
         self._changed = asyncio.Event()
         self.configure(interval_s, ttl_s, sample)
         self._cpu = _cpu_times()
@@ -60,19 +68,21 @@ class Telemetry:
         """Sample until cancelled; a round that takes longer than the interval delays the next, none pile up."""
         while True:
             self._changed.clear()
-            began = time.monotonic()
-            bodies = [{"health": await asyncio.to_thread(self._health)}]
+            bodies = [{"health": self._health()}]
             try:
                 try:
                     await self._sample(bodies)
                 finally:
-                    await asyncio.gather(*(self._outbox.append("telemetry", b, PRIORITY, self._ttl_s) for b in bodies))
+                    drafts = [self._outbox.draft("telemetry", body, PRIORITY, self._ttl_s) for body in bodies]
+                    await self._outbox.append_many(drafts)
+                    if self._history:
+                        await self._history.keep(bodies)
             except OutriderError as error:
                 self._trouble.tell(error)
             else:
                 self._trouble.over()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.05, self._interval_s - (time.monotonic() - began))):
+                async with asyncio.timeout(rest(self._interval_s)):
                     await self._changed.wait()
 
     async def _sample(self, bodies: list[dict[str, Any]]) -> None:

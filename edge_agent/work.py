@@ -34,6 +34,7 @@ from edge_agent.agent.workflow_run import Runner
 from edge_agent.agent.workflow_triggers import Library, Triggers
 from edge_agent.api.access import Denied
 from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.rhythm import tick
 from edge_agent.trouble import Trouble
 from edge_agent.watch import Watch
 from edge_agent.wire.grants import Subject
@@ -88,7 +89,7 @@ class Work:
         self.triggers = Triggers(self.library, tools, allowed, self._trigger, clock, kept)
         self._scheduled = Scheduled(transcripts.folder / "tools" / "schedule.db", self.scheduled, clock)
         self._triggered: dict[str, str] = {}  # the workflow of each run that a trigger started
-        self._approvals, self._one = approvals, asyncio.Lock()
+        self._approvals, self._one, self._asked = approvals, asyncio.Lock(), asyncio.Event()
         self._waiting: dict[str, tuple[Job, float]] = {}  # by id: what waits for an approval, and until when
         self._approved: set[str] = set()
         self._watch = Watch(inbox, transcripts)
@@ -111,7 +112,10 @@ class Work:
 
     async def _resume(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_S)
+            if not self._waiting:
+                self._asked.clear()
+                await self._asked.wait()
+            await tick(LOOK_S)
             for job, until in list(self._waiting.values()):
                 if until <= self._clock() or job.id in self._approved or job.id in self._watch.ending:
                     del self._waiting[job.id]
@@ -261,6 +265,7 @@ class Work:
             state, error = JobState.CANCELLED, f"{self._watch.ending[job.id]}: {error}"
         if state is JobState.RUNNING:
             self._waiting[job.id] = job, result["until"]
+            self._asked.set()
             return
         error = error[:MAX_ERROR]
         _log.info("job %s: %s %s", job.id, state, error)

@@ -20,10 +20,11 @@ from typing import Any
 import msgspec
 
 from edge_agent.errors import OutriderError, Refused
+from edge_agent.rhythm import tick
 from edge_agent.wire.grants import Subject
 
 MAX_ENTRIES = 100
-LATE_S, TICK_S, AGAIN_S = 3600.0, 0.5, 10.0
+LATE_S, TICK_S, AGAIN_S = 3600.0, 1.0, 10.0
 _SCHEMA = "CREATE TABLE IF NOT EXISTS entries (id TEXT PRIMARY KEY, due REAL NOT NULL, body BLOB NOT NULL) STRICT"
 _log = logging.getLogger("outrider.schedule")
 
@@ -57,12 +58,19 @@ class Schedule:
             self._put(db, entry)
         return entry
 
-    def all(self, until: float = float("inf")) -> list[Entry]:
-        """Those due by then, in their order."""
+    def stamp(self) -> tuple[int, int]:
+        """Another one after each change."""
+        with contextlib.suppress(FileNotFoundError):
+            about = self._path.stat()
+            return about.st_mtime_ns, about.st_size
+        return 0, 0
+
+    def all(self) -> list[Entry]:
+        """In the order in which they are due."""
         if not self._path.exists():
             return []
         with self._open() as db:
-            rows = db.execute("SELECT body FROM entries WHERE due <= ? ORDER BY due", (until,)).fetchall()
+            rows = db.execute("SELECT body FROM entries ORDER BY due").fetchall()
         return [msgspec.json.decode(body, type=Entry) for (body,) in rows]
 
     def remove(self, id: str) -> None:
@@ -98,6 +106,7 @@ class Scheduled:
         self, path: Path, start: Callable[[str, Entry], Awaitable[None]], clock: Callable[[], float] = time.time
     ) -> None:
         self._schedule, self._start, self._clock = Schedule(path), start, clock
+        self._seen, self._soonest = (0, 0), 0.0
 
     async def run(self) -> None:
         """Look until cancelled; what cannot be read or started is told, and tried again later."""
@@ -108,12 +117,16 @@ class Scheduled:
             except (OutriderError, sqlite3.Error) as error:
                 _log.error("the schedule waits: %s", error)
                 pause = AGAIN_S
-            await asyncio.sleep(pause)
+            await tick(pause)
 
     async def look(self) -> None:
-        """One round. Raises Retry, sqlite3.Error."""
-        now = self._clock()
-        for entry in await asyncio.to_thread(self._schedule.all, now):
+        """One round, if the file has changed or something is due. Raises Retry, sqlite3.Error."""
+        now, stamp = self._clock(), self._schedule.stamp()
+        if stamp == self._seen and now < self._soonest:
+            return
+        due = await asyncio.to_thread(self._schedule.all)
+        self._seen, self._soonest = stamp, min((entry.due for entry in due), default=float("inf"))
+        for entry in [entry for entry in due if entry.due <= now]:
             if now - entry.due > LATE_S:
                 _log.warning("%s was due at %.0f, while the device was off: left out", entry.id, entry.due)
             else:

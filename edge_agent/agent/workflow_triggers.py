@@ -25,6 +25,7 @@ from edge_agent.agent.tool import ToolError
 from edge_agent.agent.workflow import Broken, Trigger, Workflow, evaluate, read, topic_pattern
 from edge_agent.agent.workflow_check import check, runs_as
 from edge_agent.errors import OutriderError
+from edge_agent.rhythm import tick
 from edge_agent.trouble import Trouble
 from edge_agent.wire import durable, windows
 from edge_agent.wire.grants import Subject
@@ -135,7 +136,7 @@ class Triggers:
         """Watch until cancelled."""
         while True:
             await self.look()
-            await asyncio.sleep(TICK_S)
+            await tick(TICK_S)
 
     async def look(self) -> None:
         """One round over all triggers."""

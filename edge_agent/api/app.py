@@ -161,7 +161,14 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 
 
 class _Server(uvicorn.Server):
-    """The daemon handles the signals."""
+    """The daemon handles the signals, and says when to end: uvicorn would look ten times a second."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ending = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        await self.ending.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -194,7 +201,13 @@ class LocalApi:
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
         app = create_app(device, clock, max_body, name, near)
         config = uvicorn.Config(
-            app, lifespan="off", log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            ws="none",
+            date_header=False,
+            timeout_graceful_shutdown=2,
         )
         self._server = _Server(config)
 
@@ -204,6 +217,6 @@ class LocalApi:
         try:
             await asyncio.shield(serving)
         finally:
-            self._server.should_exit = True
+            self._server.ending.set()
             await asyncio.wait([serving], timeout=5)
             self._socket.close()

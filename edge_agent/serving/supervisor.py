@@ -24,6 +24,7 @@ from typing import Any
 
 from edge_agent.engines.base import EngineInfo, Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.rhythm import tick
 from edge_agent.serving import frames
 from edge_agent.serving.frames import Arena, AsyncChannel, BadFrame, Message
 from edge_agent.serving.schedule import NORMAL, Serving
@@ -376,7 +377,7 @@ class WorkerProcess:
         for n in itertools.count(1):
             with contextlib.suppress(Retry):
                 await channel.send(frames.Ping(n))
-            await asyncio.sleep(self._ping_s)
+            await tick(self._ping_s)
             silent = time.monotonic() - self._alive_at
             if silent > (self._hang_s if self._ready.is_set() else self._start_s):
                 self._log.error("the %s process hangs (silent for %.1f s); it is killed", self.name, silent)

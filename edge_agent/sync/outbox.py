@@ -50,13 +50,13 @@ class Limits(msgspec.Struct, frozen=True):
 class Slice(NamedTuple):
     """Encoded records that cover the seqs `first` to `last`; fewer than that when some were let go.
 
-    `blocks` are NDJSON without the last newline, `count` records in all.
+    `blocks` are NDJSON without the last newline, of so many `records` in all.
     """
 
     first: int
     last: int
     blocks: list[bytes]
-    count: int
+    records: int
 
     @property
     def lines(self) -> list[bytes]:
@@ -414,7 +414,7 @@ def _blocks(first: int, drafts: Iterable[Draft], stored_priority: int | None) ->
 
 def _apart(block: _Block, expires: float | None) -> bool:
     if expires is None or block.expires is None:
-        return expires is not block.expires
+        return (expires is None) != (block.expires is None)
     return abs(expires - block.expires[0]) > _SECOND
 
 

@@ -37,6 +37,7 @@ HEARTBEAT_S = 15.0
 WILL_DELAY_S = 5  # a cut that is shorter says nothing
 PATIENCE_S = (5.0, 60.0)  # without an ack before the window is sent again: first and longest
 GAP_S = 1.0  # an ack that moves nothing, so long after the last that did, tells of a gap
+AT_ONCE = 8192  # bytes packed in less time than another thread takes to wake
 LINGER_S, LINGER_ROWS = 0.02, 500  # while a batch is on its way, a small one waits a little for company
 AUDIT_EVERY_S = 10.0
 
@@ -142,14 +143,16 @@ class Session:
         wake = self._outbox.changed
         while True:
             wake.clear()
+            patience = self._heartbeat
             try:
                 if await self._send_next(mqtt):
                     self._sending.over()
                     continue
             except Retry as error:
+                patience = 1.0
                 if mqtt.connected:
                     self._sending.tell(error)
-            await wait_up_to(1.0, wake)
+            await wait_up_to(1.0 if self._inflight else patience, wake)
 
     async def _send_next(self, mqtt: MqttSession) -> bool:
         if self._inflight and time.monotonic() - self._progress > self._patience:
@@ -166,7 +169,9 @@ class Session:
         if part is None or turn != self._turn:
             return part is not None
         header = Header(self._outbox.epoch, part.first, part.last)
-        batch = await asyncio.to_thread(encode_batch, part.blocks, self._key, self._up, header)
+        packing = (part.blocks, self._key, self._up, header)
+        small = sum(map(len, part.blocks)) <= AT_ONCE
+        batch = encode_batch(*packing) if small else await asyncio.to_thread(encode_batch, *packing)
         if turn == self._turn:
             await mqtt.publish(self._up, batch.payload, properties=batch.properties, wait=False)
         if turn == self._turn:
@@ -175,7 +180,7 @@ class Session:
             self._cursor = part.last
             self._inflight.append(part.last)
             self.counters.batches += 1
-            self.counters.records += part.count
+            self.counters.records += part.records
             self.counters.resent += part.last <= self._furthest
             self._furthest = max(self._furthest, part.last)
         return True

@@ -45,7 +45,7 @@ def _header_bytes(properties: Mapping[str, str]) -> bytes:
 
 
 def encode_batch(lines: Sequence[bytes], key: SigningKey, topic: str, header: Header) -> Batch:
-    """Pack encoded records, one JSON object a line, no newline at an end. Raises TooBig past MAX_BATCH bytes of NDJSON."""
+    """Pack encoded records, an object a line, no newline at an end. Raises TooBig past MAX_BATCH bytes of NDJSON."""
     text = b"\n".join(lines)
     if len(text) > MAX_BATCH:
         raise TooBig(f"a batch of {len(text)} bytes of NDJSON; at most {MAX_BATCH}")

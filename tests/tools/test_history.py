@@ -17,24 +17,13 @@ from tests.tools.conftest import EngineContext
 START = 1_800_000_000.0
 
 
-class Sent:
-    """An outbox that counts."""
-
-    def __init__(self) -> None:
-        self.records: list[Any] = []
-
-    async def append(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int:
-        self.records.append((kind, body, priority, ttl))
-        return len(self.records)
-
-
 class Device:
     """A history that is written and read, at a time set by hand."""
 
     def __init__(self, folder: Path, limits: str = "") -> None:
-        self.ctx, self.sent = EngineContext({}, START), Sent()
+        self.ctx = EngineContext({}, START)
         self.file = folder / "history.db"
-        self.history = History(self.file, self.sent, lambda: self.ctx.time)
+        self.history = History(self.file, lambda: self.ctx.time)
         (folder / "tools").mkdir(exist_ok=True)
         (folder / "tools" / "history.toml").write_text(limits)
         self.tools = {tool.spec.name: tool.function for tool in load("tools.history", folder / "tools", {})}
@@ -42,7 +31,7 @@ class Device:
     async def measure(self, value: float, sensor: str = "temperature", line: int = 1) -> None:
         result = {"line": line, "sensor": sensor, "value": value, "unit": "°C"}
         body = {"tool": "read_sensor", "args": {"sensor": sensor, "line": line}, "result": result}
-        await self.history.append("telemetry", body, 6, 60.0)
+        await self.history.keep([body])
 
     def read(self, series: str = "read_sensor/temperature/1", minutes: int = 60) -> Any:
         return self.tools["read_history"](series=series, minutes=minutes, ctx=self.ctx)
@@ -65,7 +54,6 @@ async def test_a_window_has_least_mean_most_and_last(device: Device) -> None:
     for value in (20.0, 22.0, 40.0, 30.0):
         await device.measure(value)
         device.ctx.time += 20
-    assert device.sent.records[0][0::2] == ("telemetry", 6), "the outbox gets what it got before"
     assert device.read() == {
         "series": "read_sensor/temperature/1", "count": 4, "min": 20.0, "mean": 28.0, "max": 40.0, "last": 30.0,
         "age_s": 20.0, "unit": "°C",
@@ -119,12 +107,8 @@ async def test_it_is_bounded_in_time_and_series(
     assert (month["count"], month["max"]) == (30 * 4 + 1, 100 * 24 - 6)
 
 
-async def test_a_history_that_cannot_be_written_holds_up_no_record(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    sent = Sent()
-    broken = History(tmp_path, sent)  # a folder is no file
+async def test_a_history_that_cannot_be_written_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = History(tmp_path)  # a folder is no file
     for _ in range(3):
-        await broken.append("telemetry", {"health": {"load": 1.0}})
-    assert len(sent.records) == 3
+        await broken.keep([{"health": {"load": 1.0}}])
     assert caplog.text.count("history is not kept") == 1

