@@ -136,7 +136,7 @@ class Triggers:
         """Watch until cancelled."""
         while True:
             await self.look()
-            await tick(TICK_S)
+            await tick(TICK_S if self._streams else 1.0)
 
     async def look(self) -> None:
         """One round over all triggers."""

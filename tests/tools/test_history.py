@@ -67,9 +67,9 @@ async def test_a_window_has_least_mean_most_and_last(device: Device) -> None:
 
 
 async def test_health_and_plain_numbers_are_series_too_and_texts_are_none(device: Device) -> None:
-    await device.history.append("telemetry", {"health": {"load": 0.5, "disk_free_mb": 90}})
-    await device.history.append("telemetry", {"tool": "count", "args": {}, "result": 7})
-    await device.history.append("telemetry", {"tool": "state", "args": {}, "result": {"open": True, "name": "x"}})
+    await device.history.keep([{"health": {"load": 0.5, "disk_free_mb": 90}}])
+    await device.history.keep([{"tool": "count", "args": {}, "result": 7}])
+    await device.history.keep([{"tool": "state", "args": {}, "result": {"open": True, "name": "x"}}])
     assert device.tools["list_history"]() == {"series": ["count", "health/disk_free_mb", "health/load", "state/open"]}
     assert device.read("state/open")["last"] == 1.0
 
@@ -79,7 +79,7 @@ async def test_alarms_are_stretches_past_a_limit(device: Device) -> None:
         await device.measure(80.0 + minute / 100 if 10 <= minute < 20 or minute >= 58 else 60.0)
         await device.measure(20.0, line=2)
         device.ctx.time += 60
-    await device.history.append("telemetry", {"health": {"disk_free_mb": 42}})
+    await device.history.keep([{"health": {"disk_free_mb": 42}}])
     found = device.tools["past_alarms"](hours=2, ctx=device.ctx)["alarms"]
     assert [(a["series"], a["minutes_ago"], a["minutes"], a["worst"], a["active"]) for a in found] == [
         ("health/disk_free_mb", 0, 1, 42.0, True),
