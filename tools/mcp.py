@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import os
 import threading
@@ -55,6 +56,7 @@ class Link:
         self._loop = asyncio.new_event_loop()
         self._open: asyncio.Future[Any] = self._loop.create_future()
         self._owner: asyncio.Task[None] | None = None
+        self._refused = ""
         threading.Thread(target=self._loop.run_forever, name=f"mcp-{name}", daemon=True).start()
 
     def ask(self, work: Callable[[Any], Awaitable[T]]) -> T:
@@ -66,7 +68,9 @@ class Link:
         except concurrent.futures.TimeoutError:
             problem = f"{self._name} did not answer within {self._server.timeout_s:g} s and was ended"
         except Exception as error:  # noqa: BLE001 - whatever a server or its transport raises is the tool's error
-            problem = f"{self._name}: {type(error).__name__}: {error}"
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
+            problem = f"{self._name}: {self._refused or f'{type(error).__name__}: {error}'}"
         doing.cancel()
         self.close()
         raise ToolError(problem)
@@ -87,8 +91,8 @@ class Link:
         from mcp import Client
 
         try:
-            async with Client(self._transport()) as client:
-                opened.set_result(client)
+            async with contextlib.AsyncExitStack() as stack:
+                opened.set_result(await stack.enter_async_context(Client(await self._transport(stack))))
                 await asyncio.Event().wait()
         except Exception as error:  # noqa: BLE001 - told to who asks
             if not opened.done():
@@ -100,7 +104,7 @@ class Link:
             await asyncio.wait([self._owner])
             self._owner = None
 
-    def _transport(self) -> Any:
+    async def _transport(self, stack: contextlib.AsyncExitStack) -> Any:
         from mcp import StdioServerParameters
         from mcp.client.streamable_http import streamable_http_client
 
@@ -108,10 +112,19 @@ class Link:
             return StdioServerParameters(command=self._server.command[0], args=self._server.command[1:])
         if not self._server.token_env:
             return self._server.url
+        if not (token := os.environ.get(self._server.token_env)):
+            raise Refused(f"the variable {self._server.token_env} is not set", "it holds the server's token")
         import httpx2
 
-        headers = {"Authorization": f"Bearer {os.environ.get(self._server.token_env, '')}"}
-        return streamable_http_client(self._server.url, http_client=httpx2.AsyncClient(headers=headers))
+        headers, limit = {"Authorization": f"Bearer {token}"}, self._server.timeout_s + GRACE_S
+        hooks = {"response": [self._seen]}
+        client = await stack.enter_async_context(httpx2.AsyncClient(headers=headers, timeout=limit, event_hooks=hooks))
+        return streamable_http_client(self._server.url, http_client=client)
+
+    async def _seen(self, answer: Any) -> None:
+        refused = answer.status_code in (401, 403)
+        told = f"it refuses the token ({answer.status_code}): does {self._server.token_env} hold its own?"
+        self._refused = told if refused else ""
 
 
 def pack(state: Path, options: dict[str, str]) -> list[Tool]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import socket
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,8 @@ from edge_agent.agent.calls import Call, CallError, validate
 from edge_agent.agent.tool import Tool, ToolError
 from edge_agent.agent.toolrunner import load
 from edge_agent.errors import Fatal
+
+TOKEN = "the-right-one"  # of mcp_slow.py
 
 
 def tools(tmp_path: Path, text: str) -> dict[str, Tool]:
@@ -78,3 +84,45 @@ def test_a_file_that_says_nothing_clear_loads_no_pack(tmp_path: Path) -> None:
     for text, told in (("[servers.a]\ntools = {}", "a command or a url"), ("[servers.a]\ncommand=['x']", "tools")):
         with pytest.raises(Fatal, match=told):
             tools(tmp_path, text)
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[int]:
+    """A server over streamable HTTP that asks for a token; its port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    argv = [sys.executable, str(Path(__file__).with_name("mcp_slow.py")), str(port)]
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(1000):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                time.sleep(0.02)
+            yield port
+        finally:
+            process.kill()
+
+
+def test_a_server_at_a_url_is_asked_with_its_token_and_not_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving() as port:
+        text = f"[servers.far]\nurl = 'http://127.0.0.1:{port}/mcp'\ntoken_env = 'FAR_TOKEN'\ntimeout_s = 15\n"
+        text += "tools = { pid = 'read', fail = 'read', late = 'read' }\n"
+        for token, told in (
+            ("", "no tools of far: far: Refused: the variable FAR_TOKEN is not set"),
+            ("wrong", "it refuses the token (401): does FAR_TOKEN"),
+        ):
+            monkeypatch.setenv("FAR_TOKEN", token)
+            with caplog.at_level(logging.ERROR, "outrider.mcp"):
+                assert tools(tmp_path, text) == {}
+            assert told in caplog.text
+        monkeypatch.setenv("FAR_TOKEN", TOKEN)
+        made = tools(tmp_path, text)
+        assert list(made) == ["far_pid", "far_fail", "far_late"]
+        assert made["far_pid"].function()["result"] > 0
+        with pytest.raises(ToolError, match="the belt is torn"):
+            made["far_fail"].function()
+        assert made["far_late"].function()["result"] == "at last", "the server's own time holds, not the client's"
+    with pytest.raises(ToolError, match="far"):
+        made["far_pid"].function()
