@@ -61,6 +61,7 @@ from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.tokens import issue_device_token
 from edge_agent.work import Work
 
+MAX_ASKS = 8  # that the hub is shown: the reported document has a bound
 SETTLE_S = 1.0
 """A switch is followed by the switch of what depends on it: the preamble is read when both are done."""
 _log = logging.getLogger("outrider")
@@ -314,14 +315,16 @@ class Daemon:
             await near.find(str(url.hostname), url.port or 80)
 
     async def _tell_hold(self) -> None:
-        """The hub sees that an application holds updates back, and which neighbours were refused."""
+        """The hub sees which calls wait for an approval, what holds updates back, which neighbours were refused."""
         while True:
             hold = self._updates.holding
             shown = msgspec.to_builtins(hold) if hold and time.time() < hold.until else None
             near = self._updates.neighbours
             told = {"hold": shown, "poisoned": near.dropped if near and near.dropped else None}
+            asks = dict(list(self.work.asks.items())[:MAX_ASKS])
+            gone = (self._twin.reported.get("waiting") or {}).keys() - asks.keys()
             with contextlib.suppress(OutriderError):
-                await self._twin.report({"updates": told})
+                await self._twin.report({"updates": told, "waiting": asks | dict.fromkeys(gone)})
             await tick(1.0)
 
     def _tune(self, settings: Settings) -> None:

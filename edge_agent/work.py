@@ -92,6 +92,7 @@ class Work:
         self._approvals, self._one, self._asked = approvals, asyncio.Lock(), asyncio.Event()
         self._waiting: dict[str, tuple[Job, float]] = {}  # by id: what waits for an approval, and until when
         self._approved: set[str] = set()
+        self.asks: dict[str, dict[str, Any]] = {}  # by task: what the hub shows of a call that waits
         self._watch = Watch(inbox, transcripts)
         inbox.on_cancel, transcripts.on_step = self._watch.cancel, self._watch.stepped
         self.current = ""
@@ -251,6 +252,7 @@ class Work:
 
     async def _run(self, job: Job, again: bool) -> None:
         self.current = job.id
+        self.asks.pop(job.id, None)
         try:
             await self._watch.begin(job, again, self._clock())
             state, result, error = await self._do(job, again)
@@ -314,6 +316,7 @@ class Work:
         ask = task.steps[-1]
         _log.warning("%s %s until %.0f: outrider task approve %s", task.id, task.error, ask.expires, task.id)
         await self._audit.append("ask", task.subject.name, task=task.id, call=task.error, digest=ask.text)
+        self.asks[task.id] = shown.ask(task, ask)
         await self._approval("asked", task, ask.text)
         return JobState.RUNNING, {"until": ask.expires}, ""
 

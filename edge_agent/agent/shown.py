@@ -48,6 +48,20 @@ def told_all(steps: list[Step]) -> list[dict[str, Any]]:
     return [*head, *reversed(tail)]
 
 
+def ask(task: Task, step: Step) -> dict[str, Any]:
+    """What somebody needs to see who decides about the call that a task waits with; `tool` is what they need to may."""
+    call = step.call
+    return {
+        "digest": step.text,
+        "call": _cut(render(call), 400) if call else "",
+        "tool": call.name if call else "",
+        "text": _cut(task.text, 400),
+        "at": step.at,
+        "subject": task.subject.name,
+        "expires": step.expires,
+    }
+
+
 def _by(step: Step) -> str:
     """Who gave an approval."""
     try:

@@ -6,6 +6,7 @@ from typing import Any
 from nicegui import ui
 
 from edge_agent.wire.messages import JobKind
+from hub import approvals
 from hub.errors import Refused
 from hub.jobs import MAX_TEXT
 from hub.ui import work
@@ -32,6 +33,7 @@ async def device_page(view: View) -> None:
     title, facts = ui.html().classes("title-row"), ui.html().classes("facts card")
     with ui.element("div").classes("two"):
         with ui.element("section").classes("main"):
+            await waiting(view, name)
             await ask(view, name)
         with ui.element("section").classes("side"):
             models = ui.html().classes("wide")
@@ -98,6 +100,41 @@ def documents_html(device: dict[str, Any]) -> str:
     return f'<div class="heading"><h2>Documents</h2></div><div class="card">{desired}{reported}</div>'
 
 
+async def waiting(view: View, name: str) -> None:
+    """Calls that wait for somebody's word, whoever asked and by whatever way, with the buttons to give it."""
+    if view.why_not("read:job", name):
+        return
+    listed, cards = ui.element("div").classes("jobs"), dict[str, tuple[ui.element, ui.html, approvals.Ask]]()
+
+    def add(ask: approvals.Ask) -> None:
+        async def say(approve: bool) -> None:
+            services, subject = view.services, view.session.subject
+            await approvals.answer(services.auth, services.audit, services.jobs, subject, name, ask, approve)
+            notify = f"{'Approved' if approve else 'Denied'}: {ask.call}"
+            ui.notify(notify, type="positive" if approve else "info", position="top")
+
+        reason = approvals.why_not(view.services.auth, view.session.subject, name, ask)
+        with listed, ui.element("div").classes("card job waits") as card:
+            html = ui.html()
+            with ui.element("div").classes("answers"):
+                view.act("Approve", lambda: say(True), reason, icon="check")
+                view.act("Deny", lambda: say(False), reason, icon="close", quiet=True)
+        cards[ask.digest] = card, html, ask
+
+    async def show() -> None:
+        found = {ask.digest: ask for ask in approvals.asks(await view.snapshots.device(name))}
+        for gone in cards.keys() - found.keys():
+            cards.pop(gone)[0].delete()
+        for digest, ask in found.items():
+            if digest not in cards:
+                add(ask)
+            head = f'<b>{e(ask.subject)} asked: {e(ask.text)}</b><span class="badge wait">waiting for approval</span>'
+            step = f"{e(ask.at)}: " if ask.at else ""
+            set_html(cards[digest][1], f"<header>{head}</header><p>{step}{work.ask_html(ask)}</p>")
+
+    await view.live(show, "read:job", every=0.5)
+
+
 async def ask(view: View, name: str) -> None:
     """The box for a request, and the device's work, newest first."""
     if reason := view.why_not("read:job", name):
@@ -127,13 +164,14 @@ async def ask(view: View, name: str) -> None:
 
     async def show() -> None:
         jobs = await view.snapshots.jobs(name, JOBS)
+        asks = {ask.id: ask for ask in approvals.asks(await view.snapshots.device(name))}
         none.set_visibility(not jobs)
         for job in reversed(jobs):
             if job["id"] not in cards:
                 with listed:
                     cards[job["id"]] = made = ui.html().classes("card job")
                 made.move(target_index=0)
-            set_html(cards[job["id"]], work.card(job))
+            set_html(cards[job["id"]], work.card(job, asks.get(job["id"])))
         for gone in cards.keys() - {job["id"] for job in jobs}:
             cards.pop(gone).delete()
 

@@ -116,12 +116,20 @@ class View:
     ) -> ui.button:
         """A button for an action; greyed out, saying why, for who may not."""
 
+        async def allowed() -> None:
+            self.services.auth.require(self.session.subject, action, resource)
+            await run()
+
+        return self.act(text, allowed, self.why_not(action, resource), icon=icon, quiet=quiet)
+
+    def act(self, text: str, run: Show, reason: str = "", *, icon: str | None = None, quiet: bool = False) -> ui.button:
+        """A button for what asks by itself whether it may be done; `reason` says why it is greyed out."""
+
         async def click() -> None:
             if self.ended():
                 return
             button.disable()
             try:
-                self.services.auth.require(self.session.subject, action, resource)
                 await run()
             except Refused as refused:
                 notify_refused(refused.message, refused.hint)
@@ -129,7 +137,6 @@ class View:
                 if not button.is_deleted:
                     button.enable()
 
-        reason = self.why_not(action, resource)
         with ui.element("span"):
             button = ui.button(text, on_click=click, icon=icon, color=None if quiet else "primary")
             button.props("unelevated no-caps").classes("quiet" if quiet else "")

@@ -1,4 +1,4 @@
-"""Jobs in words and HTML: what was asked, each call with its result and time, how it ended."""
+"""Jobs in words and HTML: what was asked, each call with its result and time, how it ended, the transcript."""
 
 import json
 import time
@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 
 from edge_agent.wire.messages import TERMINAL, JobState
-from hub.ui.frame import clock, e
+from hub.approvals import Ask
+from hub.ui.frame import clock, e, span
 
 ENDED = frozenset(state.value for state in TERMINAL)
 PATH = (JobState.QUEUED, JobState.DELIVERED, JobState.RUNNING)
@@ -67,14 +68,53 @@ def summary(job: dict[str, Any]) -> str:
     return _short(job["error"] or _text(job["result"].get("result", job["result"] or "")))
 
 
-def card(job: dict[str, Any]) -> str:
-    """A job as HTML: request, way so far, calls, answer or error."""
+def card(job: dict[str, Any], ask: Ask | None = None) -> str:
+    """A job as HTML: request, way so far, calls, answer or error, transcript; `ask` is what it waits with."""
     facts = [clock(job["created"]), job["subject"]]
     if thought := decided_ms(job):
         facts.append(f"decided in {thought:,.0f} ms")
-    state = f'<span class="badge {tone(job["state"])}">{e(job["state"])}</span>'
+    shown = "waiting for approval" if ask else job["state"]
+    state = f'<span class="badge {"wait" if ask else tone(job["state"])}">{e(shown)}</span>'
     head = f'<header><b>{e(asked(job))}</b><span class="faint">{e(" · ".join(facts))}</span>{state}</header>'
-    return head + _way(job) + "".join(map(_step, calls(job))) + _end(job)
+    waits = f'<div class="step"><div>{ask_html(ask)}</div></div>' if ask else ""
+    return head + _way(job) + "".join(map(_step, calls(job))) + waits + _end(job) + transcript(job)
+
+
+def ask_html(ask: Ask) -> str:
+    """The call in words, and the digest that an answer is good for."""
+    left = f"{span(ask.expires - time.time())} left"
+    digest = f'<code title="{e(ask.digest)}">{e(ask.digest[:16])}</code>'
+    return f'<code>{e(ask.call)}</code><span class="result">digest {digest}, {e(left)}</span>'
+
+
+def transcript(job: dict[str, Any]) -> str:
+    """Every step as the device told it: what was said, checked, called, asked and approved, and how long it took."""
+    listed = job["result"].get("steps")
+    steps = [step for step in listed if isinstance(step, dict)] if isinstance(listed, list) else []
+    if not steps:
+        return ""
+    rows = "".join(_line(step, job["created"]) for step in steps)
+    title = f"<b>Transcript</b><span>{len(steps)} steps</span>"
+    return f'<details class="transcript"><summary>{title}</summary><table>{rows}</table></details>'
+
+
+def _line(step: dict[str, Any], began: float) -> str:
+    role, ok, ts = str(step.get("role", "")), bool(step.get("ok", True)), step.get("ts")
+    since = f"{max(0.0, ts - began):,.2f} s" if isinstance(ts, int | float) else ""
+    text, call = _text(step.get("text", "")), _text(step.get("call", ""))
+    if role == "ask":
+        text = f"May {call} be done? digest {text[:16]}"
+    elif role == "approval":
+        text = f"{text} {'approved' if ok else 'denied'} {call}"
+    notes = [f"{step['ms']:,.1f} ms"] if isinstance(step.get("ms"), int | float) else []
+    if isinstance(step.get("prompt_tokens"), int):
+        notes.append(f"{step['prompt_tokens']} tokens read, {step.get('tokens', 0)} said")
+    notes += [str(step[name])[:40] for name in ("adapter",) if step.get(name)]
+    at = f"<b>{e(step['at'])}</b> " if step.get("at") else ""
+    what = f"{at}<code>{e(_short(text or call))}</code>"
+    kind = "bad" if not ok else "wait" if role == "ask" else ""
+    cells = f'<td class="faint">{since}</td><td><em>{e(role)}</em></td><td class="{kind}">{what}</td>'
+    return f'<tr>{cells}<td class="faint">{e(" · ".join(notes))}</td></tr>'
 
 
 def _way(job: dict[str, Any]) -> str:

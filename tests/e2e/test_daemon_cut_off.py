@@ -14,7 +14,7 @@ import pytest
 
 from bench.fleet import Device, Hub, running, until
 from bench.link import Link
-from tests.e2e.test_daemon_hub import _acked, _online, seqs
+from tests.e2e.test_daemon_hub import _acked, _online, job, seqs
 from tests.engines.endpoints import DONE, Handler, Scripted, says, server, stream
 
 MANUAL = "# Line 2\nThe relief valve of line 2 opens at 9 bar. Its gasket is changed every 400 hours.\n"
@@ -163,7 +163,30 @@ async def test_the_agent_of_a_device_that_is_cut_off_does_all_its_work(
         ends = {record["body"]["id"]: record["body"]["state"] for record in jobs["records"]}
         assert ends[waits] == ends[started["result"]["id"]] == "succeeded"
         assert (await hub.get("/v1/audit/verify"))["first_broken"] is None
+
+        purging = {"kind": "task", "body": {"text": "purge line 2"}}
+        asked = (await hub.post("/v1/devices/press-1/jobs", purging))["id"]  # now with a hub that sees the call
+
+        async def shows(waiting: bool) -> dict[str, Any] | None:
+            reported: dict[str, Any] = (await hub.get("/v1/devices/press-1"))["reported"]
+            found = reported.get("waiting") or {}
+            return (found if asked in found else None) if waiting else ({"none": 0} if asked not in found else None)
+
+        ask = (await until("the ask at the hub", 60, shows, True))[asked]
+        assert (ask["call"], ask["text"], ask["subject"]) == ("purge(line=2)", "purge line 2", "admin")
+        word = {"tool": "approve_call", "args": {"id": asked, "call": ask["digest"], "approve": True}}
+        assert (await job(hub, device, word))["state"] == "succeeded"
+        done = await until("the end of the task", 60, _ended, hub, asked)
+        assert done["state"] == "succeeded", done
+        roles = [step["role"] for step in done["result"]["steps"]]
+        assert roles[-5:-1] == ["ask", "approval", "intent", "tool"]
+        await until("the ask gone", 60, shows, False)
         await device.stop()
+
+
+async def _ended(hub: Hub, id: str) -> dict[str, Any] | None:
+    seen: dict[str, Any] = await hub.get(f"/v1/jobs/{id}")
+    return seen if seen["result"] else None
 
 
 async def _up(device: Device) -> bool | None:

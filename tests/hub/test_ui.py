@@ -11,7 +11,10 @@ import pytest
 from nicegui import Client
 from sqlalchemy.exc import OperationalError
 
-from edge_agent.wire.messages import JobReport, JobState, PresenceState
+from edge_agent.wire.grants import Subject
+from edge_agent.wire.messages import Job, JobKind, JobReport, JobState, PresenceState
+from hub.approvals import answer, asks
+from hub.errors import Refused
 from hub.ui.sessions import COOKIE, MAX_SESSIONS, Sessions
 from hub.ui.snapshots import Snapshots
 from tests.hub.browser import CHROMEDRIVER, CHROMIUM, Browser
@@ -131,6 +134,106 @@ async def test_a_task_is_asked_in_the_browser_and_its_way_and_result_appear(serv
         await window.see("<img src=x", ".job p")  # what a device says is text
         await window.open(url)
         await window.see("3.42 mm/s", ".table")
+    assert await complaints(window) == []
+
+
+def sent(device: Device) -> list[Job]:
+    """What came, each once: a job that is not confirmed yet comes again."""
+    return list({job.id: job for job in device.jobs}.values())
+
+
+def waits(id: str, call: str = "purge(line=2)", **more: Any) -> dict[str, Any]:
+    ask = {"digest": hashlib.sha256(id.encode()).hexdigest(), "call": call, "tool": "purge", "text": "empty line 2"}
+    return {"waiting": {id: ask | {"subject": "otto", "expires": time.time() + 3600, **more}}}
+
+
+@needs_chromium
+async def test_a_dangerous_call_is_shown_in_words_and_approved_by_who_may_once(served: Served, window: Browser) -> None:
+    hub, url = served
+    await hub.services.auth.add_user("olga", ["operator"], PASSWORD, by="test")
+    device = await enrolled(hub, "press-1")
+    async with device.online():
+        await hub.services.jobs.create(
+            "press-1", JobKind.TASK, {"text": "empty line 2"}, subject="otto", roles=["operator"]
+        )
+        [asked] = await until(lambda: sent(device))
+        await report(device, asked.id, JobState.RUNNING)
+        local = waits("local-7", "purge(line=1)", text="<b>of a trigger</b>")["waiting"]
+        rubbish = {"x": 3, "y": {"digest": 4}, "z": {}}
+        doc = {"waiting": waits(asked.id)["waiting"] | local | rubbish}
+        await device.report("reported", {"version": 1, "doc": doc})
+        await log_in(window, url, "/devices/press-1", user="olga")
+        await window.see("otto asked: empty line 2", ".waits")
+        await window.see("otto asked: <b>of a trigger</b>", ".waits")  # what people and devices say is text
+        assert await window.run("return document.querySelectorAll('.waits').length") == 2
+        await window.see("purge(line=2)", ".waits code")
+        await window.see("waiting for approval", ".job:not(.waits) .badge.wait")
+        digest = doc["waiting"][asked.id]["digest"]
+        assert await window.run("return document.querySelector('.job:not(.waits) .step code[title]').title") == digest
+        force = "for (const b of document.querySelectorAll('.waits button')) { b.disabled = false; b.click() }"
+        await window.run(force)
+        services, olga = hub.services, Subject("olga", ["operator"], time.time())
+        [first, *_] = asks(await services.devices.get("press-1"))
+        with pytest.raises(Refused, match="olga may not approve:call of purge"):
+            await answer(services.auth, services.audit, services.jobs, olga, "press-1", first, True)
+        assert len(sent(device)) == 1
+        await window.open(url)
+        await window.click("[aria-label='Log out']")
+        await log_in(window, url, "/devices/press-1")
+        await window.see("purge(line=2)", ".waits")
+        card = "[...document.querySelectorAll('.waits')].find(x => x.innerText.includes('line=2'))"
+        await window.run(f"{card}.querySelectorAll('button')[0].click()")
+        await window.run(f"{card}.querySelectorAll('button')[0].click()")
+        _, given = await until(lambda: sent(device)[1:] and sent(device))
+        wanted = {"tool": "approve_call", "args": {"id": asked.id, "call": digest, "approve": True}}
+        assert (given.kind, given.body, given.subject, given.roles) == (JobKind.TOOL, wanted, "admin", ["admin"])
+        await device.report("reported", {"version": 2, "doc": {"waiting": local}})
+        await until(lambda: window.run("return document.querySelectorAll('.waits').length == 1"))
+        await window.run("document.querySelectorAll('.waits button')[1].click()")
+        *_, denied = await until(lambda: sent(device)[2:] and sent(device))
+        assert (denied.body["args"]["id"], denied.body["args"]["approve"]) == ("local-7", False)
+        assert len(sent(device)) == 3  # the second click was the same word again
+        entries = [entry for entry in await hub.services.audit.newest(50) if entry["action"].endswith(":call")]
+        assert [(entry["actor"], entry["action"]) for entry in entries if entry["detail"]["task"] == "local-7"] == [
+            ("admin", "deny:call")
+        ]
+        assert {"device": "press-1", "task": asked.id, "call": "purge(line=2)", "digest": digest} in [
+            entry["detail"] for entry in entries
+        ]
+    assert await complaints(window) == []
+
+
+@needs_chromium
+async def test_the_whole_transcript_of_a_task_is_on_its_card(served: Served, window: Browser) -> None:
+    hub, url = served
+    device = await enrolled(hub, "press-1")
+    async with device.online():
+        await hub.services.jobs.create(
+            "press-1", JobKind.TASK, {"text": "empty it"}, subject="otto", roles=["operator"]
+        )
+        [job] = await until(lambda: sent(device))
+        now = time.time()
+        steps: list[Any] = [
+            {"role": "model", "text": "purge(line=2)", "ts": now, "ms": 847.2, "prompt_tokens": 256, "tokens": 8},
+            {"role": "check", "text": "purge(line=2)", "ts": now, "adapter": "toolcaller 1.2"},
+            {"role": "ask", "text": "ab" * 32, "call": "purge(line=2)", "ts": now, "expires": now},
+            {"role": "approval", "text": "ann", "call": "purge(line=2)", "ok": False},
+            {"role": "tool", "at": "blow", "text": "<img src=x onerror='document.title=1'>", "ok": False, "ms": "?"},
+            "rubbish",
+            {"role": ["?"], "text": {"a": 1}},
+        ]
+        await report(device, job.id, JobState.FAILED, {"steps": steps}, "ann denied purge(line=2)")
+        await log_in(window, url, "/devices/press-1")
+        await window.see("6 steps", ".transcript summary")
+        await window.click(".transcript summary")
+        for words in (
+            "847.2 ms · 256 tokens read, 8 said",
+            "toolcaller 1.2",
+            "May purge(line=2) be done? digest abababababababab",
+            "ann denied purge(line=2)",
+            "blow <img src=x",
+        ):
+            await window.see(words, ".transcript")
     assert await complaints(window) == []
 
 
