@@ -75,6 +75,7 @@ class Settings(msgspec.Struct, frozen=True):
     token: str = ""
     name: str = ""
     broker: str = ""
+    proxy: str = ""  # for hub and broker, instead of the environment's
     api: str = "127.0.0.1:8471"
     pack: str = "tools.sim.pack"
     packs: list[str] = []  # instead of it: short names and modules

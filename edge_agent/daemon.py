@@ -46,6 +46,7 @@ from edge_agent.store import Store
 from edge_agent.sync.blobs import Blobs
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Limits, Outbox
+from edge_agent.sync.proxy import Proxy
 from edge_agent.sync.session import Session
 from edge_agent.sync.twin import GrantsCache, Twin
 from edge_agent.telemetry import Telemetry
@@ -243,6 +244,7 @@ class Daemon:
             username=None if own else enrolled.broker.username or None,
             password=None if own else enrolled.broker.password or None,
             ca=enrol.tls(self._settings.state, self._identity),
+            proxy=self._settings.proxy,
             outbox=self._outbox,
             inbox=inbox,
             twin=self._twin,
@@ -406,6 +408,9 @@ def main(settings: Settings) -> None:
     )
     for chatty in ("httpx", "httpcore", "uvicorn"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    if settings.proxy:
+        Proxy.parse(settings.proxy)
+        os.environ |= {"HTTP_PROXY": settings.proxy, "HTTPS_PROXY": settings.proxy}
     identity = enrol.load(settings.state)
     if identity is None:
         identity = enrol.enrol(settings.state, settings.hub, settings.token, settings.name)

@@ -74,7 +74,7 @@ class Blobs:
                 await self._more.wait()
             except (Retry, httpx.HTTPError, OSError) as error:
                 self._trouble.tell(error)
-                await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+                await asyncio.sleep(random.uniform(0, delay))
                 delay = min(delay * 2, BACKOFF_S[1])
 
     async def _upload(self, path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.sync.proxy import Proxy, ProxyError
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,13 @@ def tls_context(trust: Path | None) -> ssl.SSLContext:
         raise Refused(f"cannot read the broker's CA file or our certificate in {trust}: {error}", hint) from None
 
 
-def dial(address: Address, tls: Callable[[], ssl.SSLContext] | None, timeout: float) -> socket.socket:
+def dial(address: Address, tls: Callable[[], ssl.SSLContext] | None, timeout: float, proxy: str = "") -> socket.socket:
     """A connected socket, after the TLS handshake where there is one; blocks. Raises OSError, Refused."""
-    context = tls() if tls else None
-    plain = socket.create_connection((address.host, address.port), timeout)
+    context, through = tls() if tls else None, Proxy.of(address.host, proxy)
+    if through:
+        plain = through.dial(address.host, address.port, timeout)
+    else:
+        plain = socket.create_connection((address.host, address.port), timeout)
     return context.wrap_socket(plain, server_hostname=address.host) if context else plain
 
 
@@ -117,6 +121,8 @@ def explain(error: OSError | ValueError, address: Address) -> OutriderError:
     """What a failed connect means for us."""
     text = f"cannot connect to {address}: {error}"
     match error:
+        case ProxyError():
+            return Retry(text, "check HTTPS_PROXY or the setting `proxy`, and what the proxy lets through")
         case ssl.SSLCertVerificationError():
             return Refused(text, "give the CA that signed the broker's certificate, and the name it was made for")
         case ssl.SSLError():

@@ -30,6 +30,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.sync.broker import Address, Message, Publication, dial, explain, refusal, tls_context
+from edge_agent.sync.proxy import Proxy
 
 __all__ = ["Address", "Message", "MqttSession", "Publication"]
 T = TypeVar("T")
@@ -43,7 +44,8 @@ class MqttSession:
     """`async with MqttSession(...)` connects in the background, and again whenever the connection is lost.
 
     `on_connect(session_present)` and `on_disconnect(error)` run on the event loop; subscriptions are made (again)
-    before `on_connect`. `will` is asked for before each connection. Raises Refused for a bad URL or CA file.
+    before `on_connect`. `will` is asked for before each connection. Without `proxy` the environment's is used.
+    Raises Refused for a bad URL, proxy or CA file.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class MqttSession:
         username: str | None = None,
         password: str | None = None,
         ca: Path | None = None,
+        proxy: str = "",
         subscriptions: Sequence[str] = (),
         will: Callable[[], Publication] | None = None,
         session_expiry: int = 7 * 86400,
@@ -69,6 +72,7 @@ class MqttSession:
         self.tls = partial(tls_context, ca) if self.address.tls else None  # anew for each connection: it is renewed
         if self.tls:
             self.tls()
+        self.proxy, _ = proxy, Proxy.of(self.address.host, proxy)
         self.session_expiry, self.keepalive, self.inflight, self.inbound = session_expiry, keepalive, inflight, inbound
         self.on_connect, self.on_disconnect = on_connect, on_disconnect
         self.error: OutriderError | None = None  # why the last connection failed or ended
@@ -160,7 +164,7 @@ class MqttSession:
                 link.close()
             self._down(error)
             delay = first if time.monotonic() - began > STEADY_S else delay
-            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+            await asyncio.sleep(random.uniform(0, delay))  # full jitter: a fleet does not come back at once
             delay = min(delay * 2, longest)
 
     def _up(self, link: _Link, session_present: bool) -> None:
@@ -203,7 +207,7 @@ class _Link:
     def _make_client(self) -> paho.Client:
         session = self.session
         client = paho.Client(CallbackAPIVersion.VERSION2, session.client_id, protocol=paho.MQTTv5, manual_ack=True)
-        dialled = partial(dial, session.address, session.tls, CONNECT_TIMEOUT_S / 2)
+        dialled = partial(dial, session.address, session.tls, CONNECT_TIMEOUT_S / 2, session.proxy)
         client._create_socket = dialled  # type: ignore[method-assign]  # paho leaks one whose TLS handshake failed
         client.max_inflight_messages_set(session.inflight)
         if session.address.username is not None:
