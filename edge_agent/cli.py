@@ -25,6 +25,7 @@ from edge_agent.wire.errors import WireError
 _VERBS = {
     "agent": ("Run the daemon of a device.", "edge"),
     "task": ("Give a device a task through its local API and watch it work.", "edge"),
+    "replay": ("Ask a task's decisions again, of another model, and see where it differs.", "edge"),
     "update": ("How a device's updates fare and why one rolled back; hold them back for a while.", "edge"),
     "workflow": ("Check workflows, and try them without a device.", "edge"),
     "mcp": ("Serve a device's tools to MCP clients.", "mcp"),
@@ -213,7 +214,8 @@ def approve(
             raise Refused(f"{id} waits for no approval: it is {seen['state']}", "GET /v1/tasks shows which do")
         if not json:
             typer.echo(f"{seen['subject']['name']} asked: {seen['text']}")
-            _show_steps(seen, len(seen["steps"]) - 1)
+            plan = (n for n, each in enumerate(seen["steps"]) if each["role"] == "plan" and each.get("at"))
+            _show_steps(seen, next(plan, len(seen["steps"]) - 1))
         if not yes:
             typer.confirm("deny it?" if deny else "approve it?", abort=True)
         args = {"id": id, "call": ask["text"], "approve": not deny}
@@ -264,11 +266,11 @@ def show(
     _show_end(seen)
 
 
-def _client(api: str, token: str) -> Any:
+def _client(api: str, token: str, timeout: float = 10) -> Any:
     import httpx
 
     base = api if "://" in api else f"http://{api}"
-    return httpx.Client(base_url=base, headers={"Authorization": f"Bearer {token}"}, timeout=10)
+    return httpx.Client(base_url=base, headers={"Authorization": f"Bearer {token}"}, timeout=timeout)
 
 
 @task.command()
@@ -302,6 +304,34 @@ def run(
 
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
+
+
+def replay(
+    id: Annotated[str, typer.Argument(help="A task that has ended.")],
+    model: Annotated[str, typer.Option(help="MODEL or MODEL:ADAPTER; without it, what speaks now.")] = "",
+    api: Api = "http://127.0.0.1:8471",
+    token: Token = "",
+    json: Json = False,
+) -> None:
+    """Ask a task's decisions again, of another model: nothing is done, results are the transcript's; exits 1 if one
+    differs."""
+    import msgspec
+
+    with _client(api, token, 600) as client:
+        seen = _answer(client, "POST", f"/v1/tasks/{id}/replay", json={"model": model})
+    made = seen["decisions"]
+    if json:
+        typer.echo(msgspec.json.encode(seen))
+    for each in [] if json else made:
+        typer.secho(f"{each['n']:>3} {each['role']:<6} {each['said']}  {each['ms']:.0f} ms")
+        if not each["same"]:
+            typer.secho(f"    differs: {each['says']}", fg="yellow", nl=False)
+            typer.echo(f"  {each['ms_now']:.0f} ms")
+    if not json:
+        typer.echo(f"{seen['model'] or seen['digest'][:12]} {seen['adapter']}: {seen['same']} of {len(made)} the same")
+    raise typer.Exit(seen["same"] < len(made))
+
+
 update = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 _API = "http://127.0.0.1:8471"
 

@@ -28,6 +28,7 @@ from edge_agent.agent.approval import Approvals
 from edge_agent.agent.interlock import Interlocked
 from edge_agent.agent.loop import AgentLoop
 from edge_agent.agent.ports import RunnerTools
+from edge_agent.agent.replay import Replay
 from edge_agent.agent.rules import PolicyFile
 from edge_agent.agent.transcript import Transcripts
 from edge_agent.agent.workflow_topics import Topics
@@ -97,6 +98,7 @@ class Daemon:
         parts = (self._hosting, self._tools, transcripts, self._allowed)
         asks = Approvals(self._key, self._allowed, lambda: rules.now().approval_s)
         self._agent = AgentLoop(*parts, rules=rules.now, speakers=self._hosting.speakers, approvals=asks)
+        self.replay = Replay(*parts, rules.now, self._hosting.named)
         audit = Audit(store, outbox)
         self.work = Work(self._inbox, self._agent, transcripts, self._tools, audit, self._allowed, approvals=asks)
         slots = Slots(state / "bundles")

@@ -173,10 +173,19 @@ class Hosting:
             raise Retry(f"the adapter {self._chosen} is not installed for {first}", "assign it, or configure none")
         return [self._speaker(route) for route in there] or [Speaker()]
 
-    def _speaker(self, route: Route) -> Speaker:
+    def named(self, name: str) -> Speaker:
+        """What speaks under a name, `MODEL` or `MODEL:ADAPTER` (or `MODEL:none`); empty: `speaker`. Raises Refused."""
+        model, _, adapter = name.partition(":")
+        known = [NO_ADAPTER, "", *self._adapters(model)]
+        if name and (model not in self._llms() or adapter not in known):
+            here = ", ".join(self.languages()) or "none"
+            raise Refused(f"the language model {name} is not installed", f"installed: {here}")
+        return self._speaker(Route(model), adapter) if name else self.speaker()
+
+    def _speaker(self, route: Route, adapter: str = "") -> Speaker:
         installed, fit = self.running[route.model], self._adapters(route.model)
         tools = sorted(adapter for adapter, i in fit.items() if i.manifest.meta.get("task") == "tools")
-        chosen = fit.get(self._chosen or next(iter(tools), ""))
+        chosen = fit.get(adapter or self._chosen or next(iter(tools), ""))
         speaker = Speaker(
             installed.digest,
             endpoint=_role(installed) == ENDPOINT,

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edge_agent.api import chat, oip
-from edge_agent.api.access import Caller, Device, Gate, Neighbours, Problem, answer, problem
+from edge_agent.api.access import RUN_MODEL, Caller, Device, Gate, Neighbours, Problem, answer, problem
 from edge_agent.config import address
 from edge_agent.errors import Refused, Retry
 
@@ -34,6 +34,10 @@ MAX_ASKED = 4096
 
 class TaskRequest(msgspec.Struct, frozen=True):
     text: str
+
+
+class ReplayRequest(msgspec.Struct, frozen=True):
+    model: str = ""
 
 
 class HoldRequest(msgspec.Struct, frozen=True):
@@ -80,6 +84,7 @@ def create_app(
             gate.route("/v1/tasks", "POST", "run:task", _submit),
             gate.route("/v1/tasks", "GET", "read:task", _tasks),
             gate.route("/v1/tasks/{id}", "GET", "read:task", _task),
+            gate.route("/v1/tasks/{id}/replay", "POST", "read:task", _replay),
             gate.route("/v1/tools", "GET", "", _tools),  # those the caller may use
             gate.route("/v1/tools/{name}", "POST", "", _tool),  # which permission depends on the tool's risk
             gate.route("/v1/blobs", "POST", "upload:blob", _blob),
@@ -117,6 +122,13 @@ async def _task(caller: Caller) -> Response:
     if task is None:
         raise Problem(404, f"no task {id}", "see GET /v1/tasks")
     return answer(task)
+
+
+async def _replay(caller: Caller) -> Response:
+    """Decisions asked again, of a model the caller may run."""
+    model = (await caller.read(ReplayRequest)).model
+    caller.must(RUN_MODEL, model.partition(":")[0])
+    return answer(await caller.unless_gone(caller.device.replay.run(caller.request.path_params["id"], model)))
 
 
 async def _tools(caller: Caller) -> Response:

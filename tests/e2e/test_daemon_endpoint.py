@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.e2e.daemon_process import DaemonProcess, until
+from tests.e2e.daemon_process import ROOT, DaemonProcess, until
 from tests.engines.endpoints import DONE, Handler, Scripted, says, server, stream, whole
 
 KEY = "a-key-of-the-plant"
@@ -24,7 +27,8 @@ def caller(handler: Handler) -> None:
     if messages[-1]["role"] == "tool":
         stream(says(f"Line 1: {messages[-1]['content']}"), says("", "stop"), DONE)(handler)
     elif "tools" in handler.body:
-        function = {"name": "read_sensor", "arguments": '{"sensor": "speed", "line": 1}'}
+        line = 2 if handler.body["model"] == "small" else 1
+        function = {"name": "read_sensor", "arguments": f'{{"sensor": "speed", "line": {line}}}'}
         call = {"index": 0, "id": "x", "type": "function", "function": function}
         stream(says(tool_calls=[call]), says("", "tool_calls"), DONE)(handler)
     else:
@@ -42,6 +46,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, endpoint: Scripted) -> Iter
     tmp_path = tmp_path_factory.mktemp("endpoint")
     made = DaemonProcess(tmp_path / "press-1")
     config = f'model = "plant"\n[endpoints.plant]\nurl = "{endpoint.url}"\nmodel = "big"\nkey_env = "PLANT_KEY"\n'
+    config += f'[endpoints.other]\nurl = "{endpoint.url}"\nmodel = "small"\nkey_env = "PLANT_KEY"\n'
     (tmp_path / "agent.toml").write_text(config)
     try:
         made.start("--config", str(tmp_path / "agent.toml"), PLANT_KEY=KEY)
@@ -79,6 +84,22 @@ def test_a_task_and_a_client_are_served_by_the_endpoint_and_the_key_is_nowhere(
     assert json.loads(called["message"]["tool_calls"][0]["function"]["arguments"]) == {"sensor": "speed", "line": 1}
     kept = [path.read_bytes() for path in daemon.state.rglob("*") if path.is_file()]
     assert not [raw for raw in [*kept, daemon.log.read_bytes()] if KEY.encode() in raw]
+
+
+def test_a_task_is_replayed_on_another_model_from_the_command_line(daemon: DaemonProcess) -> None:
+    until("the other endpoint", lambda: daemon.status()["models"].get("other", {}).get("engine"))
+    id = ended(daemon, "how fast is line 1?")["id"]
+    before = daemon.ask("GET", "/v1/tasks").json()
+    for model, code, told in (("plant", 0, "2 of 2 the same"), ("other", 1, "1 of 2 the same"), ("none", 78, "")):
+        argv = [sys.executable, "-m", "edge_agent.cli", "replay", id, "--model", model, "--api", daemon.url]
+        env = {**os.environ, "OUTRIDER_TOKEN": daemon.token("operator")}
+        done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd=ROOT, timeout=60, check=False)
+        assert (done.returncode, told in done.stdout) == (code, True), (done.stdout, done.stderr)
+        if model == "other":
+            assert 'differs: read_sensor(sensor="speed", line=2)' in done.stdout
+    assert "the language model none is not installed" in done.stderr
+    assert daemon.ask("GET", "/v1/tasks").json() == before
+    assert daemon.ask("POST", f"/v1/tasks/{id}/replay", {}, "viewer").status_code == 403
 
 
 def test_a_server_that_is_away_fails_the_task_with_its_name_and_the_next_one_works(
