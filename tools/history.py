@@ -154,4 +154,8 @@ def pack(state: Path, options: dict[str, str]) -> Sequence[Tool]:
     """`list_history`, `read_history` and `past_alarms`. Raises ValueError."""
     given = settings.read("history", state, options, Settings, needed=False)
     tools = History(state.parent / "history.db", given.limits)
-    return [declare(tools.list_history), declare(tools.read_history), declare(tools.past_alarms)]
+    return [
+        declare(tools.list_history, concurrent=True),
+        declare(tools.read_history, concurrent=True),
+        declare(tools.past_alarms, concurrent=True),
+    ]

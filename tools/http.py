@@ -168,7 +168,7 @@ def pack(state: Path, options: dict[str, str]) -> Sequence[Tool]:
     """`http_get`, and `http_send` where a rule has another method. Raises ValueError."""
     given = settings.read("http", state, options, Settings)
     tools, limit = Http(given), given.timeout_s + 5
-    made = [declare(tools.http_get, timeout_s=limit)]
+    made = [declare(tools.http_get, timeout_s=limit, concurrent=True)]
     if any(set(rule.methods) - {"GET"} for rule in given.allow):
-        made.append(declare(tools.http_send, risk="act", idempotent=False, timeout_s=limit))
+        made.append(declare(tools.http_send, risk="act", idempotent=False, timeout_s=limit, concurrent=True))
     return made

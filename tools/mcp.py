@@ -1,4 +1,4 @@
-"""External MCP servers as tools of the device: `--pack tools.sim.pack,tools.mcp --option mcp.config=servers.toml`.
+"""External MCP servers as tools of the device, by the pack's file.
 
 Invariants: nothing of a server is seen but the tools that the file lists, each with the risk class it says, under the
 name SERVER_TOOL; a tool whose schema the call grammar cannot hold, or whose signature is longer than MAX_SIGNATURE, is
@@ -15,7 +15,6 @@ import contextlib
 import logging
 import os
 import threading
-import tomllib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -27,6 +26,7 @@ from edge_agent.agent.functions import Function, Functions
 from edge_agent.agent.prompt import signature
 from edge_agent.agent.tool import Risk, Tool, ToolError
 from edge_agent.errors import Refused
+from tools import settings
 
 MAX_SIGNATURE = 1200  # characters that a model reads of one tool
 START_S, GRACE_S = 60.0, 10.0
@@ -46,6 +46,12 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if bool(self.command) == bool(self.url):
             raise ValueError("a server has a command or a url")
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file."""
+
+    servers: dict[str, Server]
 
 
 class Link:
@@ -128,9 +134,8 @@ class Link:
 
 
 def pack(state: Path, options: dict[str, str]) -> list[Tool]:
-    """The allowed tools of all servers that answer. Option: `config`, the file. Raises ValueError, OSError."""
-    file = Path(options["config"])
-    servers = msgspec.convert(tomllib.loads(file.read_text())["servers"], dict[str, Server])
+    """The allowed tools of all servers that answer. Raises ValueError."""
+    servers = settings.read("mcp", state, options, Settings).servers
     return [tool for name, server in servers.items() for tool in _tools(name, server)]
 
 

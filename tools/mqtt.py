@@ -157,8 +157,8 @@ def pack(state: Path, options: dict[str, str]) -> Sequence[Tool]:
     given = settings.read("mqtt", state, options, Settings)
     tools, made = Topics(given), list[Tool]()
     if given.read:
-        made.append(settings.choosing(declare(tools.read_topic), name=given.read))
+        made.append(settings.choosing(declare(tools.read_topic, concurrent=True), name=given.read))
     if given.publish:
-        publish = declare(tools.publish_topic, risk="act", idempotent=False, timeout_s=15.0)
+        publish = declare(tools.publish_topic, risk="act", idempotent=False, timeout_s=15.0, concurrent=True)
         made.append(settings.choosing(publish, name=given.publish))
     return made

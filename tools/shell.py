@@ -159,4 +159,8 @@ class Shell:
 def pack(state: Path, options: dict[str, str]) -> Sequence[Tool]:
     """`run_command`, which is dangerous. Raises ValueError."""
     given = settings.read("shell", state, options, Settings, needed=False)
-    return [declare(Shell(given).run_command, risk="danger", idempotent=False, timeout_s=given.timeout_s + 10)]
+    return [
+        declare(
+            Shell(given).run_command, risk="danger", idempotent=False, timeout_s=given.timeout_s + 10, concurrent=True
+        )
+    ]

@@ -276,10 +276,13 @@ def sample(param: Param | None) -> Any:
     if param is None:
         return None
     if param.kind == "dict":
-        return {field.name: sample(field) for field in param.fields} or None
+        made = {field.name: sample(field) for field in param.fields}
+        units = [field.unit for field in param.fields if field.unit]
+        return (made | {"unit": units[0]} if units and made.get("unit") == "text" else made) or None
     if param.kind == "list":
         return [sample(param.items)] if param.items else None
     if param.kind == "choice":
         return param.choices[0]
     low = param.low if param.low is not None else min(1.0, param.high if param.high is not None else 1.0)
-    return {"int": int(low), "float": float(low) + 0.5, "bool": True, "str": "text"}[param.kind]
+    half = float(low) + 0.5 if param.high is None or low + 0.5 <= param.high else float(low)
+    return {"int": int(low), "float": half, "bool": True, "str": "text"}[param.kind]

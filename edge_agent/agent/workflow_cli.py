@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 import sqlite3
 import statistics
 import tempfile
@@ -62,9 +64,11 @@ class Place(msgspec.Struct, frozen=True):
 
 def place(pack: str, settings: config.Settings | None) -> Place:
     """A device by its settings; anywhere else the pack and the roles that ship. Raises Refused, Fatal."""
-    packs = pack or (settings.pack if settings else "tools.sim.pack")
+    packs = pack or (",".join(settings.packs) or settings.pack if settings else "tools.sim.pack")
     options = dict(each.partition("=")[::2] for each in settings.option) if settings and not pack else {}
     with tempfile.TemporaryDirectory(prefix="workflow-") as folder:
+        for file in (settings.state / "tools").glob("*.toml") if settings else ():
+            shutil.copy(file, folder)
         specs = [tool.spec for tool in load(packs, Path(folder), options)]
     if settings is None:
         return Place(specs)
@@ -118,6 +122,8 @@ def _open(
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"{file} cannot be read: {error}", "a YAML file") from error
+    if settings is not None:
+        os.environ["OUTRIDER_CONFIG"] = str(settings.resolve())
     there = place(pack, config.load({"state": state}, settings) if settings or state else None)
     flow, _, found = examine(text, there, roles)
     return flow, there, found, text

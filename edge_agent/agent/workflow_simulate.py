@@ -46,7 +46,8 @@ class Told(msgspec.Struct, frozen=True):
 
 class _Simulated:
     def __init__(self, flow: Workflow, specs: Sequence[ToolSpec], told: Told) -> None:
-        self._specs, self._told = specs, told
+        held = {"check": None, "rate": ""}  # samples do not read back, and nothing is called in truth
+        self._specs, self._told = [msgspec.structs.replace(spec, **held) for spec in specs], told
         self._tools = {step.id: step.tool for step in flow.steps}
 
     async def specs(self) -> Sequence[ToolSpec]:
@@ -58,7 +59,10 @@ class _Simulated:
         own = self._tools.get(step) == name
         if own and step in told.fail:
             raise ToolError(told.fail[step])
-        value = sample(next(spec.returns for spec in self._specs if spec.name == name))
+        returns = next(spec.returns for spec in self._specs if spec.name == name)
+        value = sample(returns)
+        if value is None and returns is not None:  # what is in it is not declared
+            value = {"dict": {}, "list": []}.get(returns.kind)
         value = value | {key: args[key] for key in args.keys() & value.keys()} if isinstance(value, dict) else value
         given = told.results.get(at, told.results.get(step, value)) if own else told.results.get(name, value)
         return value | given if isinstance(value, dict) and isinstance(given, dict) else given

@@ -146,11 +146,13 @@ def pack(state: Path, options: dict[str, str]) -> Sequence[Tool]:
     things = settings.fields(Param("count", "int"), Param("objects", "list", items=thing))
     made = [
         settings.choosing(
-            declare(tools.read_label, timeout_s=limit), settings.fields(*values, lines, sure), camera=cameras
+            declare(tools.read_label, timeout_s=limit, concurrent=True),
+            settings.fields(*values, lines, sure),
+            camera=cameras,
         ),
-        settings.choosing(declare(tools.detect_objects, timeout_s=limit), things, camera=cameras),
+        settings.choosing(declare(tools.detect_objects, timeout_s=limit, concurrent=True), things, camera=cameras),
         settings.choosing(declare(tools.keep_picture, risk="act", timeout_s=limit), camera=cameras),
     ]
     if given.parts:
-        made.append(settings.choosing(declare(tools.inspect_part, timeout_s=limit), part=given.parts))
+        made.append(settings.choosing(declare(tools.inspect_part, timeout_s=limit, concurrent=True), part=given.parts))
     return made
