@@ -85,7 +85,8 @@ def line(step: Step, task: Task) -> tuple[str, str]:
     match step.role:
         case "ask":
             until = time.strftime("%H:%M:%S", time.localtime(step.expires))
-            what, tone = f"may {call} be done? until {until}, {step.text[:12].strip()}", "wait"
+            why = step.why and f" {step.why};"
+            what, tone = f"may {call} be done?{why} until {until}, {step.text[:12].strip()}", "wait"
         case "approval":
             what = f"{_by(step)} {'approved' if step.ok else 'denied'} {call}"
         case "plan" if step.result is not None:
@@ -95,6 +96,9 @@ def line(step: Step, task: Task) -> tuple[str, str]:
         notes += [f"{step.prompt_tokens} tokens read ({step.cached_tokens} kept), {step.tokens} said"]
     if step.adapter or step.digest:
         notes.append(step.adapter or step.digest[:12])
+    if step.confidence is not None:
+        notes.append(f"{step.confidence:.0%} sure" + (f" by {step.votes} votes" if step.votes else ""))
+    notes += [f"after {_cut(each, 80)}" for each in step.tried[:3]]
     at = f"{_cut(step.at, 60)}: " if step.at else ""
     return f"{since:8.2f} s  {step.role:<8}  {at}{what}" + (f"  [{', '.join(notes)}]" if notes else ""), tone
 
