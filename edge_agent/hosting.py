@@ -191,6 +191,7 @@ class Hosting:
             endpoint=_role(installed) == ENDPOINT,
             model=route.model,
             calibration=_calibration(chosen or installed),
+            several=(chosen or installed).manifest.meta.get("calls") == "several",
             cost=route.cost,
             latency_s=route.latency_s,
         )

@@ -41,7 +41,8 @@ PROBES = (prompt.preamble(_SPECS, shots=False) + _ASKED, PROBE_PROMPT)
 class Description(msgspec.Struct, frozen=True):
     """What adapter.json says. `base`: content digest of the base model; `task`: by default `tools` for `signatures`.
 
-    `calibration`: how sure a decision of so and so probability is (see toolcaller/evaluate/calibrate.py).
+    `calibration`: how sure a decision of so and so probability is (see toolcaller/evaluate/calibrate.py); `calls`:
+    `several` where the agent may have all calls of a request at once.
     """
 
     base: str
@@ -51,6 +52,7 @@ class Description(msgspec.Struct, frozen=True):
     version: str = "1"
     license: str = ""
     calibration: dict[str, Any] = {}
+    calls: str = ""
 
 
 def shipped() -> dict[str, Path]:
@@ -85,7 +87,10 @@ def package_adapter(
     digest = content_digest(files)
     task = about.task if about.task is not None else TOOLS if about.prompt == "signatures" else ""
     meta = {"base": base, "base_digest": about.base, "task": task, "prompt": about.prompt, "rank": about.rank}
-    meta |= {"content_digest": digest} | ({"calibration": about.calibration} if about.calibration else {})
+    told = {"calibration": about.calibration, "calls": about.calls}
+    meta |= {"content_digest": digest, **{key: value for key, value in told.items() if value}}
+        key: value for key, value in (("calibration", about.calibration), ("calls", about.calls)) if value
+    }
     precisions = {"float16": {"bytes": sum(entry.size for entry in files)}}
     version = version or f"{about.version}+{digest[:8]}"
     try:

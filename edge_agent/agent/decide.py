@@ -42,7 +42,8 @@ class Speaker(msgspec.Struct, frozen=True):
     """What speaks for the agent: the model's digest, the adapter as `Generate` names it and as people do, its prompt.
 
     An adapter that was trained on `signatures` needs no examples in the preamble; an `endpoint` is asked by messages.
-    `model` is its name; `cost` is of 1,000 tokens; one that takes longer than `latency_s` is given up (0: it may).
+    One that can say `several` calls at once is let do so where a request joins several things. `model` is its name;
+    `cost` is of 1,000 tokens; one that takes longer than `latency_s` is given up (0: it may).
     """
 
     digest: str = ""
@@ -50,6 +51,7 @@ class Speaker(msgspec.Struct, frozen=True):
     title: str = ""
     shots: bool = True
     endpoint: bool = False
+    several: bool = False
     model: str = ""
     calibration: confidence.Calibration = confidence.Calibration()
     cost: float = 0.0
@@ -202,12 +204,13 @@ def next_call(
     if speaker.endpoint:
         asked = chat.chat(specs, turns, several=calls > 1)
         return msgspec.structs.replace(to, max_tokens=4 * max_tokens, chat=asked)
+    plan = speaker.several and calls > 1 and bool(turns) and prompt.joined(turns[0].text)
     return msgspec.structs.replace(
         to,
-        prefix=prompt.preamble(specs, shots=speaker.shots),
+        prefix=prompt.preamble(specs, prompt.SYSTEM_ALL if plan else prompt.SYSTEM, shots=speaker.shots),
         prompt=prompt.suffix(turns),
-        grammar=grammar.build(specs),
-        max_tokens=max_tokens,
+        grammar=grammar.build(specs, several=calls if plan else 1, refs=plan),
+        max_tokens=2 * max_tokens if plan else max_tokens,
         adapter=speaker.adapter,
     )
 

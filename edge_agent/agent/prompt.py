@@ -7,6 +7,7 @@ come from here (requests, results) cannot open or close a turn and is bounded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,12 @@ MAX_REQUEST = 2000
 MAX_RESULT = 600
 MAX_EXAMPLES = 40
 ASIDES = ("How tall is Mount Everest?", "tell me a joke", "book me a flight to Rome")
+
+_JOINED = re.compile(r"[,;]|\.\s|\s(and|then|und|dann)\s", re.IGNORECASE)
+_CONDITION = re.compile(
+    r"\b(if|when|whenever|unless|once|until|should|which|whichever|depending|otherwise|in case|wenn|falls|sofern)\b",
+    re.IGNORECASE,
+)
 
 SYSTEM = (
     "You run a device through its tools. Reply to each request with the one call that does it, "
@@ -37,6 +44,11 @@ class Turn(msgspec.Struct, frozen=True):
 
     role: Literal["user", "assistant", "tool"]
     text: str
+
+
+def joined(request: str) -> bool:
+    """Whether a request joins several things, none of them on a condition, by its form alone."""
+    return bool(_JOINED.search(request.rstrip(" .?!"))) and not _CONDITION.search(request)
 
 
 def signature(spec: ToolSpec) -> str:

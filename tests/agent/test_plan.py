@@ -14,8 +14,10 @@ from edge_agent.agent import grammar
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import CallError, Ref, parse_all, render_all
 from edge_agent.agent.chat import chat, said
+from edge_agent.agent.decide import Speaker, next_call
 from edge_agent.agent.loop import AgentLoop
 from edge_agent.agent.plan import read
+from edge_agent.agent.prompt import SYSTEM_ALL, Turn
 from edge_agent.agent.rules import Policy
 from edge_agent.agent.taint import turns
 from edge_agent.agent.tool import ToolError, tool
@@ -214,13 +216,27 @@ def test_the_grammar_takes_several_calls_with_references_and_parsing_gives_them_
     assert parse_all(text)[1].args["line"] == Ref(1, "line")  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("Stop line 1 and start line 2.", True),
+        ("Stop line 1, then start line 2", True),
+        ("Stop line 1.", False),
+        ("If line 1 is hot, stop it and start line 2.", False),
+    ],
+)
+def test_a_model_that_can_is_asked_for_all_calls_of_a_request_that_joins_several(text: str, whole: bool) -> None:
+    for several in (True, False):
+        asked = next_call(Speaker(several=several, shots=False), SPECS, [Turn("user", text)], calls=8)
+        assert (SYSTEM_ALL in asked.prefix) == (whole and several)
+        assert ("REF" in asked.grammar) == (whole and several)
+
+
 def test_an_endpoint_is_told_of_calls_and_results_one_by_one_and_may_refer_too() -> None:
     piece = Piece("", done=True, calls=[("find_fastest", "{}"), ("stop_line", '{"line": "$1.line", "why": "$5 off"}')])
     text = said(piece)
     assert text == 'find_fastest()\nstop_line(line=$1.line, why="$5 off")'
     assert said(Piece("", done=True, calls=[("stop_line", '{"why": "$1"}')])) == 'stop_line(why="$1")'
-    from edge_agent.agent.prompt import Turn
-
     made = chat(SPECS, [Turn("user", "x"), Turn("assistant", text), Turn("tool", "a"), Turn("tool", "b")], several=True)
     assert made["parallel_tool_calls"] is True
     asked, one, two = made["messages"][2:]
