@@ -89,8 +89,6 @@ def package_adapter(
     meta = {"base": base, "base_digest": about.base, "task": task, "prompt": about.prompt, "rank": about.rank}
     told = {"calibration": about.calibration, "calls": about.calls}
     meta |= {"content_digest": digest, **{key: value for key, value in told.items() if value}}
-        key: value for key, value in (("calibration", about.calibration), ("calls", about.calls)) if value
-    }
     precisions = {"float16": {"bytes": sum(entry.size for entry in files)}}
     version = version or f"{about.version}+{digest[:8]}"
     try:
