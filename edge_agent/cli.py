@@ -128,6 +128,7 @@ def agent(
     hub: Annotated[str | None, _option("The hub's address, to enrol; later it overrides the known one.", "HUB")] = None,
     token: Annotated[str | None, _option("Single-use enrolment token.", "TOKEN")] = None,
     name: Annotated[str | None, _option("This device's name in the fleet, to enrol.", "NAME")] = None,
+    ca: Annotated[str | None, _option("CA of the hub's HTTPS: a PEM file or sha256:FINGERPRINT.", "CA")] = None,
     broker: Annotated[str | None, _option("mqtt[s]://HOST:PORT instead of what the hub said.", "BROKER")] = None,
     api: Annotated[str | None, _option("HOST:PORT of the local API (127.0.0.1:8471).", "API")] = None,
     pack: Annotated[str | None, _option("Tool pack MODULE[:attr] (tools.sim.pack).", "PACK")] = None,

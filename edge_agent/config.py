@@ -73,6 +73,7 @@ class Settings(msgspec.Struct, frozen=True):
     state: Path
     hub: str = ""
     token: str = ""
+    ca: str = ""  # of the hub's HTTPS: a PEM file or a fingerprint
     name: str = ""
     broker: str = ""
     proxy: str = ""  # for hub and broker, instead of the environment's

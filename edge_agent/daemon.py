@@ -44,6 +44,7 @@ from edge_agent.notify import notify, watchdog
 from edge_agent.rhythm import tick
 from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.store import Store
+from edge_agent.sync import https
 from edge_agent.sync.blobs import Blobs
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Limits, Outbox
@@ -106,7 +107,8 @@ class Daemon:
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
         self._history = History(state / "history.db")
         self._telemetry = Telemetry(self._tools, outbox, state, *rhythm, settings.sample, self._history)
-        self._http = hub_client(settings.hub or identity.hub)
+        trusted = https.verify(https.given(settings.ca)[0] or identity.ca)
+        self._http = hub_client(settings.hub or identity.hub, trusted)
         self.blobs = Blobs(state / "blobs", outbox, self._http, self._token, settings.blobs_mb << 20)
         self._inbox.limit = settings.jobs
         enrolled, downloads, trust = identity.enrolled, Downloads(self._http, self._token), state / "trust"
@@ -415,7 +417,7 @@ def main(settings: Settings) -> None:
         os.environ |= {"HTTP_PROXY": settings.proxy, "HTTPS_PROXY": settings.proxy}
     identity = enrol.load(settings.state)
     if identity is None:
-        identity = enrol.enrol(settings.state, settings.hub, settings.token, settings.name)
+        identity = enrol.enrol(settings.state, settings.hub, settings.token, settings.name, ca=settings.ca)
         _log.info("enrolled as %s of %s", identity.enrolled.device, identity.enrolled.fleet)
     elif settings.name and settings.name != identity.enrolled.device:
         _log.warning("this state directory is %s's; the name %s is not used", identity.enrolled.device, settings.name)

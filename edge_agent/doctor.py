@@ -55,7 +55,7 @@ def examine(state: Path | None, hub: str = "", broker: str = "") -> list[Check]:
         except OutriderError as error:
             checks.append(Check("identity", "fail", error.message, error.hint))
     hub = hub or (enrolled.hub if enrolled else "")
-    checks += _hub(hub)
+    checks += _hub(hub, enrolled.ca if enrolled else "")
     checks.append(_broker(broker, enrolled, state))
     if state is not None:
         checks += asyncio.run(_models(state))
@@ -95,14 +95,16 @@ def _state(state: Path) -> Iterator[Check]:
     yield Check("disk", "ok" if free >= FREE_MB else "warn" if free > 64 else "fail", f"{free} MiB free", hint)
 
 
-def _hub(hub: str) -> Iterator[Check]:
+def _hub(hub: str, ca: str) -> Iterator[Check]:
     if not hub:
         yield Check("hub", "warn", "no hub known", "--hub URL")
         return
     import httpx
 
+    from edge_agent.sync.https import verify
+
     try:
-        response = httpx.get(f"{hub.rstrip('/')}/healthz", timeout=5)
+        response = httpx.get(f"{hub.rstrip('/')}/healthz", timeout=5, verify=verify(ca))
         response.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         yield Check("hub", "warn", f"{hub} does not answer: {error}", "the device works on without; see the network")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from edge_agent.errors import Fatal, Refused, Retry
+from edge_agent.sync import https
 from edge_agent.trouble import Trouble
 from edge_agent.wire import durable
 from edge_agent.wire.errors import WireError
@@ -63,6 +65,7 @@ class Identity(msgspec.Struct, frozen=True):
 
     hub: str
     enrolled: Enrolled
+    ca: str = ""  # of the hub's HTTPS, PEM; empty: those that the system trusts
 
     @property
     def hub_key(self) -> VerifyKey:
@@ -80,8 +83,11 @@ def load(state: Path) -> Identity | None:
         raise Fatal(f"{state / IDENTITY} cannot be read: {error}", hint) from error
 
 
-def enrol(state: Path, hub: str, token: str, name: str, *, timeout_s: float = 20.0) -> Identity:
-    """Trade the token for an identity. Raises Retry (hub not there), Refused (token, name, address), Fatal (disk)."""
+def enrol(state: Path, hub: str, token: str, name: str, *, ca: str = "", timeout_s: float = 20.0) -> Identity:
+    """Trade the token for an identity. `ca` is a file or a fingerprint; a token may bring one along.
+
+    Raises Retry (hub not there), Refused (token, name, address, another CA), Fatal (disk).
+    """
     if not (hub and token and name):
         hint = "outrider agent --state DIR --hub URL --token TOKEN --name NAME"
         raise Refused("this device is not enrolled and hub, token or name is missing", hint)
@@ -92,13 +98,16 @@ def enrol(state: Path, hub: str, token: str, name: str, *, timeout_s: float = 20
         raise Refused(str(error)) from error
     if base.scheme not in ("http", "https") or not base.host:
         raise Refused(f"{hub!r} is not the address of a hub", "for example https://hub.example:8443")
+    token, _, shown = token.partition(https.MARK)
+    pem = https.first_contact(hub, ca or shown, timeout_s)
+    verify = https.verify(pem)
     made = _writable(state)
     fresh = not (state / KEY).exists()
     try:
         key = SigningKey.load_or_create(state / KEY)
         request = {"token": token, "name": name, "public_key": key.public.text, "csr": csr(key, name)}
-        answer = _ask(hub, request, timeout_s)
-        identity = Identity(hub, msgspec.structs.replace(answer, certificate=""))
+        answer = _ask(hub, request, timeout_s, verify)
+        identity = Identity(hub, msgspec.structs.replace(answer, certificate=""), pem)
         tls(state, identity, answer.certificate)
         durable.write(state / IDENTITY, msgspec.json.format(msgspec.json.encode(identity)), 0o600)
     except (Refused, Retry) as error:
@@ -180,10 +189,13 @@ class Cut(Retry):
     """Whether the hub enrolled this device is not known."""
 
 
-def _ask(hub: str, request: dict[str, Any], timeout_s: float) -> Enrolled:
+def _ask(hub: str, request: dict[str, Any], timeout_s: float, verify: ssl.SSLContext | bool) -> Enrolled:
     try:
-        response = httpx.post(f"{hub.rstrip('/')}/v1/enrol", json=request, timeout=timeout_s)
+        response = httpx.post(f"{hub.rstrip('/')}/v1/enrol", json=request, timeout=timeout_s, verify=verify)
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
+        if https.untrusted(error):
+            hint = "make the token at the hub again, which then names its CA, or give the CA as --ca"
+            raise Refused(f"nobody known here vouches for the hub at {hub}: {error}", hint) from error
         hint = "is the address right, is the hub running, does a firewall stand between?"
         raise Retry(f"the hub at {hub} does not answer: {error}", hint) from error
     except httpx.HTTPError as error:

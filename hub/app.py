@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from edge_agent.errors import OutriderError
+from edge_agent.sync.https import fingerprint
 from edge_agent.sync.transport import MqttSession
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import check_name
@@ -72,6 +73,7 @@ class Settings:
     admin_password: str | None = None
     on_generated_password: Callable[[str], None] = lambda password: print(f"admin password (shown once): {password}")
     dashboard: bool = True
+    own_https: bool = False  # HTTPS with a certificate of the hub's own CA
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -132,7 +134,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
     address = BrokerAddress(str(at), at.username or "", at.password or "", ca)
     downlink = Downlink(session, key, settings.fleet)
     devices_, twin, work = (
-        Devices(database, authority),
+        Devices(database, authority, fingerprint(authority.root_pem) if settings.own_https else ""),
         Twin(database, downlink.desired),
         Jobs(database, downlink.job),
     )
@@ -158,6 +160,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         telemetry=Telemetry(database),
         uploads=Uploads(settings.data),
         audit=Audit(database),
+        authority=authority,
     )
     await stack.enter_async_context(session)
     await stack.enter_async_context(_running(services, ingest, connected))

@@ -8,6 +8,8 @@ The CRL stays valid as long as the issuing certificate: a broker whose CRL has r
 
 import datetime
 import ipaddress
+import ssl
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -80,6 +82,25 @@ class Authority:
         leaf = self._leaf(names[0], key.public_key(), ExtendedKeyUsageOID.SERVER_AUTH, ISSUING_S / 4, known)
         return self.chain(leaf), _pem(key)
 
+    def https(self, folder: Path, names: Sequence[str], given: tuple[Path, Path] | None = None) -> ssl.SSLContext:
+        """A server's context, from given files or from our own, made anew when they name others or run out.
+
+        Raises Fatal.
+        """
+        cert, key = given or (folder / "cert.pem", folder / "key.pem")
+        try:
+            if not given and not _serves(cert, names):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                chain, secret = self.server(names)
+                durable.write(key, secret, 0o600)
+                durable.write(cert, chain.encode())
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(cert, key)
+            return context
+        except (OSError, ValueError) as error:
+            text = f"HTTPS cannot be served with {cert} and {key}: {error}"
+            raise Fatal(text, "give --cert and --key in PEM") from None
+
     def chain(self, leaf: x509.Certificate) -> str:
         """The leaf and what signed it, PEM."""
         return leaf.public_bytes(serialization.Encoding.PEM).decode() + self.issuing_pem
@@ -139,6 +160,16 @@ def renew_issuing(folder: Path, root: Path, fleet: str) -> None:
         durable.write(folder / "issuing.pem", made.public_bytes(serialization.Encoding.PEM))
     except (OSError, ValueError) as error:
         raise Fatal(f"the issuing certificate cannot be made: {error}", f"check {root} and {folder}") from error
+
+
+def _serves(cert: Path, names: Sequence[str]) -> bool:
+    """Whether it is there, for these names, and good for another third of its life."""
+    if not cert.exists():
+        return False
+    known = x509.load_pem_x509_certificate(cert.read_bytes())
+    held = known.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    begin, end = known.not_valid_before_utc.timestamp(), known.not_valid_after_utc.timestamp()
+    return set(held) == {_general(name) for name in names} and time.time() < end - (end - begin) / 3
 
 
 def _sign(

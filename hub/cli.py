@@ -104,6 +104,11 @@ def run(
     blobs: Annotated[str, typer.Option(help="s3://BUCKET/PREFIX, with AWS_*; a folder in --data if not given.")] = "",
     fleet: Annotated[str, typer.Option(help="Name of the fleet.")] = "main",
     dashboard: Annotated[bool, typer.Option(help="Serve the dashboard at /.")] = True,
+    https: Annotated[
+        list[str] | None, typer.Option(help="Serve HTTPS by the hub's own CA, for this host name; may be given again.")
+    ] = None,
+    cert: Annotated[Path | None, typer.Option(help="Serve HTTPS with this certificate chain, PEM.")] = None,
+    key: Annotated[Path | None, typer.Option(help="The key of --cert, PEM.")] = None,
 ) -> None:
     """Run a hub until it is told to stop."""
     from hub.app import Settings
@@ -128,11 +133,14 @@ def run(
             admin_password=os.environ.get("OUTRIDER_ADMIN_PASSWORD"),
             on_generated_password=lambda password: typer.echo(f"user admin, password {password} (shown once)"),
             dashboard=dashboard,
+            own_https=bool(https and not cert),
         )
-        asyncio.run(_serve(settings, host.strip("[]"), int(port)))
+        if (cert is None) is not (key is None):
+            raise HubError("--cert and --key go together", "or give --https NAME for a certificate of the hub's own CA")
+        asyncio.run(_serve(settings, host.strip("[]"), int(port), https or [], (cert, key) if cert and key else None))
 
 
-async def _serve(settings: Any, host: str, port: int) -> None:
+async def _serve(settings: Any, host: str, port: int, names: list[str], given: tuple[Path, Path] | None) -> None:
     import uvicorn
 
     from hub.app import create_app
@@ -147,9 +155,8 @@ async def _serve(settings: Any, host: str, port: int) -> None:
     except OSError as error:
         raise HubError(f"cannot serve HTTP on {host}:{port}: {error}", "give another --http") from error
     application = create_app(settings)
-    config = uvicorn.Config(
-        application, lifespan="off", log_level="warning", limit_concurrency=1000, timeout_graceful_shutdown=3
-    )
+    limits: Any = {"limit_concurrency": 1000, "timeout_graceful_shutdown": 3}
+    config = uvicorn.Config(application, lifespan="off", log_level="warning", **limits)
     config.load()
     server = Server(config)
     loop = asyncio.get_running_loop()
@@ -157,7 +164,14 @@ async def _serve(settings: Any, host: str, port: int) -> None:
         loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
     with listening:
         async with application.router.lifespan_context(application):
-            typer.echo(f"hub at http://{host}:{port}, broker at {application.state.services.address.url}")
+            services = application.state.services
+            if given or names:
+                config.ssl = services.authority.https(settings.data / "https", names, given)
+                typer.echo(
+                    f"the hub's CA: sha256:{services.devices.ca}" if services.devices.ca else f"HTTPS by {given}"
+                )
+            scheme = "https" if config.ssl else "http"
+            typer.echo(f"hub at {scheme}://{host}:{port}, broker at {services.address.url}")
             await server.serve(sockets=[listening])
 
 
@@ -166,13 +180,14 @@ def login(
     password: Annotated[str, typer.Option(prompt=True, hide_input=True, envvar="OUTRIDER_PASSWORD")],
     user: str = "admin",
     hub: Annotated[str, typer.Option(envvar="OUTRIDER_HUB")] = "http://127.0.0.1:8080",
+    ca: Annotated[str, typer.Option(help="CA of the hub's HTTPS: a PEM file or sha256:FINGERPRINT.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Log in; the token is kept in the user's configuration folder."""
+    """Log in; the token, and the hub's CA if one is given, are kept in the user's configuration folder."""
     from hub.client import login as log_in
 
     with _errors():
-        _print(log_in(hub, user, password), as_json, lambda a: f"logged in at {a['hub']} as {a['user']}")
+        _print(log_in(hub, user, password, ca), as_json, lambda a: f"logged in at {a['hub']} as {a['user']}")
 
 
 @app.command("enrol-token")

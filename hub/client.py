@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import msgspec
 
+from edge_agent.errors import OutriderError
+from edge_agent.sync.https import first_contact, given, untrusted, verify
 from edge_agent.wire import durable
 from edge_agent.wire.bundle import BundleKind, FileEntry, Manifest, scan
 from hub.errors import HubError
@@ -25,27 +27,43 @@ def config_path() -> Path:
     return Path(base) / "outrider" / "hub.json"
 
 
-def login(url: str, user: str, password: str) -> dict[str, Any]:
-    """Get a token and keep it."""
-    with httpx.Client(base_url=url, timeout=30) as http:
+def login(url: str, user: str, password: str, ca: str = "") -> dict[str, Any]:
+    """Get a token and keep it; `ca` is a file or a fingerprint of the hub's CA, and kept too."""
+    try:
+        pem = first_contact(url, ca) if ca else _kept().get("ca", "") if url == _kept().get("url") else ""
+        trusted = verify(pem)
+    except OutriderError as error:
+        raise HubError(error.message, error.hint) from None
+    with httpx.Client(base_url=url, timeout=30, verify=trusted) as http:
         answer = _answer(http, "POST", "/v1/login", json={"user": user, "password": password})
     path = config_path()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    durable.write(path, msgspec.json.encode({"url": url, "token": answer["access_token"]}), 0o600)
+    durable.write(path, msgspec.json.encode({"url": url, "token": answer["access_token"], "ca": pem}), 0o600)
     return {"user": user, "hub": url, "expires_in": answer["expires_in"]}
+
+
+def _kept() -> dict[str, str]:
+    path = config_path()
+    known: dict[str, str] = msgspec.json.decode(path.read_bytes()) if path.exists() else {}
+    return known
 
 
 class HubClient:
     """A logged-in client. Raises HubError when nobody is logged in."""
 
     def __init__(self, url: str | None = None, token: str | None = None) -> None:
-        path = config_path()
-        known: dict[str, str] = msgspec.json.decode(path.read_bytes()) if path.exists() else {}
+        known = _kept()
         url = url or os.environ.get("OUTRIDER_HUB") or known.get("url") or "http://127.0.0.1:8080"
         token = token or os.environ.get("OUTRIDER_TOKEN") or (known.get("token") if url == known.get("url") else None)
         if not token:
             raise HubError(f"not logged in at {url}", "outrider hub login, or set OUTRIDER_TOKEN")
-        self._http = httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {token}"})
+        try:
+            given_ca = given(os.environ.get("OUTRIDER_CA", ""))[0]
+            trusted = verify(given_ca or (known.get("ca", "") if url == known.get("url") else ""))
+        except OutriderError as error:
+            raise HubError(error.message, error.hint) from None
+        shown = {"Authorization": f"Bearer {token}"}
+        self._http = httpx.Client(base_url=url, timeout=60, headers=shown, verify=trusted)
 
     def __enter__(self) -> "HubClient":
         return self
@@ -116,6 +134,9 @@ def _answer(http: httpx.Client, method: str, path: str, **more: Any) -> Any:
     try:
         response = http.request(method, path, **more)
     except httpx.TransportError as error:
+        if untrusted(error):
+            hint = "outrider hub login --ca sha256:… as the hub showed at its start, or OUTRIDER_CA=FILE"
+            raise HubError(f"nobody known here vouches for {http.base_url}: {error}", hint) from error
         raise HubError(f"no answer from {http.base_url}: {error}", "is the hub running there?") from error
     if response.is_error:
         try:

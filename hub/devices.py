@@ -15,6 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from edge_agent.sync.https import MARK
 from edge_agent.wire.messages import Presence
 from edge_agent.wire.signing import SigningKey, VerifyKey
 from edge_agent.wire.topics import check_name
@@ -31,15 +32,19 @@ KEPT_S = 366 * 86400.0  # a certificate that has run out, to say so
 class Devices:
     """Enrolment, certificates, list and detail, presence."""
 
-    def __init__(self, db: Database, authority: Authority) -> None:
+    def __init__(self, db: Database, authority: Authority, ca: str = "") -> None:
         self._db = db
         self._authority = authority
         self.fleet = authority.fleet
+        self.ca = ca
         self.liveness = Liveness()
         self.doubled = 0  # records that came again and were skipped, since this process started
 
     async def create_enrolment(self, by: str, name: str | None = None, ttl_s: float = 3600.0) -> str:
-        """A single-use token for one device, of the given name if there is one."""
+        """A single-use token for one device, of the given name if there is one.
+
+        It carries the fingerprint `ca`, if there is one, of the CA of the hub's HTTPS: whom the device is to believe.
+        """
         if name is not None:
             _checked(name)
         if not 0 < ttl_s <= MAX_TOKEN_LIFETIME_S:
@@ -53,7 +58,7 @@ class Devices:
             audit.append(connection, by, "create:enrolment", {"name": name, "expires": now + ttl_s})
 
         await self._db.write(change)
-        return token
+        return token + MARK + self.ca if self.ca else token
 
     async def enrol(self, token: str, name: str, public_key: str, csr: str = "") -> str:
         """Bind a name to a key: its certificate chain when a CSR came.
@@ -61,6 +66,7 @@ class Devices:
         Raises:
             Refused: 403 for an unknown or expired token or another name's, 409 for a used one or a taken name, 422.
         """
+        token = token.partition(MARK)[0]
         _checked(name)
         try:
             VerifyKey.from_text(public_key)

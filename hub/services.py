@@ -10,6 +10,7 @@ from hub.audit import Audit
 from hub.auth import Auth
 from hub.blobs import Uploads
 from hub.broker import EmbeddedBroker, Mosquitto
+from hub.ca import Authority
 from hub.db import Database
 from hub.devices import Devices
 from hub.downlink import Downlink
@@ -53,6 +54,7 @@ class Services:
     telemetry: Telemetry
     uploads: Uploads
     audit: Audit
+    authority: Authority
 
     async def assign_bundle(self, device: str, name: str, version: str, by: str) -> Desired:
         """Direct the device to install a published bundle. Raises Refused 404, 409 (made for other hardware)."""

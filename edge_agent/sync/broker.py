@@ -70,7 +70,7 @@ class Message:
     ack: Callable[[], None] = field(repr=False)
 
 
-_NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME
+NO_CHECK_TIME = 0x200000  # X509_V_FLAGNO_CHECK_TIME
 
 
 def tls_context(trust: Path | None) -> ssl.SSLContext:
@@ -87,7 +87,7 @@ def tls_context(trust: Path | None) -> ssl.SSLContext:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         if ours and trust:
             if known:
-                context.verify_flags |= _NO_CHECK_TIME
+                context.verify_flags |= NO_CHECK_TIME
             if (trust / "cert.pem").exists():
                 key = trust / "key.pem"
                 context.load_cert_chain(trust / "cert.pem", key if key.exists() else None)

@@ -19,7 +19,7 @@ from edge_agent.wire.signing import VerifyKey
 from hub.errors import Fatal, Refused
 from hub.services import Services
 
-OPEN = frozenset({"/v1/login", "/v1/token", "/v1/jwks", "/v1/enrol"})
+OPEN = frozenset({"/v1/login", "/v1/token", "/v1/jwks", "/v1/enrol", "/v1/ca"})
 _bearer = HTTPBearer(auto_error=False, description="An access token from POST /v1/login, or a device's own token.")
 
 

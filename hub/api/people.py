@@ -55,6 +55,11 @@ async def jwks(hub: Hub) -> dict[str, Any]:
     return {"keys": hub.auth.grants.jwks}
 
 
+@router.get("/ca", summary="The root certificate, PEM: trust it by its fingerprint", response_class=PlainTextResponse)
+async def ca(hub: Hub) -> str:
+    return hub.authority.root_pem
+
+
 @router.post("/keys/rotate", status_code=204, summary="Sign access tokens with the next key from now on")
 async def rotate(hub: Hub, who: Annotated[Subject, Depends(May("rotate:key"))]) -> Response:
     await hub.auth.rotate_keys(by=who.name)
