@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := edge,vision,industrial,sim,hub,models,tensorrt,dev
+EXTRAS := edge,otel,vision,industrial,sim,hub,models,tensorrt,dev
 export OUTRIDER_CACHE ?= $(CURDIR)/.cache
 export ORT_DISABLE_TELEMETRY := 1
 

@@ -51,6 +51,24 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("give broker = 'mqtts://HOST:PORT', user, and password_file beside them")
 
 
+class Otel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where traces go: `endpoint` of OTLP/HTTP, such as https://collector:4318/v1/traces; what was said with `content`.
+
+    `headers_file` has a header on each line, NAME=VALUE.
+    """
+
+    endpoint: str
+    headers_file: str = ""
+    ca_file: str = ""
+    content: bool = False
+    every_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or self.every_s <= 0:
+            raise ValueError(f"endpoint {self.endpoint!r} is not like http://127.0.0.1:4318/v1/traces, with no user")
+
+
 class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A language model in the agent's order, a bundle or an endpoint: what 1,000 tokens cost, how long it may take.
 
@@ -86,6 +104,7 @@ class Settings(msgspec.Struct, frozen=True):
     adapter: str = ""
     endpoints: dict[str, Endpoint] = {}
     site: Site | None = None
+    otel: Otel | None = None
     accelerator: list[Literal["tensorrt", "cpu", "cuda", "tensorrt-ep", "tensorrt-rtx-ep"]] = []
     sample: list[str] = []
     telemetry_s: float = 10.0

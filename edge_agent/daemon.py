@@ -131,6 +131,12 @@ class Daemon:
         self._session = self._connect(self._inbox)
         self._hosting.connected = lambda: self._session.connected
         own = identity.enrolled.device
+        self._traces = None
+        if settings.otel is not None:
+            from edge_agent.otel import Traces  # a library that no other device needs
+
+            self._traces = Traces(settings.otel, own)
+            self.work.on_end = self._traces.ended
         self.work.triggers.zone = lambda: self._updates.time_zone
         heard = (self.work.triggers.topics, self.work.triggers.message)
         self._site = Topics(settings.site, own, *heard) if settings.site else None
@@ -186,6 +192,8 @@ class Daemon:
                 for task in tasks:
                     task.cancel()
         finally:
+            if self._traces is not None:
+                await asyncio.to_thread(self._traces.close)
             await self._http.aclose()
             self._history.close()
             self._store.close()

@@ -92,6 +92,7 @@ class Work:
         self._approvals, self._one, self._asked = approvals, asyncio.Lock(), asyncio.Event()
         self._waiting: dict[str, tuple[Job, float]] = {}  # by id: what waits for an approval, and until when
         self._approved: set[str] = set()
+        self.on_end: Callable[[Task], None] | None = None
         self.asks: dict[str, dict[str, Any]] = {}  # by task: what the hub shows of a call that waits
         self._watch = Watch(inbox, transcripts)
         inbox.on_cancel, transcripts.on_step = self._watch.cancel, self._watch.stepped
@@ -312,6 +313,8 @@ class Work:
 
     async def _ended(self, task: Task) -> tuple[JobState, dict[str, Any], str]:
         if task.state != "waiting":
+            if self.on_end is not None:
+                self.on_end(task)
             return JobState(task.state), summary(task), task.error
         ask = task.steps[-1]
         _log.warning("%s %s until %.0f: outrider task approve %s", task.id, task.error, ask.expires, task.id)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.agent.test_spans import Collector, collecting
 from tests.e2e.daemon_process import ROOT, DaemonProcess, until
 from tests.engines.endpoints import DONE, Handler, Scripted, says, server, stream, whole
 
@@ -42,11 +43,20 @@ def endpoint() -> Iterator[Scripted]:
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory, endpoint: Scripted) -> Iterator[DaemonProcess]:
+def collector() -> Iterator[Collector]:
+    with collecting() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def daemon(
+    tmp_path_factory: pytest.TempPathFactory, endpoint: Scripted, collector: Collector
+) -> Iterator[DaemonProcess]:
     tmp_path = tmp_path_factory.mktemp("endpoint")
     made = DaemonProcess(tmp_path / "press-1")
     config = f'model = "plant"\n[endpoints.plant]\nurl = "{endpoint.url}"\nmodel = "big"\nkey_env = "PLANT_KEY"\n'
     config += f'[endpoints.other]\nurl = "{endpoint.url}"\nmodel = "small"\nkey_env = "PLANT_KEY"\n'
+    config += f'[otel]\nendpoint = "{collector.url}"\nevery_s = 0.1\n'
     (tmp_path / "agent.toml").write_text(config)
     try:
         made.start("--config", str(tmp_path / "agent.toml"), PLANT_KEY=KEY)
@@ -84,6 +94,20 @@ def test_a_task_and_a_client_are_served_by_the_endpoint_and_the_key_is_nowhere(
     assert json.loads(called["message"]["tool_calls"][0]["function"]["arguments"]) == {"sensor": "speed", "line": 1}
     kept = [path.read_bytes() for path in daemon.state.rglob("*") if path.is_file()]
     assert not [raw for raw in [*kept, daemon.log.read_bytes()] if KEY.encode() in raw]
+
+
+def test_the_trace_of_a_task_is_at_the_collector_with_nothing_of_what_was_said(
+    daemon: DaemonProcess, collector: Collector
+) -> None:
+    id = ended(daemon, "how fast is line 1?")["id"]
+
+    def of_task() -> list[str] | None:
+        roots = [span for span in collector.spans() if id in str(span.attributes) and not span.parent_span_id]
+        return [span.name for span in collector.spans() if roots and span.trace_id == roots[0].trace_id]
+
+    names = until("the trace", of_task)
+    assert names == ["invoke_agent outrider", "chat plant", "execute_tool read_sensor", "chat plant"]
+    assert "how fast" not in str(collector.got)
 
 
 def test_a_task_is_replayed_on_another_model_from_the_command_line(daemon: DaemonProcess) -> None:
