@@ -144,13 +144,13 @@ class Work:
         """Accept a local task; on disk when its id is returned. Raises Refused (bad text), Retry (too many wait)."""
         return await self._submit(f"local-{uuid.uuid4().hex[:16]}", text, subject, self._clock())
 
-    async def _submit(self, id: str, text: str, subject: Subject, created: float) -> str:
+    async def _submit(self, id: str, text: str, subject: Subject, created: float, priority: int = 0) -> str:
         text, until = request(text), self._clock() + LOCAL_TTL_S
         await self._audit.append("submit", subject.name, task=id, text=text[:2000])
         job = Job(id, JobKind.TASK, {"text": text}, subject.name, subject.roles, created, until)
         if await self._inbox.accept(job) is not JobState.DELIVERED:
             raise Retry("too many tasks wait on this device", "try again when some are done")
-        await self._agent.accept(id, text, subject, priority=0)  # somebody waits for it here
+        await self._agent.accept(id, text, subject, priority)
         return id
 
     async def scheduled(self, id: str, entry: Entry) -> None:
@@ -161,7 +161,7 @@ class Work:
         if entry.workflow:
             await self._start(id, who, {"name": entry.workflow, "inputs": entry.inputs}, who.issued_at)
         else:
-            await self._submit(id, entry.text, who, who.issued_at)
+            await self._submit(id, entry.text, who, who.issued_at, priority=1)  # nobody waits for it
 
     async def task(self, id: str) -> Task | None:
         """A task with its transcript; one whose job ended without running is shown as failed."""
@@ -312,6 +312,8 @@ class Work:
         return await self._ended(await self._runner.run(id))
 
     async def _ended(self, task: Task) -> tuple[JobState, dict[str, Any], str]:
+        if task.withheld:
+            await self._audit.append("withheld", task.subject.name, task=task.id, rules=task.withheld)
         if task.state != "waiting":
             if self.on_end is not None:
                 self.on_end(task)

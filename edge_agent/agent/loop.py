@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from edge_agent.agent import policy, prompt, taint
+from edge_agent.agent import output, policy, prompt, taint
 from edge_agent.agent.act import Acts, Ended, Tools
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Answer, Call, CallError, Decision, Nothing, UnknownTool, render
@@ -88,7 +88,9 @@ class AgentLoop:
                 while True:
                     await self._step(task, specs, deadline)
             except Ended as end:
-                task.state, task.answer, task.error = end.state, end.answer, end.error
+                task.state, task.error = end.state, end.error
+                task.answer, task.withheld = output.shown(end.answer, self._rules())
+                task.result = None if task.withheld else task.result
             except OutriderError as error:
                 task.state, task.error = "failed", str(error)
             task.joules += self._meter.since()

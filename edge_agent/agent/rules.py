@@ -7,6 +7,7 @@ Invariants: it need not be there, and is read again when it changes; a file that
 from __future__ import annotations
 
 import logging
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,11 +62,29 @@ class Confidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     temperature: Annotated[float, Meta(gt=0, le=2)] = 0.7
 
 
+class OutputRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An answer in which `match` (a regular expression) is found, or of which `when` (CEL) holds, loses `weight`."""
+
+    name: str
+    match: Annotated[str, Meta(max_length=500)] = ""
+    when: str = ""
+    weight: Annotated[float, Meta(gt=0, le=1)] = 1.0
+
+    def __post_init__(self) -> None:
+        if bool(self.match) == bool(self.when):
+            raise ValueError(f"the output rule {self.name} has either match or when")
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"the output rule {self.name}: {error}") from error
+
+
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the file says; `approval_s`: how long an ask for an approval stands.
 
     `untrusted`: whether an act that only untrusted text is a reason for is refused, or waits for an approval. `repeats`
-    of a call with one result, and `wrong_calls`, end a task; `watts` is what the device draws, where nothing measures.
+    of a call with one result, and `wrong_calls`, end a task; `watts` is what the device draws, where nothing measures;
+    an answer whose score under the `output` rules is less than `least` is withheld.
     """
 
     approval_s: Annotated[float, Meta(gt=0, le=7 * 86400)] = LASTS_S
@@ -77,6 +96,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     budget: Budget = Budget()
     confidence: Confidence = Confidence()
     interlocks: Annotated[list[Rule], Meta(max_length=100)] = []
+    output: Annotated[list[OutputRule], Meta(max_length=100)] = []
+    least: Share = 0.5
 
 
 class PolicyFile:
@@ -121,8 +142,8 @@ class PolicyFile:
             if isinstance(budget := said.get("budget", {}), dict):
                 said["budget"] = {"seconds": self._default.budget.seconds, **budget}
             policy = msgspec.convert(said, Policy)
-            for rule in policy.interlocks:
-                compiled(rule.never)
+            for expression in [rule.never for rule in policy.interlocks] + [r.when for r in policy.output if r.when]:
+                compiled(expression)
             return policy
         except (OSError, ValueError) as error:  # TOML, UTF-8, msgspec and CEL say where
             return Refused(f"{self._path} cannot be used: {error}", "mend it: no act is made before")

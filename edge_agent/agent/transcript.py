@@ -60,7 +60,8 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
 class Task(msgspec.Struct):
     """A request with its transcript. `answer` is for people, `result` the last tool result, `error` why it failed.
 
-    `priority` is the class of its requests to models (0 goes first), `joules` what the device drew meanwhile.
+    `priority` is the class of its requests to models (0 goes first), `joules` what the device drew meanwhile, `withheld`
+    the output rules for which its answer is not shown.
     """
 
     id: str
@@ -75,6 +76,7 @@ class Task(msgspec.Struct):
     runs: int = 0
     priority: int = 1
     joules: float = 0.0
+    withheld: list[str] = []
     steps: list[Step] = []
 
 

@@ -1,0 +1,37 @@
+"""What may be answered: the policy's weighted rules over a task's final text.
+
+Invariants: pure. An answer begins at 1 and loses the weight of each rule that holds; below the policy's `least` it is
+withheld, with the names of those rules. A rule that cannot be judged holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from edge_agent.agent.rules import OutputRule, Policy
+from edge_agent.agent.workflow import evaluate
+
+
+def broken(answer: str, rules: Sequence[OutputRule]) -> list[OutputRule]:
+    """The rules that an answer breaks."""
+    return [rule for rule in rules if _holds(rule, answer)]
+
+
+def shown(answer: str, policy: Policy) -> tuple[str, list[str]]:
+    """The answer, or why there is none; and the names of the rules that withhold it."""
+    found = broken(answer, policy.output) if answer else []
+    score = max(0.0, 1.0 - sum(rule.weight for rule in found))
+    if score >= policy.least:
+        return answer, []
+    names = [rule.name for rule in found]
+    return f"withheld: {', '.join(names)} (score {score:.2f}, at least {policy.least:.2f} is shown)", names
+
+
+def _holds(rule: OutputRule, answer: str) -> bool:
+    if rule.match:
+        return re.search(rule.match, answer) is not None
+    try:
+        return evaluate(rule.when, {"answer": answer}) is not False
+    except ValueError:
+        return True
