@@ -60,8 +60,8 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
 class Task(msgspec.Struct):
     """A request with its transcript. `answer` is for people, `result` the last tool result, `error` why it failed.
 
-    `priority` is the class of its requests to models (0 goes first), `joules` what the device drew meanwhile, `withheld`
-    the output rules for which its answer is not shown.
+    `priority` is the class of its requests to models (0 goes first), `joules` what the device drew, `withheld` the
+    output rules for which its answer is not shown.
     """
 
     id: str
