@@ -277,6 +277,7 @@ def _client(api: str, token: str, timeout: float = 10) -> Any:
 @task.command()
 def run(
     text: Annotated[str, typer.Argument(help="What to do, in plain words.")],
+    conversation: Annotated[str, typer.Option(help="Go on with what was said under this name.")] = "",
     api: Api = "http://127.0.0.1:8471",
     token: Token = "",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the end.")] = 180.0,
@@ -286,7 +287,7 @@ def run(
     import msgspec
 
     with _client(api, token) as client:
-        id = _answer(client, "POST", "/v1/tasks", json={"text": text})["id"]
+        id = _answer(client, "POST", "/v1/tasks", json={"text": text, "conversation": conversation})["id"]
         shown, deadline = 0, time.monotonic() + timeout
         while True:
             seen = _answer(client, "GET", f"/v1/tasks/{id}")
@@ -404,6 +405,7 @@ def _show_steps(seen: dict[str, Any], first: int) -> int:
 def _show_end(seen: dict[str, Any]) -> None:
     if seen["state"] == "succeeded":
         typer.secho(seen["answer"], fg="green")
+        typer.echo(f"from {'; '.join(seen['sources'])}" if seen.get("sources") else "", nl=bool(seen.get("sources")))
     elif seen["state"] == "waiting":
         typer.secho(f"it waits: outrider task approve {seen['id']}", fg="yellow")
     elif seen["state"] == "failed":

@@ -140,17 +140,21 @@ class Work:
         self._approved.add(id)
         await self._approval("given" if given else "denied", task, told, by=subject.name)
 
-    async def submit(self, text: str, subject: Subject) -> str:
+    async def submit(self, text: str, subject: Subject, conversation: str = "") -> str:
         """Accept a local task; on disk when its id is returned. Raises Refused (bad text), Retry (too many wait)."""
-        return await self._submit(f"local-{uuid.uuid4().hex[:16]}", text, subject, self._clock())
+        id = f"local-{uuid.uuid4().hex[:16]}"
+        return await self._submit(id, text, subject, self._clock(), conversation=conversation)
 
-    async def _submit(self, id: str, text: str, subject: Subject, created: float, priority: int = 0) -> str:
+    async def _submit(
+        self, id: str, text: str, subject: Subject, created: float, priority: int = 0, conversation: str = ""
+    ) -> str:
         text, until = request(text), self._clock() + LOCAL_TTL_S
         await self._audit.append("submit", subject.name, task=id, text=text[:2000])
-        job = Job(id, JobKind.TASK, {"text": text}, subject.name, subject.roles, created, until)
+        body = {"text": text, "conversation": conversation}
+        job = Job(id, JobKind.TASK, body, subject.name, subject.roles, created, until)
         if await self._inbox.accept(job) is not JobState.DELIVERED:
             raise Retry("too many tasks wait on this device", "try again when some are done")
-        await self._agent.accept(id, text, subject, priority)
+        await self._agent.accept(id, text, subject, priority, conversation)
         return id
 
     async def scheduled(self, id: str, entry: Entry) -> None:
@@ -288,7 +292,8 @@ class Work:
         match job.kind:
             case JobKind.TASK:
                 self._may_run(subject)
-                await self._agent.accept(job.id, str(job.body.get("text", "")), subject)
+                conversation = str(job.body.get("conversation", ""))[:64]
+                await self._agent.accept(job.id, str(job.body.get("text", "")), subject, conversation=conversation)
                 return await self._ended(await self._agent.run(job.id))
             case JobKind.TOOL:
                 name, args = str(job.body.get("tool", "")), job.body.get("args")
@@ -315,6 +320,9 @@ class Work:
         if task.withheld:
             await self._audit.append("withheld", task.subject.name, task=task.id, rules=task.withheld)
         if task.state != "waiting":
+            if sources := shown.cited(task.steps):
+                task.sources = sources
+                await self._transcripts.save(task)
             if self.on_end is not None:
                 self.on_end(task)
             return JobState(task.state), summary(task), task.error
@@ -354,6 +362,7 @@ def summary(task: Task) -> dict[str, Any]:
     ]
     return {
         "answer": task.answer[:2000],
+        "sources": task.sources,
         "result": bounded(task.result),
         "calls": calls[-20:],
         "decisions": decisions[-20:],

@@ -38,7 +38,7 @@ def chat(specs: Sequence[ToolSpec], turns: Sequence[Turn], several: bool = False
             told = {"role": "tool", "tool_call_id": called.pop(0)} if called else {"role": "user"}
             messages.append(told | {"content": turn.text})
             continue
-        said: dict[str, Any] = {"role": turn.role, "content": turn.text}
+        said: dict[str, Any] = {"role": turn.role, "content": _words(turn)}
         if turn.role == "assistant" and (calls := _calls(turn.text)):
             called = [f"call_{len(messages)}{f'_{n}' if n else ''}" for n in range(len(calls))]
             made = [{"id": id, "type": "function", "function": each} for id, each in zip(called, calls, strict=True)]
@@ -71,6 +71,15 @@ def _written(name: str, arguments: str, before: int) -> str:
         ref = REF.fullmatch(value) if before and isinstance(value, str) else None
         args[key] = Ref(int(ref[1]), ref[2] or "") if ref else value
     return render(Call(name, {key: value for key, value in args.items() if value is not None}))
+
+
+def _words(turn: Turn) -> str:
+    """An answer as its own text."""
+    try:
+        decision = parse(turn.text) if turn.role == "assistant" else None
+    except CallError:
+        decision = None
+    return decision.text if isinstance(decision, Answer) else turn.text
 
 
 def _calls(text: str) -> list[dict[str, str]]:

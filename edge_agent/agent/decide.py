@@ -204,7 +204,8 @@ def next_call(
     if speaker.endpoint:
         asked = chat.chat(specs, turns, several=calls > 1)
         return msgspec.structs.replace(to, max_tokens=4 * max_tokens, chat=asked)
-    plan = speaker.several and calls > 1 and bool(turns) and prompt.joined(turns[0].text)
+    request = next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
+    plan = speaker.several and calls > 1 and prompt.joined(request)
     return msgspec.structs.replace(
         to,
         prefix=prompt.preamble(specs, prompt.SYSTEM_ALL if plan else prompt.SYSTEM, shots=speaker.shots),

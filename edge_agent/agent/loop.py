@@ -16,6 +16,7 @@ from edge_agent.agent import output, policy, prompt, taint
 from edge_agent.agent.act import Acts, Ended, Tools
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Answer, Call, CallError, Decision, Nothing, UnknownTool, render
+from edge_agent.agent.conversation import Conversations
 from edge_agent.agent.decide import Decider, Model, Speaker, next_call
 from edge_agent.agent.energy import Meter
 from edge_agent.agent.plan import Plan, Untrusted, read
@@ -56,6 +57,7 @@ class AgentLoop:
         self._acts = Acts(tools, transcripts, allowed, clock, approvals)
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         self._decider = Decider(model, transcripts, rules, speakers, clock, self.counts)
+        self._conversations = Conversations(transcripts.store, model, speakers)
         self._meter = Meter(lambda: rules().watts)
 
     async def warm(self) -> None:
@@ -64,9 +66,12 @@ class AgentLoop:
         asked = next_call(self._speakers()[0], specs, [], max_tokens=1)
         await self._model.generate(asked, rules.budget.seconds)
 
-    async def accept(self, id: str, text: str, subject: Subject, priority: int = 1) -> Task:
+    async def accept(self, id: str, text: str, subject: Subject, priority: int = 1, conversation: str = "") -> Task:
         """Save a new task; asking again with the same id gives the one there is. Raises Refused."""
-        return await self._transcripts.add(Task(id, request(text), subject, self._clock(), priority=priority))
+        task = Task(id, request(text), subject, self._clock(), priority=priority, conversation=conversation)
+        if conversation:
+            task.before = (await self._conversations.get(subject.name, conversation)).read()
+        return await self._transcripts.add(task)
 
     async def run(self, id: str) -> Task:
         """Run an accepted task until it is over or waits, from wherever its transcript stands.
@@ -95,7 +100,12 @@ class AgentLoop:
                 task.state, task.error = "failed", str(error)
             task.joules += self._meter.since()
             task.finished = self._clock()
+            talked = task.conversation and task.state != "waiting"
+            if talked:
+                await self._conversations.add(task)
             await self._transcripts.save(task)
+            if talked:
+                await self._conversations.fold(task, self._rules().window)
         return task
 
     async def _step(self, task: Task, specs: Sequence[ToolSpec], deadline: float) -> None:

@@ -83,8 +83,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the file says; `approval_s`: how long an ask for an approval stands.
 
     `untrusted`: whether an act that only untrusted text is a reason for is refused, or waits for an approval. `repeats`
-    of a call with one result, and `wrong_calls`, end a task; `watts` is what the device draws, where nothing measures;
-    an answer whose score under the `output` rules is less than `least` is withheld.
+    of a call with one result, and `wrong_calls`, end a task; `calls` may stand in one decision; `window` is of tokens
+    of a conversation that stay as they were; `watts` is what the device draws, where nothing measures; an answer whose
+    score under the `output` rules is less than `least` is withheld.
     """
 
     approval_s: Annotated[float, Meta(gt=0, le=7 * 86400)] = LASTS_S
@@ -92,6 +93,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     repeats: Annotated[int, Meta(ge=2, le=100)] = 3
     wrong_calls: Annotated[int, Meta(ge=1, le=100)] = 3
     calls: Annotated[int, Meta(ge=1, le=8)] = 8
+    window: Annotated[int, Meta(ge=0, le=4000)] = 300
     watts: NoLess = 0.0
     budget: Budget = Budget()
     confidence: Confidence = Confidence()

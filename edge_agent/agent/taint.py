@@ -61,7 +61,7 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
     With `hide`, untrusted texts are taken out: of results, and of what was said since the first of them; what the model
     has proposed last, and is asked about here, is not there.
     """
-    read, results = [prompt.Turn("user", task.text)], False
+    read, results = [*_before(task, hide), prompt.Turn("user", task.text)], bool(task.before)
     asked = task.steps[:-1] if hide and task.steps and task.steps[-1].role == "model" else task.steps
     for said, came in rounds(asked):
         text = said.text
@@ -81,11 +81,13 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
 
 
 def steers(said: str, task: Task, known: Mapping[str, ToolSpec]) -> bool:
-    """Whether this is an act that the model proposes after it has read untrusted text."""
+    """Whether this is an act that the model proposes after it has read untrusted text, here or earlier on."""
     if not any(isinstance(d, Call) and d.name in known and known[d.name].risk != "read" for d in decisions(said)):
         return False
     results = [step for step in task.steps if step.role == "tool" and step.call is not None]
-    return any(not step.ok or _text(step, known) != prompt.result_text(step.result) for step in results)
+    return bool(task.before) or any(
+        not step.ok or _text(step, known) != prompt.result_text(step.result) for step in results
+    )
 
 
 def decisions(text: str) -> list[Decision]:
@@ -94,6 +96,18 @@ def decisions(text: str) -> list[Decision]:
         return parse_all(text)
     except CallError:
         return []
+
+
+def _before(task: Task, hide: bool) -> list[prompt.Turn]:
+    """The conversation up to here; answers and what sums them up are not for where acts are decided."""
+    read: list[prompt.Turn] = []
+    for each in task.before:
+        if each.text:
+            answer = Answer(HIDDEN if hide else each.answer)
+            read += [prompt.Turn("user", each.text), prompt.Turn("assistant", render(answer))]
+        elif not hide:
+            read.append(prompt.Turn("user", f"Earlier: {each.answer}"))
+    return read
 
 
 def _in_order(said: Step, results: list[Step]) -> list[Step]:

@@ -57,11 +57,20 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     why: str = ""
 
 
+class Exchange(msgspec.Struct, frozen=True):
+    """A request of a conversation and its answer, by its task; with no request, what was before, summed up."""
+
+    id: str
+    text: str
+    answer: str
+
+
 class Task(msgspec.Struct):
     """A request with its transcript. `answer` is for people, `result` the last tool result, `error` why it failed.
 
     `priority` is the class of its requests to models (0 goes first), `joules` what the device drew, `withheld` the
-    output rules for which its answer is not shown.
+    output rules for which its answer is not shown. `before` is what it knows of its `conversation`. `sources` are the
+    documents that its results came from, each with its parts.
     """
 
     id: str
@@ -76,7 +85,10 @@ class Task(msgspec.Struct):
     runs: int = 0
     priority: int = 1
     joules: float = 0.0
+    sources: list[str] = []
     withheld: list[str] = []
+    conversation: str = ""
+    before: list[Exchange] = []
     steps: list[Step] = []
 
 
@@ -100,12 +112,28 @@ def m002_rates(db: Database) -> None:
     db.execute("CREATE INDEX rated_calls_tool ON rated_calls (tool, ts)")
 
 
+@migrations()
+def m003_conversations(db: Database) -> None:
+    """What was said before."""
+    db.execute(
+        """CREATE TABLE conversations (
+            subject TEXT NOT NULL, name TEXT NOT NULL, body BLOB NOT NULL, ts REAL NOT NULL,
+            PRIMARY KEY (subject, name)) STRICT"""
+    )
+
+
 class Transcripts:
     """Tasks in a store that was opened with these `migrations`. Every method raises Retry when the disk is full."""
 
     def __init__(self, store: Store) -> None:
-        self._store, self._turn = store, asyncio.Lock()
+        self._store = store
+        self._turn = asyncio.Lock()
         self.on_step: Callable[[Task, Step], Awaitable[None]] | None = None
+
+    @property
+    def store(self) -> Store:
+        """Where they are."""
+        return self._store
 
     @property
     def folder(self) -> Path:

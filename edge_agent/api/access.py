@@ -40,7 +40,7 @@ T = TypeVar("T")
 class Work(Protocol):
     """What the API sets going; answers are anything msgspec encodes."""
 
-    async def submit(self, text: str, subject: Subject) -> str:
+    async def submit(self, text: str, subject: Subject, conversation: str = "") -> str:
         """The id of the accepted task. Raises Refused, or Retry when the queue is full."""
         ...
 

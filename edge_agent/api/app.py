@@ -12,7 +12,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import uvicorn
@@ -34,6 +34,7 @@ MAX_ASKED = 4096
 
 class TaskRequest(msgspec.Struct, frozen=True):
     text: str
+    conversation: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
 
 class ReplayRequest(msgspec.Struct, frozen=True):
@@ -108,8 +109,8 @@ async def _status(caller: Caller) -> Response:
 
 
 async def _submit(caller: Caller) -> Response:
-    text = (await caller.read(TaskRequest)).text
-    return answer({"id": await caller.device.work.submit(text, caller.subject)}, 202)
+    asked = await caller.read(TaskRequest)
+    return answer({"id": await caller.device.work.submit(asked.text, caller.subject, asked.conversation)}, 202)
 
 
 async def _tasks(caller: Caller) -> Response:

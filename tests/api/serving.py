@@ -42,7 +42,7 @@ class Served:
     async def status(self) -> dict[str, Any]:
         return {}
 
-    async def submit(self, text: str, subject: Subject) -> str:
+    async def submit(self, text: str, subject: Subject, conversation: str = "") -> str:
         raise NotImplementedError
 
     async def task(self, id: str) -> Any | None:

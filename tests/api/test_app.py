@@ -42,7 +42,7 @@ class Plant:
     async def status(self) -> dict[str, Any]:
         return {"device": "press-1"}
 
-    async def submit(self, text: str, subject: Subject) -> str:
+    async def submit(self, text: str, subject: Subject, conversation: str = "") -> str:
         if self.full:
             raise Retry("32 tasks are waiting", "try again later")
         if not text:
