@@ -11,6 +11,7 @@ import msgspec
 
 for _name in ("numpy", "pandas", "pydantic", "onnxruntime", "onnxruntime_genai"):
     sys.modules[_name] = None  # type: ignore[assignment]  # sqlite-utils takes numpy and pandas where it finds them
+sys.modules["httpx._main"] = None  # type: ignore[assignment]  # its command line, which brings rich: 3 MiB
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ _log = logging.getLogger("outrider.telemetry")
 
 class Tools(Protocol):
     async def specs(self) -> Sequence[ToolSpec]: ...
-    async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any: ...
+    async def read(self, calls: Sequence[tuple[str, dict[str, Any]]], timeout_s: float) -> list[Any]: ...
 
 
 class History(Protocol):
@@ -89,19 +89,29 @@ class Telemetry:
         specs = await self._tools.specs()
         calls = self._wanted or [c for spec in specs if spec.name == _SAMPLED for c in every_call(spec)]
         reading = {spec.name: spec for spec in specs if spec.risk == "read"}
+        good: list[tuple[Call, Call]] = []
         for wanted in calls[:MAX_CALLS]:
             if wanted.name not in reading:
                 raise Refused(f"{wanted.name} is not a reading tool of this pack", f"these are: {', '.join(reading)}")
             try:
-                call = validate(wanted, specs)
-                value = await self._tools.call(call.name, call.args, reading[call.name].timeout_s)
-            except (CallError, ToolError) as error:
-                text = render(wanted)
-                self._failing.setdefault(text, Trouble(_log, f"sample {text}")).tell(error)
+                good.append((wanted, validate(wanted, specs)))
+            except CallError as error:
+                self._fails(wanted, error)
+        if not good:
+            return
+        patience = max(reading[call.name].timeout_s for _, call in good)
+        values = await self._tools.read([(call.name, call.args) for _, call in good], patience)
+        for (wanted, call), value in zip(good, values, strict=True):
+            if isinstance(value, ToolError):
+                self._fails(wanted, value)
                 continue
             if self._failing and (trouble := self._failing.get(render(wanted))):
                 trouble.over()
             bodies.append({"tool": call.name, "args": call.args, "result": value})
+
+    def _fails(self, wanted: Call, error: Exception) -> None:
+        text = render(wanted)
+        self._failing.setdefault(text, Trouble(_log, f"sample {text}")).tell(error)
 
     def _health(self) -> dict[str, Any]:
         before, self._cpu = self._cpu, _cpu_times()

@@ -60,3 +60,10 @@ class RunnerTools:
         if not answer.ok:
             raise ToolError(answer.error)
         return answer.result
+
+    async def read(self, calls: Sequence[tuple[str, dict[str, Any]]], timeout_s: float) -> list[Any]:
+        """A result or a ToolError for each of many readings, which go to the runner together. Raises Refused, Retry."""
+        await self.specs()
+        async with self._turn:
+            answers = await self._worker.call_all(list(calls), timeout_s)
+        return [answer.result if answer.ok else ToolError(answer.error) for answer in answers]

@@ -27,7 +27,18 @@ from edge_agent.agent.calls import RESERVED
 from edge_agent.agent.tool import Tool, ToolError
 from edge_agent.errors import Fatal, Refused
 from edge_agent.serving import frames
-from edge_agent.serving.frames import Call, CallResult, Cancel, Channel, Infer, InferResult, Ping, Pong
+from edge_agent.serving.frames import (
+    Call,
+    CallResult,
+    CallResults,
+    Calls,
+    Cancel,
+    Channel,
+    Infer,
+    InferResult,
+    Ping,
+    Pong,
+)
 from edge_agent.wire.tensor import Tensor
 
 MAX_RESULT = 64 * 1024
@@ -95,6 +106,8 @@ class Runner:
                     self._cancelled.add(id)
                 case InferResult() | frames.Error():
                     self._context.answered(message)
+                case Calls():
+                    self._thread.submit(self._serve, message)
                 case Call():
                     tool = self._tools.get(message.tool)
                     threads = self._threads if tool is not None and tool.spec.concurrent else self._thread
@@ -102,20 +115,27 @@ class Runner:
                 case _:
                     raise frames.BadFrame(f"a tool runner takes no {type(message).__name__}")
 
-    def _serve(self, call: Call) -> None:
+    def _serve(self, asked: Call | Calls) -> None:
         try:
-            answer = self._call(call)
+            self._channel.send(self._answer(asked) if isinstance(asked, Call) else self._answers(asked))
+        except OSError:
+            _log.info("the daemon is gone, a result has no reader")
+        finally:
+            self._cancelled.discard(asked.id)
+
+    def _answers(self, asked: Calls) -> CallResults:
+        until, late = time.monotonic() + asked.begin_s, CallResult(asked.id, False, error="those before took too long")
+        calls = (Call(asked.id, name, args, 0.0) for name, args in asked.calls)
+        return CallResults(asked.id, [self._answer(call) if time.monotonic() < until else late for call in calls])
+
+    def _answer(self, call: Call) -> CallResult:
+        try:
+            return self._call(call)
         except ToolError as error:
-            answer = CallResult(call.id, False, error=str(error))
+            return CallResult(call.id, False, error=str(error))
         except Exception as error:  # noqa: BLE001 - whatever a tool raises is its result
             _log.exception("tool %s failed", call.tool)
-            answer = CallResult(call.id, False, error=f"{type(error).__name__}: {error}")
-        finally:
-            self._cancelled.discard(call.id)
-        try:
-            self._channel.send(answer)
-        except OSError:
-            _log.info("the daemon is gone, the result of %s has no reader", call.tool)
+            return CallResult(call.id, False, error=f"{type(error).__name__}: {error}")
 
     def _call(self, call: Call) -> CallResult:
         tool = self._tools.get(call.tool)

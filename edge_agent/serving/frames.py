@@ -152,6 +152,21 @@ class CallResult(_Message, frozen=True):
     error: str = ""
 
 
+class Calls(_Message, frozen=True):
+    """Run tools one after the other; what is not begun within `begin_s` is left out. Answered by CallResults, Error."""
+
+    id: int
+    calls: list[tuple[str, dict[str, Any]]]
+    begin_s: float
+
+
+class CallResults(_Message, frozen=True):
+    """One for each call, in order."""
+
+    id: int
+    results: list[CallResult]
+
+
 class Specs(_Message, frozen=True):
     """What a tool runner offers; decode with `msgspec.msgpack.decode(specs, type=list[ToolSpec])`."""
 
@@ -212,7 +227,7 @@ class Pong(_Message, frozen=True):
 
 Message = (
     Hello | Ready | Load | Loaded | Adapt | Adapted | Infer | InferResult | GenerateReq | PieceMsg
-    | Cancel | Call | CallResult | Specs | Error | Ping | Pong
+    | Cancel | Call | CallResult | Calls | CallResults | Specs | Error | Ping | Pong
 )  # fmt: skip
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _ENCODER = msgspec.msgpack.Encoder()

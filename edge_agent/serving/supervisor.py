@@ -187,6 +187,17 @@ class WorkerProcess:
             raise Retry(f"the {self.name} process answered {type(answer).__name__} to a call")
         return answer
 
+    async def call_all(self, calls: list[tuple[str, dict[str, Any]]], timeout_s: float) -> Sequence[frames.CallResult]:
+        """Run tools that only read, in one message: each may take `timeout_s`, and begins within half of that or fails.
+
+        Raises Refused, Retry.
+        """
+        await self.ready(self._start_s)
+        answer = await self._one(lambda id: frames.Calls(id, calls, timeout_s / 2), 1.5 * timeout_s + 1.0)
+        if not isinstance(answer, frames.CallResults):
+            raise Retry(f"the {self.name} process answered {type(answer).__name__} to calls")
+        return answer.results
+
     async def _load(self, model: str, path: str, timeout_s: float, serving: Serving, beside: bool = True) -> EngineInfo:
         answer = await self._change(lambda id: frames.Load(id, model, path, serving, beside), timeout_s)
         if not isinstance(answer, frames.Loaded):
@@ -332,6 +343,7 @@ class WorkerProcess:
                     | frames.InferResult(id=id)
                     | frames.PieceMsg(id=id)
                     | frames.CallResult(id=id)
+                    | frames.CallResults(id=id)
                 ):
                     self._done(id, message)
                 case _:

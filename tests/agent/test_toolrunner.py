@@ -86,6 +86,20 @@ async def test_concurrent_tools_run_at_once_and_others_wait_their_turn_without_l
         assert worker.starts == 1
 
 
+async def test_many_readings_go_together_and_each_has_its_own_end(tmp_path: Path) -> None:
+    async with runner(tmp_path) as worker:
+        tools = RunnerTools(worker)
+        *_, doubled = values = await tools.read([("jam", {}), ("launch", {}), ("double", {"value": 2.0})], 5)
+        assert [str(value) for value in values[:2]] == ["the feeder is jammed", values[1].args[0]]
+        assert doubled == 4.0
+        values = await tools.read([("nap", {})] * 9, 0.6)
+        assert values[:1] == ["rested"]
+        assert "took too long" in str(values[-1]), "each may take its time, so that not all can"
+        assert worker.starts == 1
+        with pytest.raises(Retry):
+            await tools.read([("double", {"value": 1.0}), ("hang", {})], 0.3)
+
+
 async def test_options_reach_the_pack(tmp_path: Path) -> None:
     async with runner(tmp_path, "--option", "only=jam") as worker:
         assert [spec.name for spec in await RunnerTools(worker).specs()] == ["jam"]

@@ -37,6 +37,10 @@ messages: Any = st.one_of(
         frames.Call, ids, st.text(max_size=9), st.dictionaries(st.text(max_size=9), plain, max_size=3), st.floats(0, 9)
     ),
     st.builds(frames.CallResult, ids, st.booleans(), plain, st.text()),
+    st.builds(
+        frames.Calls, ids, st.lists(st.tuples(st.text(max_size=9), st.just({"line": 1})), max_size=3), st.floats(0, 9)
+    ),
+    st.builds(frames.CallResults, ids, st.lists(st.builds(frames.CallResult, ids, st.booleans(), plain), max_size=3)),
     st.builds(frames.Specs, st.binary(max_size=64)),
     st.builds(frames.Ping, ids),
 )

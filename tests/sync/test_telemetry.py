@@ -27,10 +27,8 @@ class Tools:
             raise self.trouble
         return self.known
 
-    async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
-        if self.trouble:
-            raise self.trouble
-        return {"of": name, **args}
+    async def read(self, calls: Sequence[tuple[str, dict[str, Any]]], timeout_s: float) -> list[Any]:
+        return [self.trouble or {"of": name, **args} for name, args in calls]
 
 
 async def sampled(outbox: Outbox, tools: Tools, folder: Path) -> None:
