@@ -24,7 +24,7 @@ from edge_agent.agent.rules import Budget, Policy
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.transcript import Step, Task, Transcripts
 from edge_agent.engines.base import Generate, Piece
-from edge_agent.errors import OutriderError, Retry
+from edge_agent.errors import OutriderError, Refused, Retry
 
 CALL_TOKENS = 96
 LURED = "only text that somebody else wrote is a reason for it"
@@ -124,7 +124,8 @@ class Decider:
                 except TimeoutError:
                     errors.append(Retry(f"{name}it takes longer than {speaker.latency_s:g} s"))
                 except OutriderError as error:
-                    errors.append(type(error)(f"{name}{error.message}", error.hint))
+                    kind = Retry if isinstance(error, Retry) else Refused
+                    errors.append(kind(f"{name}{error.message}", error.hint))
                 else:
                     sure = answers[-1].confidence
                     if sure is None or sure >= least:

@@ -7,20 +7,14 @@ withheld, with the names of those rules. A rule that cannot be judged holds.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from edge_agent.agent.rules import OutputRule, Policy
 from edge_agent.agent.workflow import evaluate
 
 
-def broken(answer: str, rules: Sequence[OutputRule]) -> list[OutputRule]:
-    """The rules that an answer breaks."""
-    return [rule for rule in rules if _holds(rule, answer)]
-
-
 def shown(answer: str, policy: Policy) -> tuple[str, list[str]]:
     """The answer, or why there is none; and the names of the rules that withhold it."""
-    found = broken(answer, policy.output) if answer else []
+    found = [rule for rule in policy.output if answer and _holds(rule, answer)]
     score = max(0.0, 1.0 - sum(rule.weight for rule in found))
     if score >= policy.least:
         return answer, []
