@@ -172,6 +172,8 @@ class Work:
         task, state = await self._transcripts.get(id), await self._inbox.state(id)
         if task is not None and task.state == "running" and state in TERMINAL:
             task.state, task.error = "failed", f"the job was {state} before it ran"
+        if task is not None:
+            task.sources = shown.cited(task.steps)
         return task
 
     @property
@@ -320,9 +322,7 @@ class Work:
         if task.withheld:
             await self._audit.append("withheld", task.subject.name, task=task.id, rules=task.withheld)
         if task.state != "waiting":
-            if sources := shown.cited(task.steps):
-                task.sources = sources
-                await self._transcripts.save(task)
+            task.sources = shown.cited(task.steps)
             if self.on_end is not None:
                 self.on_end(task)
             return JobState(task.state), summary(task), task.error

@@ -7,6 +7,7 @@ device this way is bounded in bytes, the first and the last steps of a long tran
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -71,6 +72,20 @@ def _by(step: Step) -> str:
         return "unreadable"
 
 
+def cited(steps: Sequence[Step]) -> list[str]:
+    """The documents that results name (dicts with a `source`, and perhaps its `part`): `manual.md 3, 4`."""
+    found: dict[str, list[str]] = {}
+    values: list[Any] = [step.result for step in reversed(steps) if step.role == "tool" and step.ok]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict) and isinstance(source := value.get("source"), str):
+            parts, part = found.setdefault(source[:200], []), str(value.get("part", ""))[:20]
+            parts += [part] if part and part not in parts else []
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        values += reversed(list(inner))
+    return [f"{source} {', '.join(parts[:10])}".strip() for source, parts in list(found.items())[:20]]
+
+
 def title(task: Task) -> str:
     """A task in one line."""
     took = f"{(task.finished or time.time()) - task.created:.1f} s"
@@ -86,7 +101,7 @@ def line(step: Step, task: Task) -> tuple[str, str]:
         case "ask":
             until = time.strftime("%H:%M:%S", time.localtime(step.expires))
             why = step.why and f" {step.why};"
-            what, tone = f"may {call} be done?{why} until {until}, {step.text[:12].strip()}", "wait"
+            what, tone = f"may {call} be done?{why} until {until}, {_cut(step.text, 13)}", "wait"
         case "approval":
             what = f"{_by(step)} {'approved' if step.ok else 'denied'} {call}"
         case "plan" if step.result is not None:

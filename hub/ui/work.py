@@ -139,7 +139,10 @@ def _end(job: dict[str, Any]) -> str:
     answer = _short(job["error"] or _text(job["result"].get("answer") or job["result"].get("result", "")))
     if any(made.result in answer for made in calls(job)[-1:]):
         return ""
-    return f'<p class="{"bad" if job["error"] else ""}">{e(answer)}</p>' if answer else ""
+    listed = job["result"].get("sources")
+    named = "; ".join(map(_text, listed)) if isinstance(listed, list) else ""
+    sources = f' <span class="faint">from {e(_short(named))}</span>' if named else ""
+    return f'<p class="{"bad" if job["error"] else ""}">{e(answer)}{sources}</p>' if answer else ""
 
 
 def _text(value: Any) -> str:

@@ -62,6 +62,20 @@ def test_the_hub_is_told_calls_in_words_and_by_whom_but_no_signature_and_no_resu
     assert shown.told(Step("approval", "nonsense", PURGE))["text"] == "unreadable"
 
 
+def test_the_documents_that_results_came_from_are_kept_with_their_parts() -> None:
+    def found(*parts: tuple[str, int]) -> dict[str, object]:
+        return {"passages": [{"source": source, "part": part, "text": "x"} for source, part in parts], "by": "words"}
+
+    search = Call("search_knowledge", {"question": "x"})
+    made = [
+        Step("tool", call=search, result=found(("manual.md", 3), ("pump.md", 1), ("manual.md", 4), ("manual.md", 3))),
+        Step("tool", call=search, result=found(("wrong.md", 1)), ok=False),
+        Step("model", "x", result={"source": "no"}),
+        Step("tool", call=search, result=[{"source": "note: shift"}, {"source": 7}, 3]),
+    ]
+    assert shown.cited(made) == ["manual.md 3, 4", "pump.md 1", "note: shift"]
+
+
 steps = st.builds(
     Step,
     st.sampled_from(["model", "check", "intent", "tool", "plan", "ask", "approval"]),
