@@ -24,6 +24,7 @@ import msgspec
 
 from bench.fleet import Hub
 from edge_agent import enrol as enrolment
+from edge_agent.audit import Audit
 from edge_agent.errors import Fatal, Retry
 from edge_agent.store import Store
 from edge_agent.sync.inbox import Inbox
@@ -70,6 +71,7 @@ async def attached(state: Path, broker: str = "") -> AsyncIterator[tuple[Outbox,
             inbox=Inbox(store, outbox),
             twin=await Twin.open(store, outbox),
             grants=await GrantsCache.open(store, identity.hub_key),
+            audit=Audit(store, outbox),
             agent="bench",
         )
         running = asyncio.create_task(session.run())

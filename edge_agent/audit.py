@@ -7,6 +7,8 @@ the record are one transaction; entries are of the highest priority but losses a
 from __future__ import annotations
 
 import hashlib
+import time
+from contextvars import ContextVar
 from typing import Any
 
 import msgspec
@@ -15,7 +17,10 @@ from edge_agent.store import Connection, Store
 from edge_agent.sync.outbox import Outbox
 
 PRIORITY = 2
+QUIET_S = 10.0
 _HEAD = "audit"
+where: ContextVar[str] = ContextVar("where", default="")
+"""The address of the client whose request is being served."""
 
 
 class Audit:
@@ -23,9 +28,27 @@ class Audit:
 
     def __init__(self, store: Store, outbox: Outbox) -> None:
         self._store, self._outbox = store, outbox
+        self._quiet: dict[str, tuple[float, int]] = {}  # by event: until when, and how many were kept quiet
+
+    async def refused(self, event: str, subject: str, **detail: Any) -> bool:
+        """What a stranger can cause at will: one entry in QUIET_S of each event, with the count of all since.
+
+        Whether this was it.
+        """
+        now = time.monotonic()
+        until, count = self._quiet.get(event, (0.0, 0))
+        if now < until:
+            self._quiet[event] = until, count + 1
+            return False
+        self._quiet[event] = now + QUIET_S, 0
+        await self.append(event, subject, **detail, count=count + 1)
+        return True
 
     async def append(self, event: str, subject: str, **detail: Any) -> None:
         """Enqueue one entry: `{event, subject, n, prev, …}`, `prev` the SHA-256 of the entry before. Raises Retry."""
+
+        if place := where.get():
+            detail["where"] = place
 
         def change(db: Connection) -> None:
             row = db.execute("SELECT version, body FROM documents WHERE name = ?", [_HEAD]).fetchone()

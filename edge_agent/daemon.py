@@ -101,7 +101,7 @@ class Daemon:
         asks = Approvals(self._key, self._allowed, lambda: rules.now().approval_s)
         self._agent = AgentLoop(*parts, rules=rules.now, speakers=self._hosting.speakers, approvals=asks)
         self.replay = Replay(*parts, rules.now, self._hosting.named)
-        audit = Audit(store, outbox)
+        self._audit = audit = Audit(store, outbox)
         self.work = Work(self._inbox, self._agent, transcripts, self._tools, audit, self._allowed, approvals=asks)
         slots = Slots(state / "bundles")
         self._bundled = Bundled(self._hosting, self.work.library, self._tools, self._allowed, slots)
@@ -141,9 +141,8 @@ class Daemon:
         self.work.triggers.zone = lambda: self._updates.time_zone
         heard = (self.work.triggers.topics, self.work.triggers.message)
         self._site = Topics(settings.site, own, *heard) if settings.site else None
-        self._api = LocalApi(
-            self, settings.api, max_body=settings.request_mb << 20, name=own, near=self._updates.neighbours
-        )
+        size, near = settings.request_mb << 20, self._updates.neighbours
+        self._api = LocalApi(self, settings.api, max_body=size, name=own, near=near, refused=self._audit.refused)
 
     @classmethod
     async def open(cls, settings: Settings, identity: enrol.Identity) -> Daemon:
@@ -262,6 +261,7 @@ class Daemon:
             inbox=inbox,
             twin=self._twin,
             grants=self._cache,
+            audit=self._audit,
             agent=version("outrider"),
         )
 
@@ -310,6 +310,15 @@ class Daemon:
                 _log.warning("the language model is not warm: %s", error)
 
     async def _report(self, name: str, report: BundleReport) -> None:
+        before = self._twin.reported.get("bundles", {}).get(name, {})
+        was, now = before.get("version", ""), report.version
+        told = {"bundle": name, "version": now, "digest": report.digest[:16], "was": was}
+        with contextlib.suppress(OutriderError):
+            if (was, before.get("digest", "")) != (now, report.digest):
+                await self._audit.append("install" if now else "remove", "hub", **told)
+            elif report.state in ("failed", "quarantined") and report.state != before.get("state"):
+                told |= {"target": report.target, "state": report.state, "error": report.error[:300]}
+                await self._audit.append("refuse:install", "hub", **told)
         before = self._twin.reported.get("bundles", {}).get(name, {})
         kind = {"committed": "committed", "quarantined": "rolled_back"}.get(report.state)
         if kind and (before.get("state"), before.get("target")) != (report.state, report.target):

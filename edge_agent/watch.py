@@ -33,11 +33,15 @@ class Inbox(Protocol):
     async def progress(self, id: str, progress: Progress) -> None: ...
 
 
+class Audit(Protocol):
+    async def append(self, event: str, subject: str, **detail: Any) -> None: ...
+
+
 class Watch:
     """One a device; `cancel` is the inbox's `on_cancel`, `stepped` the transcripts' `on_step`."""
 
-    def __init__(self, inbox: Inbox, transcripts: Transcripts) -> None:
-        self._inbox, self._transcripts = inbox, transcripts
+    def __init__(self, inbox: Inbox, transcripts: Transcripts, audit: Audit) -> None:
+        self._inbox, self._transcripts, self._audit = inbox, transcripts, audit
         self.ending: dict[str, str] = {}  # by id: why
         self._calls: dict[str, asyncio.Task[Any]] = {}
         self._told: dict[str, float] = {}
@@ -76,6 +80,12 @@ class Watch:
         """After each step is on disk. Raises Ended when the task is to stop here."""
         if step.role not in ("model", "check", "tool"):
             return
+        if step.role == "tool":
+            call = render(step.call)[:500] if step.call else ""
+            told: dict[str, Any] = {"task": task.id, "call": call, "ok": step.ok}
+            told |= {"at": step.at} if step.at else {}
+            told |= {} if step.ok else {"error": step.text[:300]}
+            await self._audit.append("call" if step.call else "refuse:call", task.subject.name, **told)
         if task.id in self.ending:
             raise Ended("failed", error="stopped after a step")
         now = time.monotonic()

@@ -94,7 +94,7 @@ class Work:
         self._approved: set[str] = set()
         self.on_end: Callable[[Task], None] | None = None
         self.asks: dict[str, dict[str, Any]] = {}  # by task: what the hub shows of a call that waits
-        self._watch = Watch(inbox, transcripts)
+        self._watch = Watch(inbox, transcripts, audit)
         inbox.on_cancel, transcripts.on_step = self._watch.cancel, self._watch.stepped
         self.current = ""
 
@@ -279,6 +279,8 @@ class Work:
         error = error[:MAX_ERROR]
         _log.info("job %s: %s %s", job.id, state, error)
         await _until_stored(lambda: self._inbox.report(job.id, state, result, error))
+        told = {"job": job.id, "kind": job.kind, "state": state} | ({"error": error[:300]} if error else {})
+        await _until_stored(lambda: self._audit.append("end", job.subject, **told))
         self._watch.over(job.id)
         self._triggered.pop(job.id, None)
         kind, name, args = "task", "", job.body.get("args")

@@ -9,7 +9,8 @@ signatures, unknown devices) is told at most once a minute per cause, with a cou
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import msgspec
@@ -18,6 +19,8 @@ import sqlalchemy as sa
 from hub.db import Database, audit, settings, telemetry
 
 GENESIS = "0" * 64
+where: ContextVar[str] = ContextVar("where", default="")
+"""The address of the client whose request is being served; it goes into every entry that comes of it."""
 QUIET_S = 60.0
 MAX_CAUSES = 1024
 
@@ -30,6 +33,7 @@ def append(connection: sa.Connection, actor: str, action: str, detail: dict[str,
     """Add an entry inside the caller's transaction."""
     last = sa.select(audit.c.hash).order_by(audit.c.id.desc()).limit(1).with_for_update()
     prev = connection.execute(last).scalar() or GENESIS
+    detail = detail | {"where": where.get()} if where.get() else detail
     ts, text = time.time(), msgspec.json.encode(detail).decode()
     digest = entry_hash(prev, ts, actor, action, text)
     row = {"ts": ts, "actor": actor, "action": action, "detail": text, "prev": prev, "hash": digest}
@@ -58,14 +62,79 @@ class Exported(msgspec.Struct):
     hash: str
 
 
-def broken_line(lines: Iterable[bytes]) -> int | None:
-    """`first_broken` of an export as JSON Lines: checked with no hub. Raises msgspec.DecodeError."""
-    decoded = (msgspec.json.decode(line, type=Exported) for line in lines)
-    texts = (msgspec.structs.replace(each, detail=bytes(each.detail).decode()) for each in decoded)
-    return first_broken(texts)
+class DeviceEntry(msgspec.Struct):
+    """A line of an export: what a device chained, `body` being the very text it hashed."""
+
+    device: str
+    epoch: int
+    seq: int
+    ts: float
+    body: str
 
 
-def cef(entry: dict[str, Any]) -> str:
+class Chains:
+    """Follows the chains of devices through their entries, in the order of (device, epoch, seq)."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+        self._heads: dict[tuple[str, int], str] = {}
+
+    def take(self, device: str, text: str) -> None:
+        body = msgspec.json.decode(text)
+        if not isinstance(body, dict) or not isinstance(body.get("n"), int):
+            return  # what an older device only tells is not in its chain
+        chain = self.found.setdefault(device, {"entries": 0, "head": "", "wrong": ""})
+        again = body["n"] == 1  # a new state directory begins a new chain
+        if not again and not chain["wrong"] and body.get("prev") != chain["head"]:
+            chain["wrong"] = f"entry {body['n']} does not follow from the one before it"
+        chain["entries"] += 1
+        self._heads[device, body["n"]] = chain["head"] = _digest(text)
+
+    def hold(self, anchor: Any) -> None:
+        """Compare with a head that the hub took into its own chain."""
+        name, n = anchor["device"], anchor["n"]
+        if self._heads.get((name, n)) != anchor["head"] and name in self.found:
+            self.found[name]["wrong"] = f"entry {n} is not the one that was anchored"
+
+
+def check_export(lines: Iterable[bytes]) -> dict[str, Any]:
+    """`{first_broken, devices}` of an export as JSON Lines, checked with no hub. Raises msgspec.DecodeError."""
+    chains, anchors = Chains(), list[Any]()
+
+    def own() -> Iterator[Any]:
+        for line in lines:
+            match msgspec.json.decode(line, type=dict[str, Any]):
+                case {"device": str(device), "body": str(body)}:
+                    chains.take(device, body)
+                case {"chain": _}:
+                    pass  # the verdict of the hub that made the export
+                case _:
+                    entry = msgspec.json.decode(line, type=Exported)
+                    if entry.action == "anchor:device":
+                        anchors.append(msgspec.json.decode(entry.detail))
+                    yield msgspec.structs.replace(entry, detail=bytes(entry.detail).decode())
+
+    broken = first_broken(own())
+    if broken is None:
+        for anchor in anchors if chains.found else ():
+            chains.hold(anchor)
+    return {"first_broken": broken, "devices": chains.found}
+
+
+def cef_device(entry: dict[str, Any]) -> str:
+    """A device's entry in the same form."""
+    body = msgspec.json.decode(entry["body"])
+    told = {name: value for name, value in body.items() if name not in ("event", "action", "subject", "prev")}
+    shown = {
+        "id": f"{entry['device']}/{entry['epoch']}/{entry['seq']}",
+        "ts": entry["ts"],
+        "hash": _digest(entry["body"]),
+    }
+    who, what = body.get("subject", ""), body.get("event") or body.get("action", "")
+    return cef(shown | {"actor": who, "action": what, "detail": told | {"device": entry["device"]}}, "agent")
+
+
+def cef(entry: dict[str, Any], product: str = "hub") -> str:
     """The entry in ArcSight's Common Event Format, version 0, as SIEMs read it."""
 
     def field(text: object) -> str:
@@ -77,7 +146,7 @@ def cef(entry: dict[str, Any]) -> str:
     more |= {"cs1Label": "detail", "cs1": msgspec.json.encode(entry["detail"]).decode()}
     more |= {"cs2Label": "hash", "cs2": entry["hash"]}
     said = " ".join(f"{name}={field(value)}" for name, value in more.items())
-    return f"CEF:0|Outrider|hub|1|{action}|{action}|{severity}|{said}"
+    return f"CEF:0|Outrider|{product}|1|{action}|{action}|{severity}|{said}"
 
 
 def anchor(connection: sa.Connection) -> None:
@@ -149,6 +218,14 @@ class Audit:
 
         return await self._db.read(walk)
 
+    async def device_entries(self, after: tuple[str, int, int] = ("", 0, 0), limit: int = 1000) -> list[DeviceEntry]:
+        """What devices chained, in the order of (device, epoch, seq), past that."""
+        place = sa.tuple_(telemetry.c.device, telemetry.c.epoch, telemetry.c.seq)
+        columns = [telemetry.c[name] for name in DeviceEntry.__struct_fields__]
+        query = sa.select(*columns).where(telemetry.c.kind == "audit", place > after)
+        query = query.order_by(telemetry.c.device, telemetry.c.epoch, telemetry.c.seq).limit(limit)
+        return [DeviceEntry(*row) for row in await self._db.read(lambda c: c.execute(query).all())]
+
     async def devices(self) -> dict[str, dict[str, Any]]:
         """Each device's chain as the hub holds it: entries, and what is wrong with it, or an empty text."""
         records = sa.select(telemetry.c.device, telemetry.c.body).where(telemetry.c.kind == "audit")
@@ -156,23 +233,12 @@ class Audit:
         anchors = sa.select(audit.c.detail).where(audit.c.action == "anchor:device")
 
         def walk(connection: sa.Connection) -> dict[str, dict[str, Any]]:
-            chains: dict[str, dict[str, Any]] = {}
-            heads: dict[tuple[str, int], str] = {}
+            chains = Chains()
             with connection.execution_options(yield_per=1000).execute(records) as rows:
                 for row in rows:
-                    body = msgspec.json.decode(row.body)
-                    if not isinstance(body.get("n"), int):
-                        continue  # what the device only tells, such as a refused message, is not in its chain
-                    chain = chains.setdefault(row.device, {"entries": 0, "head": "", "wrong": ""})
-                    again = body["n"] == 1  # a new state directory begins a new chain
-                    if not again and not chain["wrong"] and body.get("prev") != chain["head"]:
-                        chain["wrong"] = f"entry {body['n']} does not follow from the one before it"
-                    chain["entries"] += 1
-                    heads[row.device, body["n"]] = chain["head"] = _digest(row.body)
+                    chains.take(row.device, row.body)
             for detail in connection.execute(anchors).scalars():
-                held = msgspec.json.decode(detail)
-                if heads.get((held["device"], held["n"])) != held["head"] and held["device"] in chains:
-                    chains[held["device"]]["wrong"] = f"entry {held['n']} is not the one that was anchored"
-            return chains
+                chains.hold(msgspec.json.decode(detail))
+            return chains.found
 
         return await self._db.read(walk)

@@ -261,12 +261,12 @@ def audit_verify(
 ) -> None:
     """Check that no entry of the audit logs was changed or taken out; exits 1 when one was."""
     if file is not None:
-        from hub.audit import broken_line
+        from hub.audit import check_export
 
         with _errors():
             try:
                 with file.open("rb") as lines:
-                    found: dict[str, Any] = {"first_broken": broken_line(lines), "devices": {}}
+                    found: dict[str, Any] = check_export(lines)
             except (OSError, ValueError) as error:
                 raise HubError(
                     f"{file} cannot be read: {error}", "give an export as JSON Lines, from its start"
@@ -288,22 +288,34 @@ def _chains(found: dict[str, Any]) -> str:
 @app.command("audit-export")
 def audit_export(
     form: Annotated[str, typer.Option("--format", help="jsonl, or cef for a SIEM")] = "jsonl",
-    after: Annotated[int, typer.Option(help="Only entries with an id above this.")] = 0,
+    after: Annotated[int, typer.Option(help="Only entries of the hub with an id above this.")] = 0,
+    devices: Annotated[bool, typer.Option(help="Devices' entries too.")] = True,
     hub: Url = None,
 ) -> None:
-    """Print the audit log, oldest first, one entry a line."""
-
+    """Print the audit log, oldest first, one entry a line; then devices' entries and each chain's verdict."""
     import msgspec
 
-    from hub.audit import cef
+    from hub.audit import cef, cef_device
 
     with _hub(hub) as client:
         if form not in ("jsonl", "cef"):
             raise HubError(f"format {form!r} is not known", "jsonl or cef")
+        show: Any = {"jsonl": (msgspec.json.encode, msgspec.json.encode), "cef": (cef, cef_device)}[form]
+        verdicts = client.get("/v1/audit/verify")["devices"] if devices else {}
         while entries := client.get("/v1/audit", after=after, limit=1000)["entries"]:
             for entry in entries:
-                typer.echo(cef(entry) if form == "cef" else msgspec.json.encode(entry))
+                typer.echo(show[0](entry))
             after = entries[-1]["id"]
+        place: dict[str, Any] = {}
+        while devices and (entries := client.get("/v1/audit/devices", **place)["entries"]):
+            for entry in entries:
+                typer.echo(show[1](entry))
+            place = {name: entries[-1][name] for name in ("device", "epoch", "seq")}
+        for name, chain in verdicts.items():
+            if form == "jsonl":
+                typer.echo(msgspec.json.encode({"device": name, "chain": chain}))
+            elif chain["wrong"]:
+                typer.echo(f"outrider hub: the chain of {name} is broken: {chain['wrong']}", err=True)
 
 
 @app.command("revoke-device")

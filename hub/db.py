@@ -10,6 +10,8 @@ import asyncio
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -270,7 +272,8 @@ class Database:
 
     async def write(self, change: Callable[[sa.Connection], T]) -> T:
         """Commits when `change` returns, rolls back when it raises."""
-        return await asyncio.get_running_loop().run_in_executor(self._writer, self._call, self.engine, change)
+        work = partial(copy_context().run, self._call, self.engine, change)  # who asked, and where, goes along
+        return await asyncio.get_running_loop().run_in_executor(self._writer, work)
 
     def close(self) -> None:
         self._readers.shutdown()

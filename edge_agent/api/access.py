@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from edge_agent import audit
 from edge_agent.api.metrics import Metrics, Worker
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
@@ -212,14 +213,27 @@ class Caller:
         self._gate.held -= self._held
 
 
+class Refusing(Protocol):
+    """Hears of a request that was refused for who asks; the event, who, and why."""
+
+    async def __call__(self, event: str, subject: str, **detail: Any) -> object: ...
+
+
 Handler = Callable[[Caller], Awaitable[Response]]
 
 
 class Gate:
     """Makes routes that only the allowed pass, and counts what is held behind them."""
 
-    def __init__(self, device: Device, clock: Callable[[], float], max_body: int, name: str = "") -> None:
-        self.device, self.clock, self.max_body, self.name = device, clock, max_body, name
+    def __init__(
+        self,
+        device: Device,
+        clock: Callable[[], float],
+        max_body: int,
+        name: str = "",
+        refused: Refusing | None = None,
+    ) -> None:
+        self.device, self.clock, self.max_body, self.name, self._refused = device, clock, max_body, name, refused
         self.metrics = Metrics()
         self.held = 0
 
@@ -227,8 +241,11 @@ class Gate:
         """A route for whom the grants allow the action; without one, the handler itself asks."""
 
         async def endpoint(request: Request) -> Response:
+            audit.where.set(request.client.host if request.client else "")
+            subject = Subject("unknown", [], 0.0)
             try:
-                caller = Caller(self, request, self._subject(request))
+                subject = self._subject(request)
+                caller = Caller(self, request, subject)
                 if action:
                     caller.must(action, request.path_params.get("name", "") if action == RUN_MODEL else "")
                 with contextlib.closing(caller):
@@ -236,6 +253,10 @@ class Gate:
             except ClientDisconnect:
                 return Response(status_code=499)
             except (Problem, OutriderError) as error:
+                if self._refused and (isinstance(error, Denied) or getattr(error, "status", 0) == 401):
+                    why = {"path": f"{request.method} {request.url.path[:200]}", "reason": str(error)[:300]}
+                    with contextlib.suppress(OutriderError):  # a full disk: the answer is no all the same
+                        await self._refused("refuse:request", subject.name, **why)
                 return problem(request, error)
 
         return Route(path, endpoint, methods=[method])

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edge_agent.api import chat, oip
-from edge_agent.api.access import RUN_MODEL, Caller, Device, Gate, Neighbours, Problem, answer, problem
+from edge_agent.api.access import RUN_MODEL, Caller, Device, Gate, Neighbours, Problem, Refusing, answer, problem
 from edge_agent.config import address
 from edge_agent.errors import Refused, Retry
 
@@ -56,9 +56,10 @@ def create_app(
     max_body: int = MAX_BODY_MB << 20,
     name: str = "",
     near: Neighbours | None = None,
+    refused: Refusing | None = None,
 ) -> Starlette:
-    """The routes over a device; offline tokens for its `name` are good here."""
-    gate = Gate(device, clock, max_body, name)
+    """The routes over a device; offline tokens for its `name` are good here; `refused` hears of who is refused."""
+    gate = Gate(device, clock, max_body, name, refused)
 
     async def healthz(_: Request) -> Response:
         healthy = device.healthy()
@@ -199,6 +200,7 @@ class LocalApi:
         max_body: int = MAX_BODY_MB << 20,
         name: str = "",
         near: Neighbours | None = None,
+        refused: Refusing | None = None,
     ) -> None:
         host, port = address(where)
         try:
@@ -212,7 +214,7 @@ class LocalApi:
             text = f"the local API cannot listen on {where}: {error}"
             raise (Refused if never else Retry)(text, "choose another --api HOST:PORT, or end what has it") from error
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
-        app = create_app(device, clock, max_body, name, near)
+        app = create_app(device, clock, max_body, name, near, refused)
         config = uvicorn.Config(
             app,
             lifespan="off",

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_agent.audit import Audit
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Outbox
@@ -39,7 +40,6 @@ PATIENCE_S = (5.0, 60.0)  # without an ack before the window is sent again: firs
 GAP_S = 1.0  # an ack that moves nothing, so long after the last that did, tells of a gap
 AT_ONCE = 8192  # bytes packed in less time than another thread takes to wake
 LINGER_S, LINGER_ROWS = 0.02, 500  # while a batch is on its way, a small one waits a little for company
-AUDIT_EVERY_S = 10.0
 
 
 class Counters(msgspec.Struct):
@@ -72,6 +72,7 @@ class Session:
         inbox: Inbox,
         twin: Twin,
         grants: GrantsCache,
+        audit: Audit,
         username: str | None = None,
         password: str | None = None,
         ca: Path | None = None,
@@ -82,7 +83,7 @@ class Session:
         will_delay_s: int = WILL_DELAY_S,
     ) -> None:
         self._key, self._hub_key, self._agent = key, hub_key, agent
-        self._outbox, self._inbox, self._twin, self._grants = outbox, inbox, twin, grants
+        self._outbox, self._inbox, self._twin, self._grants, self._audit = outbox, inbox, twin, grants, audit
         self._heartbeat, self._window = heartbeat, window
         kinds = (TopicKind.ACK, TopicKind.DESIRED, TopicKind.JOBS)
         self._down = [str(Topic(fleet, TopicKind.GRANTS)), *(str(Topic(fleet, kind, device)) for kind in kinds)]
@@ -108,7 +109,6 @@ class Session:
         self._inflight: deque[int] = deque()  # last seqs of the batches not acked
         self._turn = 0  # rewinds
         self._progress, self._patience = time.monotonic(), PATIENCE_S[0]
-        self._audited = float("-inf")
         self._storing = Trouble(log, "what came is tried again")
         self._sending = Trouble(log, "sending waits")
 
@@ -241,12 +241,9 @@ class Session:
             await self._dispatch(message)
         except (WireError, Refused) as error:
             self.counters.refused += 1
-            now = time.monotonic()
-            if now - self._audited >= AUDIT_EVERY_S:
-                self._audited = now
+            told = {"topic": message.topic[:200], "reason": str(error)[:400]}
+            if await self._audit.refused("refuse:message", "unknown", **told):
                 log.warning("refused a message on %s: %s", message.topic, error)
-                body = {"action": "refuse:message", "topic": message.topic[:200], "reason": str(error)[:400]}
-                await self._outbox.append("audit", body | {"count": self.counters.refused}, 1)
 
     async def _dispatch(self, message: Message) -> None:
         if len(message.payload) > MAX_MESSAGE:
@@ -276,7 +273,7 @@ class Session:
             log.error("the hub knows what was not made here: %s", renewed)
             self._furthest = 0
             self._rewind()
-            await box.append("audit", {"action": "epoch:renewed", "reason": renewed}, 1)
+            await self._audit.append("epoch:renewed", "hub", reason=renewed)
         if not self._heard:
             self._heard = True
             box.changed.set()
@@ -295,9 +292,8 @@ class Session:
             self._outbox.changed.set()
         elif self._inflight and now - self._progress > GAP_S:  # the hub stands at a gap
             if ack.seq < self._outbox.acked:  # it was restored: what it had acked is gone there and here
-                body = {"action": "hub:went-back", "acked": self._outbox.acked, "now": ack.seq}
                 log.error("the hub went back from seq %d to %d", self._outbox.acked, ack.seq)
-                await self._outbox.append("audit", body, 1)
+                await self._audit.append("hub:went-back", "hub", acked=self._outbox.acked, now=ack.seq)
             self._rewind(ack.seq)
 
     def _halt(self, error: Refused) -> None:

@@ -46,20 +46,26 @@ class May:
         self, request: Request, shown: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
     ) -> Subject:
         services = services_of(request)
-        if shown is None:
-            raise Refused(401, "this needs a token", "log in: outrider hub login, or POST /v1/login")
         try:
-            subject = services.auth.subject(shown.credentials)
-        except Refused:
-            if not self.device:
-                raise
-            return await _device(services, shown.credentials)
+            if shown is None:
+                raise Refused(401, "this needs a token", "log in: outrider hub login, or POST /v1/login")
+            try:
+                subject = services.auth.subject(shown.credentials)
+            except Refused:
+                if not self.device:
+                    raise
+                return await _device(services, shown.credentials)
+        except Refused as error:
+            told = {"path": request.url.path[:200], "why": error.message[:200]}
+            await services.auth.tell_refused("unknown", "refuse:token", told)
+            raise
         if self.scoped and services.auth.somewhere(subject, self.action):
             return subject
         try:
             services.auth.require(subject, self.action, request.path_params.get("device", ""))
         except Refused:
-            await services.auth.tell_refused(subject.name, "refuse:request", {"action": self.action})
+            told = {"action": self.action, "path": request.url.path[:200]}
+            await services.auth.tell_refused(subject.name, "refuse:request", told)
             raise
         return subject
 

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
@@ -127,6 +128,20 @@ async def audit(
 ) -> dict[str, Any]:
     checked = {"first_broken": await hub.audit.first_broken()} if verify else {}
     return {"entries": await hub.audit.entries(after, limit), **checked}
+
+
+@router.get("/audit/devices", summary="What devices chained, by device, epoch and seq")
+async def audit_of_devices(
+    hub: Hub,
+    _: Annotated[Subject, Depends(May("read:audit"))],
+    device: Annotated[str, Query(description="past this device, epoch and seq")] = "",
+    epoch: Annotated[int, Query(ge=0)] = 0,
+    seq: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+) -> dict[str, Any]:
+    """`body` is the very text that the device hashed."""
+    entries = await hub.audit.device_entries((device, epoch, seq), limit)
+    return {"entries": msgspec.to_builtins(entries)}
 
 
 @router.get("/audit/verify", summary="Walk the hub's chain and every device's, with the heads that were anchored")

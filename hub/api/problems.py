@@ -6,6 +6,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hub.audit import where
 from hub.errors import Refused
 
 MAX_BODY = 1 << 20  # bytes, all requests but uploads
@@ -15,6 +16,18 @@ MEDIA_TYPE = "application/problem+json"
 def problem(status: int, detail: str, hint: str = "", headers: dict[str, str] | None = None) -> JSONResponse:
     content = {"detail": detail, "hint": hint, "status": status}
     return JSONResponse(content, status, media_type=MEDIA_TYPE, headers=headers)
+
+
+class Where:
+    """Lets the audit know from where a request comes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            where.set(scope["client"][0] if scope.get("client") else "")
+        await self._app(scope, receive, send)
 
 
 class BoundedBody:
@@ -67,3 +80,4 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(UnicodeEncodeError, unwritable)
     app.add_middleware(BoundedBody)
+    app.add_middleware(Where)

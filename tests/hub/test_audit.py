@@ -11,8 +11,9 @@ from edge_agent.store import Store
 from edge_agent.sync.outbox import Outbox
 from edge_agent.wire.messages import Record
 from hub import audit
-from hub.audit import Audit, broken_line, cef
+from hub.audit import Audit, cef, cef_device, check_export
 from hub.db import Database, devices, telemetry
+from tests.hub.rig import PASSWORD, Hub, enrolled
 
 
 async def some(database: Database) -> Audit:
@@ -36,9 +37,9 @@ async def test_a_changed_or_missing_entry_shows(database: Database) -> None:
 
 async def test_an_export_is_checked_with_no_hub(database: Database) -> None:
     lines = [msgspec.json.encode(entry) for entry in await (await some(database)).entries()]
-    assert broken_line(lines) is None
-    assert broken_line(lines[:1] + lines[2:]) == 3
-    assert broken_line([lines[0], lines[1].replace(b'"n":1', b'"n":7'), *lines[2:]]) == 2
+    assert check_export(lines)["first_broken"] is None
+    assert check_export(lines[:1] + lines[2:])["first_broken"] == 3
+    assert check_export([lines[0], lines[1].replace(b'"n":1', b'"n":7'), *lines[2:]])["first_broken"] == 2
 
 
 async def test_cef_escapes_what_would_end_a_field(database: Database) -> None:
@@ -72,6 +73,16 @@ async def test_a_devices_chain_is_followed_and_anchored(database: Database, tmp_
     await database.write(commit)
     log = Audit(database)
     await log.anchor()
+    export = [msgspec.json.encode(each) for each in (*await log.entries(), *await log.device_entries())]
+    export.append(msgspec.json.encode({"device": "press-1", "chain": (await log.devices())["press-1"]}))
+    assert check_export(export)["devices"]["press-1"]["wrong"] == ""
+    changed = [line.replace(b"stop_line(3)", b"stop_line(9)") for line in export]
+    assert "anchored" in check_export(changed)["devices"]["press-1"]["wrong"]
+    shorter = [line for line in export if b"stop_line(1)" not in line]
+    assert "entry 3 does not follow" in check_export(shorter)["devices"]["press-1"]["wrong"]
+    said = cef_device(msgspec.to_builtins((await log.device_entries(("press-1", 1, 1)))[0]))
+    assert said.startswith("CEF:0|Outrider|agent|1|call|call|3|")
+    assert "suser=ann" in said
     await log.anchor()
     anchors = [entry for entry in await log.entries() if entry["action"] == "anchor:device"]
     assert [(entry["actor"], entry["detail"]["n"]) for entry in anchors] == [("press-1", 4)]
@@ -88,3 +99,21 @@ async def test_a_devices_chain_is_followed_and_anchored(database: Database, tmp_
     change(4, last)
     change(2, json.dumps(records[1].body | {"call": "none"}))
     assert "entry 3 does not follow" in (await log.devices())["press-1"]["wrong"]
+
+
+async def test_every_change_says_from_where_and_strangers_are_told_of_at_a_bounded_rate(hub: Hub) -> None:
+    admin = await hub.login()
+    await admin.post("/v1/users", json={"name": "ann", "password": PASSWORD, "roles": ["viewer"]})
+    await enrolled(hub, "press-1")
+    await admin.patch("/v1/devices/press-1/desired", json={"config": {"log": "debug"}})
+    for token in ("", "rubbish", "rubbish"):
+        assert (await hub.client(token).get("/v1/devices")).status_code == 401
+    entries = (await admin.get("/v1/audit", params={"limit": 1000})).json()["entries"]
+    for action in ("create:user", "configure:device", "login:user", "refuse:token"):
+        found = [each["detail"]["where"] for each in entries if each["action"] == action and each["actor"] != "hub"]
+        assert set(found) == {"127.0.0.1"}, action
+    told = [each["detail"] for each in entries if each["action"] == "refuse:token"]
+    assert [(each["path"], each["count"]) for each in told] == [("/v1/devices", 1)], "then once a minute, with a count"
+    own = [each for each in entries if each["actor"] == "hub"]
+    assert own, "the hub's own deeds"
+    assert all("where" not in each["detail"] for each in own)

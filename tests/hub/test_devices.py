@@ -89,7 +89,7 @@ async def test_a_device_that_lost_its_state_comes_back_with_a_token_for_its_name
         await until(lambda: new.acked() == (2, 2))
     told = (await admin.get("/v1/audit", params={"limit": 1000})).json()["entries"]
     assert [e["detail"] for e in told if e["action"] == "rekey:device"] == [
-        {"old": old.key.public.text, "new": new.key.public.text}
+        {"old": old.key.public.text, "new": new.key.public.text, "where": "127.0.0.1"}
     ]
 
 

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from bench.link import Link
+from edge_agent.audit import Audit
 from edge_agent.store import Store
 from edge_agent.sync import session as session_module
 from edge_agent.sync.inbox import Inbox
@@ -35,7 +36,7 @@ class Device:
     def __init__(self, store: Store, outbox: Outbox, twin: Twin, grants: GrantsCache, **more: Any) -> None:
         inbox = Inbox(store, outbox)
         self.store, self.outbox, self.inbox, self.twin, self.grants = store, outbox, inbox, twin, grants
-        parts = {"outbox": outbox, "inbox": inbox, "twin": twin, "grants": grants}
+        parts = {"outbox": outbox, "inbox": inbox, "twin": twin, "grants": grants, "audit": Audit(store, outbox)}
         self.session = Session(fleet=FLEET, device=DEVICE, agent="test", **parts, **more)
 
     def cut(self) -> None:
@@ -229,7 +230,7 @@ async def test_a_message_the_hub_did_not_sign_is_audited_and_changes_nothing(hub
     assert (await asyncio.wait_for(device.inbox.next(), 10)).id == "real"
     assert await device.inbox.state("forged") is None
     await until(lambda: device.outbox.depth == 0)
-    assert [r.body["action"] for r in hub.records if r.kind == "audit"] == ["refuse:message"]
+    assert [r.body["event"] for r in hub.records if r.kind == "audit"] == ["refuse:message"]
     assert device.session.error is None
 
 
@@ -307,7 +308,7 @@ async def test_a_hub_restored_from_a_backup_goes_on_and_the_hole_is_told(hub: Hu
     await until(lambda: device.outbox.depth == 0)
     assert [r.body["n"] for r in hub.records if r.kind == "telemetry"] == [0, 1, 2, 3, 10]
     audit = [r.body for r in hub.records if r.kind == "audit"]
-    assert audit == [{"action": "hub:went-back", "acked": 10, "now": 4}]
+    assert [(each["event"], each["acked"], each["now"]) for each in audit] == [("hub:went-back", 10, 4)]
 
 
 async def test_a_job_that_found_the_disk_full_is_taken_when_there_is_room(hub: Hub, device: Device) -> None:

@@ -135,6 +135,23 @@ async def test_a_workflow_that_runs_tells_its_steps(rig: Rig, monkeypatch: pytes
     assert told[0]["text"] == "a: look()"
 
 
+async def test_each_call_in_a_task_and_its_end_are_in_the_devices_chain(rig: Rig) -> None:
+    rig.let.set()
+    await rig.give(JobKind.TASK, {"text": "look twice"})
+    await rig.ended()
+    await eventually(lambda: _told(rig.outbox, "end"))
+    told = [each for each in await bodies(rig.outbox, "audit") if each["event"] in ("call", "end")]
+    assert [each["event"] for each in told] == ["call", "call", "end"]
+    assert {(each["task"], each["call"], each["ok"], each["subject"]) for each in told[:2]} == {
+        ("j", "look()", True, "ann")
+    }
+    assert (told[2]["job"], told[2]["state"]) == ("j", "succeeded")
+
+
+async def _told(outbox: Outbox, event: str) -> bool:
+    return any(each["event"] == event for each in await bodies(outbox, "audit"))
+
+
 async def test_progress_is_told_at_a_bounded_rate(rig: Rig) -> None:
     rig.let.set()
     await rig.give(JobKind.TASK, {"text": "look twice"})
@@ -143,11 +160,15 @@ async def test_progress_is_told_at_a_bounded_rate(rig: Rig) -> None:
 
 
 async def progress(outbox: Outbox) -> list[dict[str, Any]]:
+    return [each["progress"] for each in await bodies(outbox, "job") if each.get("progress")]
+
+
+async def bodies(outbox: Outbox, kind: str) -> list[dict[str, Any]]:
     part = await outbox.batch(0)
     assert part is not None
     text = b"\n".join(part.lines if hasattr(part, "lines") else part.blocks)
     records = [msgspec.json.decode(line) for line in text.split(b"\n")]
-    return [each["body"]["progress"] for each in records if each["body"].get("progress")]
+    return [each["body"] for each in records if each["kind"] == kind]
 
 
 async def test_one_that_waits_for_an_approval_goes_no_further(tmp_path: Path) -> None:
