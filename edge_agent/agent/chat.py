@@ -12,8 +12,9 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.agent.calls import REF, Answer, Call, CallError, Nothing, Ref, parse, parse_all, render
+from edge_agent.agent.calls import REF, Answer, Call, CallError, Nothing, Ref, parse, render
 from edge_agent.agent.prompt import Turn
+from edge_agent.agent.taint import decisions
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.engines.base import Piece
 
@@ -38,11 +39,16 @@ def chat(specs: Sequence[ToolSpec], turns: Sequence[Turn], several: bool = False
             told = {"role": "tool", "tool_call_id": called.pop(0)} if called else {"role": "user"}
             messages.append(told | {"content": turn.text})
             continue
-        said: dict[str, Any] = {"role": turn.role, "content": _words(turn)}
-        if turn.role == "assistant" and (calls := _calls(turn.text)):
-            called = [f"call_{len(messages)}{f'_{n}' if n else ''}" for n in range(len(calls))]
-            made = [{"id": id, "type": "function", "function": each} for id, each in zip(called, calls, strict=True)]
-            said |= {"content": None, "tool_calls": made}
+        said: dict[str, Any] = {"role": turn.role, "content": turn.text}
+        for n, decision in enumerate(decisions(turn.text) if turn.role == "assistant" else []):
+            if isinstance(decision, Answer):
+                said["content"] = decision.text
+            elif isinstance(decision, Call):
+                called.append(f"call_{len(messages)}_{n}")
+                arguments = json.dumps(decision.args, ensure_ascii=False, default=str)
+                function = {"name": decision.name, "arguments": arguments}
+                made = {"id": called[-1], "type": "function", "function": function}
+                said |= {"content": None, "tool_calls": [*said.get("tool_calls", []), made]}
         messages.append(said)
     return {"messages": messages, "tools": [_tool(spec) for spec in specs], "parallel_tool_calls": several}
 
@@ -71,25 +77,6 @@ def _written(name: str, arguments: str, before: int) -> str:
         ref = REF.fullmatch(value) if before and isinstance(value, str) else None
         args[key] = Ref(int(ref[1]), ref[2] or "") if ref else value
     return render(Call(name, {key: value for key, value in args.items() if value is not None}))
-
-
-def _words(turn: Turn) -> str:
-    """An answer as its own text."""
-    try:
-        decision = parse(turn.text) if turn.role == "assistant" else None
-    except CallError:
-        decision = None
-    return decision.text if isinstance(decision, Answer) else turn.text
-
-
-def _calls(text: str) -> list[dict[str, str]]:
-    """The calls in a text as functions with JSON arguments."""
-    try:
-        decisions = parse_all(text)
-    except CallError:
-        return []
-    calls = [decision for decision in decisions if isinstance(decision, Call)]
-    return [{"name": call.name, "arguments": json.dumps(call.args, ensure_ascii=False, default=str)} for call in calls]
 
 
 def _tool(spec: ToolSpec) -> dict[str, Any]:

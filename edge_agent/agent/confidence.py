@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from edge_agent.agent.calls import CallError, parse_all, render_all
+from edge_agent.agent.calls import render_all
+from edge_agent.agent.taint import decisions
 from edge_agent.engines.base import Piece
 
 
@@ -34,17 +35,9 @@ class Calibration(msgspec.Struct, frozen=True):
         return 1 / (1 + math.exp(min(700.0, -(self.a * piece.mean_logprob * piece.choices + self.b))))
 
 
-def said(text: str) -> str:
-    """What a text calls, in the one way to write it; empty when it is no call."""
-    try:
-        return render_all(parse_all(text))
-    except CallError:
-        return ""
-
-
 def vote(pieces: Sequence[Piece], calibration: Calibration) -> tuple[Piece, float, str]:
     """The first that says what most say, how sure that is (the mean of its probability and its share), the count."""
-    texts = [said(piece.text) for piece in pieces]
+    texts = [render_all(found) if (found := decisions(piece.text)) else "" for piece in pieces]
     counts = Counter(text for text in texts if text)
     if not counts:
         return pieces[0], 0.0, f"0/{len(pieces)}"

@@ -73,10 +73,6 @@ class OutputRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if bool(self.match) == bool(self.when):
             raise ValueError(f"the output rule {self.name} has either match or when")
-        try:
-            re.compile(self.match)
-        except re.error as error:
-            raise ValueError(f"the output rule {self.name}: {error}") from error
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -146,6 +142,8 @@ class PolicyFile:
             policy = msgspec.convert(said, Policy)
             for expression in [rule.never for rule in policy.interlocks] + [r.when for r in policy.output if r.when]:
                 compiled(expression)
+            for rule in policy.output:
+                re.compile(rule.match)
             return policy
-        except (OSError, ValueError) as error:  # TOML, UTF-8, msgspec and CEL say where
+        except (OSError, ValueError, re.error) as error:  # TOML, UTF-8, msgspec, CEL and re say where
             return Refused(f"{self._path} cannot be used: {error}", "mend it: no act is made before")

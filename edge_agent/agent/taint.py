@@ -113,9 +113,9 @@ def _before(task: Task, hide: bool) -> list[prompt.Turn]:
 def _in_order(said: Step, results: list[Step]) -> list[Step]:
     """One result for each call of a decision that made several."""
     numbered = {int(step.at.rpartition(".")[2]): step for step in results if "." in step.at}
-    if not numbered:
-        return results
     calls = sum(isinstance(decision, Call) for decision in decisions(said.text))
+    if not numbered:  # one of the calls is wrong, or there is one alone
+        return results + [DROPPED] * (calls - len(results) if results else 0)
     return [numbered.get(n, DROPPED) for n in range(1, max(calls, *numbered) + 1)]
 
 

@@ -178,8 +178,9 @@ async def test_a_failure_keeps_what_succeeded_drops_what_depends_and_asks_again(
 async def test_a_plan_with_one_wrong_call_is_not_begun(store: Store, text: str, told: str) -> None:
     with pytest.raises(CallError, match=told):
         read(text, SPECS, 8)
-    task, tools, _ = await run(store, text)
+    task, tools, model = await run(store, text)
     assert (tools.calls, task.state) == ([], "failed")
+    assert model.asked[1].prompt.count("<|im_start|>tool") == text.count("\n") + 1
 
 
 async def test_a_field_that_is_not_there_or_does_not_fit_stops_there(store: Store) -> None:
