@@ -77,10 +77,12 @@ class Bundled:
 
 
 def _texts(candidate: Installed) -> dict[str, str]:
-    files = sorted(candidate.folder.glob("*.yaml"))
-    if not files and not (candidate.folder / POLICY).exists():
-        raise Refused(f"{candidate.manifest.name} has no .yaml file and no {POLICY}", "it is a folder of definitions")
+    files, documents = sorted(candidate.folder.glob("*.yaml")), sorted(candidate.folder.glob("documents/**/*"))
+    if not files and not documents and not (candidate.folder / POLICY).exists():
+        raise Refused(f"{candidate.manifest.name} has no .yaml file, no {POLICY} and no documents", "put some in it")
     try:
+        for document in (path for path in documents if path.is_file()):
+            document.read_text()
         return {path.name: path.read_text() for path in files}
     except UnicodeDecodeError as error:
         raise Refused(f"{candidate.manifest.name} has a file that is no text: {error}") from error

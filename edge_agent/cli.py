@@ -28,6 +28,7 @@ _VERBS = {
     "replay": ("Ask a task's decisions again, of another model, and see where it differs.", "edge"),
     "update": ("How a device's updates fare and why one rolled back; hold them back for a while.", "edge"),
     "workflow": ("Check workflows, and try them without a device.", "edge"),
+    "knowledge": ("The documents a device knows: add, list, search, forget.", "edge"),
     "mcp": ("Serve a device's tools to MCP clients.", "mcp"),
     "doctor": ("Check what a device needs: extras, state, hub, broker, models by a real inference.", "edge"),
     "hub": ("Run the hub: devices, jobs, models, dashboard.", "hub"),

@@ -125,8 +125,10 @@ def package(
 def package_workflows(folder: Path, cache: Path, out: Path | None = None, version: str = "") -> tuple[Path, Manifest]:
     """Make the bundle of the definitions and interlocks in a folder, named as it. Raises ModelError."""
     name, files = folder.resolve().name.lower(), scan(folder)
-    if not files or not all(entry.path == "policy.toml" or fnmatch(entry.path, "*.yaml") for entry in files):
-        raise ModelError(f"{folder} is no folder of workflows", "*.yaml files, and policy.toml for interlocks, alone")
+    known = ("*.yaml", "policy.toml", "documents/*")
+    if not files or not all(any(fnmatch(entry.path, each) for each in known) for entry in files):
+        hint = "*.yaml files, policy.toml for interlocks, a folder documents for the memory, alone"
+        raise ModelError(f"{folder} is no folder of workflows", hint)
     digest = content_digest(files)
     meta = {"content_digest": digest}
     manifest = Manifest(name, version or f"1+{digest[:8]}", BundleKind.WORKFLOW, files, meta=meta)

@@ -127,6 +127,7 @@ async def test_the_agent_of_a_device_that_is_cut_off_does_all_its_work(
         task = await otto.end_of(await otto.task("how often is the gasket of line 2 changed?"))
         assert (task["state"], task["error"]) == ("succeeded", "")
         assert "every 400 hours" in task["answer"]
+        assert task["sources"] == ["manual.md 1"]
 
         status, told = await vera.ask("POST", "/v1/tools/run_workflow", {"args": {"name": "relieve"}})
         assert (status, told["detail"]) == (403, "vera may not run:task on this device")

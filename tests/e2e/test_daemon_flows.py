@@ -101,6 +101,38 @@ async def ready(device) -> bool | None:  # type: ignore[no-untyped-def]
     return True if (await device.status())["connected"] else None
 
 
+def manuals(folder: Path, version: str, text: bytes) -> Path:
+    files = folder / version / "manuals"
+    (files / "documents").mkdir(parents=True)
+    (files / "documents" / "press.md").write_bytes(text)
+    return package_workflows(files, folder, folder / version / "bundle", version)[0]
+
+
+@pytest.mark.timeout(200)
+async def test_documents_come_to_a_device_in_a_bundle_and_one_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    async with running(tmp_path) as hub:
+        pack = ("--pack", "tests.e2e.daemon_pack,tools.knowledge")
+        device = await enrolled(hub, tmp_path, "press-1", *pack)
+        texts = {"1": b"# Slide\n\nGrease it weekly.", "2": b"# Slide\n\nGrease it daily.", "3": b"\xff\xfe"}
+        for version, text in texts.items():
+            made = await asyncio.to_thread(manuals, tmp_path / "bundles", version, text)
+            await asyncio.to_thread(publish, hub.url, hub.token, made)
+        for version, state in (("1", "committed"), ("2", "committed"), ("3", "quarantined")):
+            await hub.post("/v1/devices/press-1/bundles", {"name": "manuals", "version": version})
+
+            async def there(version: str = version, state: str = state) -> bool | None:
+                seen = (await hub.get("/v1/devices/press-1"))["reported"].get("bundles", {}).get("manuals", {})
+                return True if seen.get("target") == version and seen["state"] == state else None
+
+            await until(f"{version} {state}", 60, there)
+            asked = {"tool": "search_knowledge", "args": {"question": "how often is the slide greased"}}
+            done = await job(hub, device, asked)
+            [passage] = done["result"]["result"]["passages"]
+            often = "weekly" if version == "1" else "daily"
+            assert (passage["source"], passage["text"]) == ("manuals/press.md", f"Grease it {often}.")
+        await device.stop()
+
+
 def test_a_folder_without_workflows_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ModelError, match="is no folder of workflows"):
