@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.agent.calls import REF, Answer, Call, CallError, Nothing, Ref, parse, render
-from edge_agent.agent.prompt import Turn
+from edge_agent.agent.prompt import Form, Turn
 from edge_agent.agent.taint import decisions
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.engines.base import Piece
@@ -26,13 +26,21 @@ SEVERAL = (
     " Calls that need nothing of one another may come in one turn; a later one of them may take "
     '"$1.field" for a field of the result of the first.'
 )
+FORMS: dict[Form, str] = {
+    "command": "",
+    "question": " Where it only asks, change nothing: read what it needs and answer with values and units.",
+    "analysis": " Read all that bears on it before you answer; then compare, and conclude.",
+}
 MAX_ANSWER = 2000
 _TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
 
 
-def chat(specs: Sequence[ToolSpec], turns: Sequence[Turn], several: bool = False) -> dict[str, Any]:
+def chat(
+    specs: Sequence[ToolSpec], turns: Sequence[Turn], several: bool = False, form: Form = "command"
+) -> dict[str, Any]:
     """The request for the next call, or `several`, as `Generate.chat` takes it."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM + SEVERAL if several else SYSTEM}]
+    system = SYSTEM + FORMS[form] + (SEVERAL if several else "")
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}]
     called: list[str] = []
     for turn in turns:
         if turn.role == "tool":

@@ -20,6 +20,7 @@ import msgspec
 from edge_agent.agent import chat, confidence, grammar, prompt, taint
 from edge_agent.agent.act import Ended
 from edge_agent.agent.calls import Call
+from edge_agent.agent.recall import Recall
 from edge_agent.agent.rules import Budget, Policy
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.transcript import Step, Task, Transcripts
@@ -80,6 +81,7 @@ class Decider:
     ) -> None:
         self._model, self._transcripts, self._rules = model, transcripts, rules
         self._speakers, self._clock, self._counts = speakers, clock, counts
+        self.recall = Recall(transcripts.store)
 
     async def decide(self, task: Task, specs: Sequence[ToolSpec], deadline: float) -> Decided:
         """What the model says next, or has said and is not yet carried out. Raises Ended."""
@@ -120,7 +122,7 @@ class Decider:
                 name = f"{speaker.model}: " if speaker.model else ""
                 try:
                     async with asyncio.timeout(speaker.latency_s or None):
-                        answers.append(await self._hear(task.priority, specs, read, role, deadline, speaker))
+                        answers.append(await self._hear(task, specs, read, role, deadline, speaker))
                 except TimeoutError:
                     errors.append(Retry(f"{name}it takes longer than {speaker.latency_s:g} s"))
                 except OutriderError as error:
@@ -155,7 +157,7 @@ class Decider:
 
     async def _hear(
         self,
-        priority: int,
+        task: Task,
         specs: Sequence[ToolSpec],
         read: Sequence[prompt.Turn],
         role: Literal["model", "check"],
@@ -164,7 +166,8 @@ class Decider:
     ) -> Step:
         """What one model says; below the threshold, what most of its samples say. Raises OutriderError."""
         policy = self._rules()
-        request = next_call(speaker, specs, read, calls=policy.calls, priority=priority)
+        like = await self.recall.like(task, specs) if speaker.endpoint else []
+        request = next_call(speaker, specs, [*like, *read], calls=policy.calls, priority=task.priority)
         pieces = [await self._model.generate(request, max(0.1, deadline - time.monotonic()))]
         said, sure, votes = pieces[0], speaker.calibration.probability(pieces[0]), ""
         if sure is not None and sure < policy.confidence.ask:
@@ -202,10 +205,10 @@ def next_call(
 ) -> Generate:
     """The request for the next calls, at most so many."""
     to = Generate("", "", model=speaker.model, priority=priority)
-    if speaker.endpoint:
-        asked = chat.chat(specs, turns, several=calls > 1)
-        return msgspec.structs.replace(to, max_tokens=4 * max_tokens, chat=asked)
     request = next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
+    if speaker.endpoint:
+        asked = chat.chat(specs, turns, calls > 1, prompt.form(request))
+        return msgspec.structs.replace(to, max_tokens=4 * max_tokens, chat=asked)
     plan = speaker.several and calls > 1 and prompt.joined(request)
     return msgspec.structs.replace(
         to,

@@ -104,6 +104,7 @@ class AgentLoop:
             if talked:
                 await self._conversations.add(task)
             await self._transcripts.save(task)
+            await self._decider.recall.keep(task)
             if talked:
                 await self._conversations.fold(task, self._rules().window)
         return task

@@ -21,6 +21,9 @@ MAX_RESULT = 600
 MAX_EXAMPLES = 40
 ASIDES = ("How tall is Mount Everest?", "tell me a joke", "book me a flight to Rome")
 
+Form = Literal["command", "question", "analysis"]
+_ANALYSIS = re.compile(r"\b(compare|analy[sz]e|analysis|summari[sz]e|summary|explain|report on|trend)\b", re.IGNORECASE)
+_QUESTION = re.compile(r"\s*(what|how|which|who|when|where|why|is|are|does|do|did|has|have)\b", re.IGNORECASE)
 _JOINED = re.compile(r"[,;]|\.\s|\s(and|then|und|dann)\s", re.IGNORECASE)
 _CONDITION = re.compile(
     r"\b(if|when|whenever|unless|once|until|should|which|whichever|depending|otherwise|in case|wenn|falls|sofern)\b",
@@ -44,6 +47,13 @@ class Turn(msgspec.Struct, frozen=True):
 
     role: Literal["user", "assistant", "tool"]
     text: str
+
+
+def form(request: str) -> Form:
+    """What is asked for, by its words' form alone: it changes how a model is told to go about it, nothing else."""
+    if _ANALYSIS.search(request):
+        return "analysis"
+    return "question" if request.rstrip().endswith("?") or _QUESTION.match(request) else "command"
 
 
 def joined(request: str) -> bool:

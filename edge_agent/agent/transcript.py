@@ -122,6 +122,15 @@ def m003_conversations(db: Database) -> None:
     )
 
 
+@migrations()
+def m004_examples(db: Database) -> None:
+    """What was asked and done well."""
+    db.execute(
+        """CREATE TABLE examples (
+            subject TEXT NOT NULL, request TEXT NOT NULL, calls TEXT NOT NULL, PRIMARY KEY (subject, request)) STRICT"""
+    )
+
+
 class Transcripts:
     """Tasks in a store that was opened with these `migrations`. Every method raises Retry when the disk is full."""
 
