@@ -12,6 +12,7 @@ import ipaddress
 import os
 import re
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from msgspec import Meta, field
 from edge_agent.agent.tool import Tool, ToolError, declare
 from tools import settings
 
+_EACH = httpx.Limits(max_keepalive_connections=0)  # one kept for an address would serve another host's name unchecked
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
@@ -76,8 +78,8 @@ class Http:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        verify: Any = httpx.create_ssl_context(settings.ca) if settings.ca else True
-        self._client = httpx.Client(verify=verify, trust_env=False, timeout=settings.timeout_s)
+        verify: Any = ssl.create_default_context(cafile=settings.ca) if settings.ca else True
+        self._client = httpx.Client(verify=verify, trust_env=False, timeout=settings.timeout_s, limits=_EACH)
 
     def http_get(self, url: str) -> dict[str, Any]:
         """Read a web address (URL): its JSON or text."""
@@ -112,18 +114,22 @@ class Http:
         headers["Accept-Encoding"] = "identity"  # what is packed has no bound before it is unpacked
         if body:
             headers.setdefault("Content-Type", "application/json" if body.lstrip()[:1] in ("{", "[") else "text/plain")
-        there = url.copy_with(host=_address(url.host, url.port or 443, rule.private))
-        more = {"sni_hostname": url.host}
-        try:
-            asked = self._client.build_request(method, there, headers=headers, content=body, extensions=more)
-            asked.extensions["timeout"] = httpx.Timeout(max(0.1, deadline - time.monotonic())).as_dict()
-            answer = self._client.send(asked, stream=True)
+        tried: httpx.HTTPError | None = None
+        for address in _addresses(url.host, url.port or 443, rule.private):
             try:
-                return answer.status_code, answer.headers, self._content(answer, url, deadline)
-            finally:
-                answer.close()
-        except httpx.HTTPError as error:
-            raise ToolError(f"{url}: {type(error).__name__}: {error}") from error
+                asked = self._client.build_request(method, url.copy_with(host=address), headers=headers, content=body)
+                asked.extensions["sni_hostname"] = url.host
+                asked.extensions["timeout"] = httpx.Timeout(max(0.1, deadline - time.monotonic())).as_dict()
+                answer = self._client.send(asked, stream=True)
+                try:
+                    return answer.status_code, answer.headers, self._content(answer, url, deadline)
+                finally:
+                    answer.close()
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                tried = error
+            except httpx.HTTPError as error:
+                raise ToolError(f"{url}: {type(error).__name__}: {error}") from error
+        raise ToolError(f"{url}: {type(tried).__name__}: {tried}") from tried
 
     def _content(self, answer: httpx.Response, url: httpx.URL, deadline: float) -> bytes:
         content = b""
@@ -138,19 +144,21 @@ class Http:
         return content
 
 
-def _address(host: str, port: int, private: bool) -> str:
-    """An address of the host that may be connected to. Raises ToolError."""
+def _addresses(host: str, port: int, private: bool) -> list[str]:
+    """Those of the host that may be connected to. Raises ToolError."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except OSError as error:
         raise ToolError(f"the host {host} is not found: {error}") from error
-    addresses = [str(entry[4][0]) for entry in found]
-    for address in addresses:
-        known = ipaddress.ip_address(address.partition("%")[0])
-        known = getattr(known, "ipv4_mapped", None) or known
-        if private or (known.is_global and not known.is_multicast):
-            return address
-    raise ToolError(f"{host} is {addresses[0]}, a private address: its rule has to say private = true")
+    if may := [address for address in found if private or _public(address)]:
+        return may
+    raise ToolError(f"{host} is {found[0]}, a private address: its rule has to say private = true")
+
+
+def _public(address: str) -> bool:
+    known = ipaddress.ip_address(address.partition("%")[0])
+    known = getattr(known, "ipv4_mapped", None) or known
+    return known.is_global and not known.is_multicast
 
 
 def _read(kind: str, content: bytes) -> dict[str, Any]:

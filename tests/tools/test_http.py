@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from edge_agent.agent.tool import ToolError
 from edge_agent.agent.toolrunner import load
@@ -196,3 +203,64 @@ def test_without_a_file_the_pack_says_where_it_belongs(tmp_path: Path, monkeypat
     assert [tool.spec.name for tool in load("tools.http", tmp_path / "state", {})] == ["http_get"]
     with pytest.raises(Fatal, match="has no option rate; it has config"):
         load("tools.http", tmp_path / "state", {"rate": "1"})
+
+
+def certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    """A certificate of a host by itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    whose, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(whose)
+        .issuer_name(whose)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), False)
+        .add_extension(x509.BasicConstraints(True, None), True)
+        .sign(key, hashes.SHA256())
+    )
+    files = folder / f"{name}.pem", folder / f"{name}.key"
+    files[0].write_bytes(made.public_bytes(Encoding.PEM))
+    files[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return files
+
+
+@pytest.mark.parametrize(
+    ("name", "trusted", "told"),
+    [
+        ("localhost", "localhost", ""),
+        ("localhost", "", "CERTIFICATE_VERIFY_FAILED"),
+        ("elsewhere", "elsewhere", "Hostname mismatch.*not valid for 'localhost'"),
+    ],
+)
+def test_over_tls_the_host_is_known_by_its_name_though_it_is_reached_by_its_address(
+    tmp_path: Path, name: str, trusted: str, told: str
+) -> None:
+    here = type("Here", (Site,), {"seen": []})
+    files = certificate(tmp_path, name)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*files)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), here)
+    server.daemon_threads = True
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    ca = f'ca = "{tmp_path / trusted}.pem"\n' if trusted else ""
+    url = f"https://localhost:{server.server_port}"
+    try:
+        by_number = url.replace("localhost", "127.0.0.1")
+        get = tools(tmp_path, ca + rule(url) + rule(by_number))["http_get"].function
+        if told:
+            with pytest.raises(ToolError, match=told):
+                get(url=f"{url}/v1/a")
+        else:
+            assert get(url=f"{url}/v1/a")["json"]["path"] == "/v1/a"
+            assert here.seen[0][2]["Host"] == f"localhost:{server.server_port}"
+            with pytest.raises(ToolError, match="IP address mismatch"):
+                get(url=f"{by_number}/v1/a")  # not by the connection that is known as localhost
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
