@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from edge_agent.agent.spans import spans
+from edge_agent.agent.spans import Span, spans
 from edge_agent.agent.transcript import Task
 from edge_agent.config import Otel
 from edge_agent.errors import Refused
@@ -28,6 +29,7 @@ try:
 except ModuleNotFoundError as error:
     raise Refused(f"traces need {error.name}", "pip install 'outrider[otel]', or take [otel] out") from error
 
+_log = logging.getLogger("outrider.otel")
 MAX_QUEUE = 2048
 TIMEOUT_S = 5.0
 END_S = 2.0
@@ -47,8 +49,13 @@ class Traces:
         self._tracer = self._provider.get_tracer("outrider.agent")
 
     def ended(self, task: Task) -> None:
-        """Hand a task over; returns at once."""
-        made = spans(task, self._content)
+        """Hand a task over; returns at once, and a fault in here costs the trace, not the task."""
+        try:
+            self._hand_over(spans(task, self._content), task)
+        except Exception:  # noqa: BLE001 - see above
+            _log.exception("the trace of %s is lost", task.id)
+
+    def _hand_over(self, made: Sequence[Span], task: Task) -> None:
         self._ids.seed, self._ids.n = f"{self._device}/{task.id}", 0
         context = None
         for each in made:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from tests.agent.test_workflow import read_gauge
 from tests.agent.test_workflow_run import GAUGE, HEAD, permit
 from tests.fakes import LocalTools
 from tests.sync.brokers import PASSWORD, USER, Mosquitto, until
+from tests.sync.conftest import certificate
+
+__all__ = ["certificate"]
 
 levels = st.sampled_from(["plant", "a", "", "b c", "$x", "é"])
 
@@ -159,3 +162,37 @@ async def test_a_password_file_that_is_not_there_is_told_and_tried_again(
         await until(lambda: "no site broker" in caplog.text)
     (rig.folder / "password").write_text(PASSWORD)
     await rig.listening()
+
+
+async def test_a_broker_with_tls_is_heard_by_its_ca_and_not_without(
+    tmp_path: Path, certificate: Callable[[str], tuple[Path, Path]]
+) -> None:
+    cert, key = certificate("127.0.0.1")
+    broker = Mosquitto(tmp_path, (cert, key))
+    broker.start()
+    (tmp_path / "password").write_text(PASSWORD)
+    heard = list[Any]()
+
+    async def hear(topic: str, payload: Any) -> None:
+        heard.append((topic, payload))
+
+    def topics(ca: str) -> Topics:
+        return Topics(Site(broker.url, USER, str(tmp_path / "password"), ca), "press-1", lambda: {"door"}, hear)
+
+    stranger, knows = topics(""), topics(str(cert))
+    running = [asyncio.create_task(each.run()) for each in (stranger, knows)]
+    try:
+        plc = MqttSession(broker.url, "plc", username=USER, password=PASSWORD, ca=cert, session_expiry=0)
+        async with plc:
+            await plc.wait_connected()
+            await until(lambda: knows.status()["connected"])
+            await plc.publish("door", b'{"open": true}')
+            await until(lambda: heard)
+        assert heard == [("door", {"open": True})]
+        await until(lambda: "certificate" in stranger.status()["error"])
+        assert not stranger.status()["connected"]
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running)
+        broker.stop()
