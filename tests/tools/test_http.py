@@ -28,6 +28,7 @@ class Site(BaseHTTPRequestHandler):
     """A web server that answers by the path, and keeps what came."""
 
     seen: list[tuple[str, str, dict[str, str], str]]
+    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         self.answer("")
@@ -40,6 +41,7 @@ class Site(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].removeprefix("/v1/")
         if path == "slow":
             self.send_response(200)
+            self.send_header("Connection", "close")
             self.end_headers()
             for _ in range(100):
                 time.sleep(0.05)
@@ -49,6 +51,7 @@ class Site(BaseHTTPRequestHandler):
         if path.startswith("to/"):
             self.send_response(302)
             self.send_header("Location", f"/{path.removeprefix('to/')}")
+            self.send_header("Content-Length", "0")
             self.end_headers()
             return
         large = {"large": b"x" * 5000, "binary": b"\0\1", "nojson": b"{"}
@@ -57,6 +60,7 @@ class Site(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json" if path not in ("large", "binary") else "text/plain")
         if path == "packed":
             self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
 
