@@ -1,10 +1,10 @@
 """Does the same six-step work again and again, each time killed at its next point and then resumed.
 
-`python -m tests.agent.kill_points DIR workflow|parallel|task|plan|danger|denied` prints one JSON object: for each point
+`python -m tests.agent.kill_points DIR workflow|parallel|task|plan|danger|asks|denied` prints one JSON object: for each point
 how the work ended, what effects there were, how many calls were made. A point lies before and after each write of the
 journal and each effect. `danger` is a task of three dangerous calls that are approved as they are asked for, `denied` a
 workflow whose dangerous step is denied and whose `on_error` presses instead, `parallel` one with three acts at a time,
-`plan` a task with three calls in each decision. The children are forked, so that Python starts once.
+`plan` a task with three calls in each decision, `asks` one with three dangerous calls in one. The children are forked, so that Python starts once.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Says:
 async def work(kind: str, folder: Path, at: int) -> None:
     point = Points(at)
 
-    @tool(risk="danger" if kind == "danger" else "act", idempotent=False)
+    @tool(risk="danger" if kind in ("danger", "asks") else "act", idempotent=False)
     def press(number: int, key: str) -> str:
         """Press a button, once for each key."""
         with (folder / "calls").open("a") as calls:
@@ -120,9 +120,9 @@ async def work(kind: str, folder: Path, at: int) -> None:
     store = Store(folder / "state.db", migrations)
     tools, journal = LocalTools(press, explode), Journal(store, point)
     approvals = Approvals(SigningKey.from_seed(bytes(32)), lambda *_: True)
-    if kind in ("task", "danger", "plan"):
+    if kind in ("task", "danger", "plan", "asks"):
         loop = AgentLoop(
-            Says(3 if kind == "danger" else STEPS, 3 if kind == "plan" else 1),
+            Says(3 if kind in ("danger", "asks") else STEPS, 3 if kind in ("plan", "asks") else 1),
             tools,
             journal,
             lambda *_: True,

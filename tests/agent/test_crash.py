@@ -29,7 +29,8 @@ def test_kill_9_after_the_effect(tmp_path: Path, tool: str, effects: int, state:
 
 
 @pytest.mark.parametrize(
-    ("kind", "points"), [("workflow", 38), ("parallel", 38), ("task", 60), ("danger", 42), ("denied", 26), ("plan", 44)]
+    ("kind", "points"),
+    [("workflow", 38), ("parallel", 38), ("task", 60), ("danger", 42), ("denied", 26), ("plan", 44), ("asks", 36)],
 )
 def test_kill_9_at_every_point_of_six_steps_leaves_each_effect_exactly_once(
     tmp_path: Path, kind: str, points: int
@@ -39,7 +40,7 @@ def test_kill_9_at_every_point_of_six_steps_leaves_each_effect_exactly_once(
     found = json.loads(done.stdout)
     assert [run["killed"] for run in found] == [-9] * points
     assert all(run["end"] == "succeeded" for run in found), found
-    made = ["1", "2", "3"] if kind in ("danger", "denied") else ["1", "2", "3", "4", "5", "6"]
+    made = ["1", "2", "3"] if kind in ("danger", "asks", "denied") else ["1", "2", "3", "4", "5", "6"]
     for run in found if kind == "parallel" else []:
         run["effects"].sort()
     assert all(run["effects"] == made for run in found), found
