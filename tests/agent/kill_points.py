@@ -1,10 +1,11 @@
 """Does the same six-step work again and again, each time killed at its next point and then resumed.
 
-`python -m tests.agent.kill_points DIR workflow|parallel|task|plan|danger|asks|denied` prints one JSON object: for each point
-how the work ended, what effects there were, how many calls were made. A point lies before and after each write of the
-journal and each effect. `danger` is a task of three dangerous calls that are approved as they are asked for, `denied` a
-workflow whose dangerous step is denied and whose `on_error` presses instead, `parallel` one with three acts at a time,
-`plan` a task with three calls in each decision, `asks` one with three dangerous calls in one. The children are forked, so that Python starts once.
+`python -m tests.agent.kill_points DIR workflow|parallel|task|plan|danger|asks|denied` prints one JSON object: for each
+point how the work ended, what effects there were, how many calls were made. A point lies before and after each write
+of the journal and each effect. `danger` is a task of three dangerous calls that are approved as they are asked for,
+`denied` a workflow whose dangerous step is denied and whose `on_error` presses instead, `parallel` one with three acts
+at a time, `plan` a task with three calls in each decision, `asks` one with three dangerous calls in one. The children
+are forked, so that Python starts once.
 """
 
 from __future__ import annotations
