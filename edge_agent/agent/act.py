@@ -1,11 +1,11 @@
 """From a call to its effect: the one way for the loop and for workflows.
 
-Invariants: policy is asked right before each call; the intent of a call is on disk before its effect and its result
-before what follows; a call whose effect is unknown, after a crash or because the tool runner died, is made again only
-when its tool is idempotent or takes the call's key (the same both times), and never otherwise; a dangerous call waits
-for its approval before its intent, and one that was refused ends the task, or the step of a workflow. A tool is held
-to what it declares: its rate, whoever calls it, also over restarts; types, ranges and units of its result; the reading
-that has to show its effect.
+Invariants: policy is asked right before each call; the intent of a call that does more than read is on disk before its
+effect, and every result before what follows; a call whose effect is unknown, after a crash or because the tool runner
+died, is made again only when its tool is idempotent or takes the call's key (the same both times), and never otherwise;
+a dangerous call waits for its approval before its intent, and one that was refused ends the task, or the step of a
+workflow. A tool is held to what it declares: its rate, whoever calls it, also over restarts; types, ranges and units of
+its result; the reading that has to show its effect.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class Acts:
                 await within_rate(self._transcripts, spec, self._clock())
             except Limited as error:
                 return await self._over(task, Step("tool", str(error), call, ok=False, at=at))
-            await self._transcripts.append(task, Step("intent", call=call, ts=self._clock(), at=at))
+            intent = Step("intent", call=call, ts=self._clock(), at=at)
+            await self._transcripts.append(task, intent, later=spec.risk == "read" and spec.repeatable)
         key = f"{task.id}:{at or sum(step.role == 'intent' for step in task.steps)}"
         began, value, text, ok = time.monotonic(), None, "", True
         try:

@@ -146,7 +146,7 @@ class Decider:
         self._counts["routed"] += bool(tried)
         tokens, ms, cost = (sum(getattr(step, name) for step in answers) for name in ("tokens", "ms", "cost"))
         best = msgspec.structs.replace(best, ts=self._clock(), tried=tried, tokens=tokens, ms=ms, cost=cost)
-        await self._transcripts.append(task, best)
+        await self._transcripts.append(task, best, later=True)
 
     def _order(self, errors: list[OutriderError]) -> Sequence[Speaker]:
         try:

@@ -1,7 +1,8 @@
 """Tasks and their steps, kept in SQLite so that a crash at any moment loses no decision and repeats no effect.
 
-Invariants: steps are only appended, each in its own durable transaction of the device's store, so a step that was saved
-is on disk before what follows it; finished tasks beyond KEEP are removed, the oldest first.
+Invariants: steps are only appended, in durable transactions of the device's store, and are on disk before what follows
+them changes anything: what was only decided or read waits for the next step that matters, or the task's end, as after a
+crash it is decided or read again. Finished tasks beyond KEEP are removed, the oldest first.
 """
 
 from __future__ import annotations
@@ -137,6 +138,7 @@ class Transcripts:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._turn = asyncio.Lock()
+        self._unsaved: dict[str, list[Step]] = {}
         self.on_step: Callable[[Task, Step], Awaitable[None]] | None = None
 
     @property
@@ -155,7 +157,10 @@ class Transcripts:
 
     async def get(self, id: str) -> Task | None:
         """A task with its steps."""
-        return await self._store.read(lambda db: _get(db, id))
+        task = await self._store.read(lambda db: _get(db, id))
+        if task is not None:
+            task.steps += self._unsaved.get(id, [])
+        return task
 
     async def latest(self, limit: int = 50) -> list[Task]:
         """The newest tasks, with no steps."""
@@ -163,19 +168,31 @@ class Transcripts:
         decode = msgspec.json.Decoder(Task).decode
         return await self._store.read(lambda db: [decode(head) for (head,) in db.execute(rows, (limit,))])
 
-    async def append(self, task: Task, step: Step) -> None:
-        """Add a step; it is on disk when this returns, and before `on_step` hears of it."""
+    async def append(self, task: Task, step: Step, later: bool = False) -> None:
+        """Add a step; it is on disk when this returns, or `later`: with the next one that is, or with `save`."""
         async with self._turn:  # parallel steps of a task have an order
-            row = (task.id, len(task.steps), msgspec.json.encode(step))
-            await self._store.write(lambda db: db.execute("INSERT INTO task_steps VALUES (?, ?, ?)", row).rowcount)
+            waiting = [*self._unsaved.get(task.id, []), step]
+            if later:
+                self._unsaved[task.id] = waiting
+            else:
+                await self._store.write(lambda db: _put(db, task, waiting, len(task.steps) + 1))
+                self._unsaved.pop(task.id, None)
             task.steps.append(step)
         if self.on_step:
             await self.on_step(task, step)
 
     async def save(self, task: Task) -> None:
-        """Save everything of a task but its steps."""
+        """Save everything of a task, with the steps that were put off."""
         sql, row = "UPDATE tasks SET state = ?, head = ? WHERE id = ?", (task.state, _head(task), task.id)
-        await self._store.write(lambda db: db.execute(sql, row).rowcount)
+        async with self._turn:
+            waiting = self._unsaved.get(task.id, [])
+
+            def work(db: Connection) -> None:
+                _put(db, task, waiting, len(task.steps))
+                db.execute(sql, row)
+
+            await self._store.write(work)
+            self._unsaved.pop(task.id, None)
 
     async def take(self, tool: str, count: int, seconds: float, now: float) -> float:
         """Count a call of a tool at `now`; if it was called `count` times within `seconds`, when it may be again."""
@@ -199,6 +216,12 @@ def _add(db: Connection, task: Task) -> Task:
     db.execute(f"DELETE FROM task_steps WHERE task IN ({old})", (KEEP,))
     db.execute(f"DELETE FROM tasks WHERE id IN ({old})", (KEEP,))
     return _get(db, task.id) or task
+
+
+def _put(db: Connection, task: Task, steps: list[Step], count: int) -> None:
+    """The last steps of `count`."""
+    rows = [(task.id, n, msgspec.json.encode(step)) for n, step in enumerate(steps, count - len(steps))]
+    db.executemany("INSERT INTO task_steps VALUES (?, ?, ?)", rows)
 
 
 def _get(db: Connection, id: str) -> Task | None:

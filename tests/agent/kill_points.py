@@ -76,9 +76,9 @@ class Journal(Transcripts):
         super().__init__(store)
         self._point = point
 
-    async def append(self, task: Task, step: Step) -> None:
+    async def append(self, task: Task, step: Step, later: bool = False) -> None:
         self._point()
-        await super().append(task, step)
+        await super().append(task, step, later)
         self._point()
 
 

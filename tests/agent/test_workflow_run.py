@@ -81,9 +81,10 @@ async def test_for_each_item_is_its_own_call_with_its_own_key(bench: Bench) -> N
 
 
 class Overlap:
-    """Tools that take two turns of the loop each, and see how many of them run at once."""
+    """Tools that see how many of them run at once; each waits a while until as many as are `wanted` do."""
 
-    def __init__(self, tools: LocalTools) -> None:
+    def __init__(self, tools: LocalTools, wanted: int = 1) -> None:
+        self.wanted = wanted
         self._call, self.now, self.most, self.order = tools.call, list[str](), 0, list[str]()
         tools.call = self.call  # type: ignore[method-assign]
 
@@ -92,7 +93,10 @@ class Overlap:
         self.order.append(name)
         self.most = max(self.most, len(self.now))
         assert "purge" not in self.now or len(self.now) == 1, "a dangerous call runs beside others"
-        await asyncio.sleep(0.005)
+        for _ in range(100):
+            await asyncio.sleep(0.005)
+            if self.most >= self.wanted:
+                break
         try:
             return await self._call(name, args, timeout_s)
         finally:
@@ -105,7 +109,7 @@ class Overlap:
 async def test_items_and_independent_steps_run_beside_each_other_as_far_as_they_may(
     bench: Bench, head: str, tool: str, most: int
 ) -> None:
-    seen, args = Overlap(bench.tools), "line: 1" if tool == "read_gauge" else "number: '${item}'"
+    seen, args = Overlap(bench.tools, most), "line: 1" if tool == "read_gauge" else "number: '${item}'"
     steps = f"steps:\n  - {{id: a, tool: {tool}, for_each: '[1, 2, 3, 4]', args: {{{args}}}}}\n"
     task = await bench.do(head + steps + steps.replace("id: a", "id: b").partition("\n")[2])
     assert (task.state, seen.most, len(seen.order), task.answer) == ("succeeded", most, 8, "a succeeded, b succeeded")
