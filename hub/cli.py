@@ -91,7 +91,11 @@ def run(
     data: Annotated[Path, typer.Option(help="Where the hub keeps everything.")],
     http: Annotated[str, typer.Option(help="Address to serve HTTP on.")] = "127.0.0.1:8080",
     broker: Annotated[
-        str, typer.Option(help="embedded, mqtt(s)://user:password@host:port, or mqtts://host of our own Mosquitto")
+        str,
+        typer.Option(
+            help="embedded (for trying out: loopback, one password for all, no rules by topic, sessions in memory), "
+            "mqtt(s)://user:password@host:port, or mqtts://host of our own Mosquitto"
+        ),
     ] = "embedded",
     broker_port: Annotated[int, typer.Option(help="Port of the embedded broker; 0 picks one once.")] = 0,
     broker_ca: Annotated[Path | None, typer.Option(help="PEM file of the CA that signed the broker.")] = None,
@@ -172,6 +176,8 @@ async def _serve(settings: Any, host: str, port: int, names: list[str], given: t
                 )
             scheme = "https" if config.ssl else "http"
             typer.echo(f"hub at {scheme}://{host}:{port}, broker at {services.address.url}")
+            if services.broker:
+                typer.echo("the broker is the embedded one, for trying out; for a site: outrider broker config")
             await server.serve(sockets=[listening])
 
 

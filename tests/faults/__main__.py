@@ -28,8 +28,9 @@ HEAD = """# Reliability
 
 What is promised: no record is lost outside a declared quota or TTL, none counts twice, nothing untrusted is let in, and
 what was committed is right after any fault. `make faults` runs this table and writes it here; each row is a test, most
-against real processes, SQLite and Mosquitto. *How* says how the fault is made: on a Linux without `tc netem`, packets
-are lost and delayed in a process that carries them from a TUN interface to the kernel's own TCP; connections are cut
+against real processes, SQLite and Mosquitto. *How* says how the fault is made: packets are lost
+and delayed by `tc netem` where it works, else in a process that carries them from a TUN interface to the kernel's own
+TCP, and the row says which; connections are cut
 and stalled by a user-space link; small disks are loop-mounted ext4 images, and power fails by ext4's own shutdown
 without a flush of its journal.
 

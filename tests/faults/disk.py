@@ -40,6 +40,10 @@ class Disk:
     def free(self) -> None:
         (self.folder / "filler").unlink(missing_ok=True)
 
+    def turn_read_only(self) -> None:
+        """As after an error of the device: the journal is given up under whoever writes."""
+        subprocess.run(["mount", "-o", "remount,abort", str(self.folder)], capture_output=True, check=False)
+
     def lose_power(self) -> None:
         """From now on nothing is read or written, and what was not flushed is gone; `mount` replays the journal."""
         descriptor = os.open(self.folder, os.O_RDONLY)

@@ -162,7 +162,7 @@ async def test_two_seconds_each_way_lose_and_double_nothing(site: Plant, record_
 @pytest.mark.fault(
     "30 % of all packets lost, each way",
     "each record at the hub once and in order",
-    "real: each packet passes a process that drops it or not; the kernel's TCP sends again",
+    "real: `tc netem` where it works, else each packet passes a process; the kernel's TCP sends again",
 )
 async def test_a_third_of_all_packets_lost_loses_and_doubles_nothing(site: Plant, record_property: Seen) -> None:
     async with over_packets(site) as packets:
@@ -176,13 +176,15 @@ async def test_a_third_of_all_packets_lost_loses_and_doubles_nothing(site: Plant
         lost, carried = packets.dropped, packets.carried
         packets.loss = 0.0
         count = await site.settled()
-    record_property("seen", f"{lost} of {carried} packets lost; {count} records, each once and in order")
+    record_property(
+        "seen", f"{lost} of {carried} packets lost by {packets.how}; {count} records, each once and in order"
+    )
 
 
 @pytest.mark.fault(
     "each packet 2 s late, each way",
     "each record at the hub once and in order",
-    "real: each packet passes a process that delays it",
+    "real: `tc netem` where it works, else each packet passes a process",
 )
 async def test_packets_two_seconds_late_lose_and_double_nothing(site: Plant, record_property: Seen) -> None:
     async with over_packets(site) as packets:
@@ -191,13 +193,13 @@ async def test_packets_two_seconds_late_lose_and_double_nothing(site: Plant, rec
         await site.beyond(20)
         count = await site.settled()
         assert packets.carried > 10
-    record_property("seen", f"{count} records over a round trip of 4 s, each once and in order")
+    record_property("seen", f"{count} records over a round trip of 4 s by {packets.how}, each once and in order")
 
 
 @pytest.mark.fault(
     "partition: no packet passes for 60 s, and nobody is told",
     "found, connected again when packets pass; each record once and in order",
-    "real: each packet passes a process that drops it",
+    "real: `tc netem` where it works, else each packet passes a process",
 )
 async def test_a_partition_is_found_and_healed(site: Plant, record_property: Seen) -> None:
     async with over_packets(site) as packets:
@@ -213,7 +215,7 @@ async def test_a_partition_is_found_and_healed(site: Plant, record_property: See
         await asyncio.sleep(max(0.0, 60 - took))
         packets.loss = 0.0
         count = await site.settled()
-    record_property("seen", f"noticed after {took:.0f} s; {count} records, each once and in order")
+    record_property("seen", f"noticed after {took:.0f} s ({packets.how}); {count} records, each once and in order")
 
 
 @pytest.mark.fault(

@@ -16,12 +16,14 @@ from paho.mqtt.properties import Properties
 from edge_agent import enrol
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.sync.transport import MqttSession
+from edge_agent.wire.messages import Presence, PresenceState
+from edge_agent.wire.signed import seal
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import Topic, TopicKind
 from hub.broker import hub_user
 from hub.ca import Authority, renew_issuing
 from hub.errors import Fatal
-from tests.hub.rig import Device, Hub, enrolled, running, telemetry, until
+from tests.hub.rig import Device, Hub, enrolled, pack, running, telemetry, until
 from tests.hub.site import Site
 from tests.sync.brokers import mosquitto
 
@@ -177,6 +179,35 @@ async def test_a_will_on_anothers_topic_is_never_sent(hub: Hub, site: Site, tmp_
             reading.cancel()
         assert b"gone" not in seen
         assert hub.services.devices.online("press-1")
+
+
+async def test_what_one_device_says_under_anothers_name_counts_for_neither(hub: Hub, tmp_path: Path) -> None:
+    """Its certificate is its own, and so is the topic, which the broker lets it write; what it says is another's."""
+    victim, thief = [await enrolled(hub, name, tmp_path / name) for name in ("press-1", "press-2")]
+    stolen = pack(victim.key, victim.topic(TopicKind.UP), telemetry([1]), 1)  # a true batch of press-1's
+    resigned = pack(victim.key, thief.topic(TopicKind.UP), telemetry([1]), 1)  # with press-1's stolen key
+    claimed = Presence(PresenceState.ONLINE, 0.0, 1, 1, "", "rig 1")
+    posed = seal(victim.key, thief.topic(TopicKind.PRESENCE), claimed)
+    async with thief.online():
+        await until(lambda: hub.services.devices.online("press-2"))
+        for batch in (stolen, resigned):
+            await thief.session.publish(thief.topic(TopicKind.UP), batch.payload, properties=batch.properties)
+        await thief.session.publish(thief.topic(TopicKind.PRESENCE), posed[0], properties=posed[1])
+        with pytest.raises(Refused, match="refuses a message"):
+            await thief.session.publish(victim.topic(TopicKind.UP), stolen.payload, properties=stolen.properties)
+        await thief.send(telemetry([1, 2]))
+        await until(lambda: thief.acked() == (1, 2))
+        seen = await hub.services.telemetry.query()
+        assert {(each["device"], each["seq"]) for each in seen} == {("press-2", 1), ("press-2", 2)}
+        assert not hub.services.devices.online("press-1")
+        assert (await hub.services.devices.row("press-1")).watermark == 0
+
+        async def told() -> bool:
+            entries = await hub.services.audit.newest(1000)
+            refused = {e["action"] for e in entries if e["actor"] == "press-2" and e["action"].startswith("refuse:")}
+            return len(refused) == 2
+
+        await until(told)
 
 
 async def test_nobody_gets_in_without_a_good_certificate(hub: Hub, site: Site, tmp_path: Path) -> None:
