@@ -180,3 +180,21 @@ async def test_where_memory_is_short_a_bad_version_still_leaves_the_one_before(
 
 def served(manifest: Manifest, **serving: Any) -> Manifest:
     return msgspec.structs.replace(manifest, meta={"serving": serving})
+
+
+async def test_a_persons_task_goes_before_a_job_and_both_before_a_chat_that_came_earlier(tmp_path: Path) -> None:
+    base, said = installed(tmp_path, "lm", "1"), list[str]()
+
+    async def ask(name: str, priority: int) -> None:
+        await host.generate(Generate("", name, priority=priority), 20)
+        said.append(name)
+
+    async with hosting() as (host, _):
+        await host.switch("lm", base)
+        tasks = []
+        for name, priority in (("FOREVER", 3), ("chat", 2), ("job", 1), ("person", 0)):
+            tasks.append(asyncio.create_task(ask(name, priority)))
+            await asyncio.sleep(0.05)
+        tasks[0].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert said == ["person", "job", "chat"]
