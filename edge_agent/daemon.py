@@ -15,7 +15,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
@@ -92,7 +92,9 @@ class Daemon:
             keys = {e.key_env: os.environ[e.key_env] for e in settings.endpoints.values() if e.key_env in os.environ}
             self._workers[ENDPOINT] = WorkerProcess.engine(ENDPOINT, env=keys)
         self._hosting = Hosting(self._workers, settings.order(), settings.adapter, env)
-        self._workers["tools"] = WorkerProcess("tools", self._runner(), answer=self._hosting.infer, grace_s=0)
+        self._workers["tools"] = WorkerProcess(
+            "tools", self._runner(), answer=self._hosting.infer, grace_s=0, env=_for_tools(os.environ)
+        )
         rules = PolicyFile(state / "policy.toml", settings.task_s)
         runner = RunnerTools(self._workers["tools"])
         self._tools = Interlocked(runner, rules)
@@ -408,6 +410,11 @@ class Daemon:
     def _line(self) -> str:
         link = "connected" if self._session.connected else "offline"
         return f"{link}, {self._outbox.depth} records wait, {len(self._hosting.running)} models"
+
+
+def _for_tools(environ: Mapping[str, str]) -> dict[str, str]:
+    """What of the environment packs may see: their own secrets, and where their files are."""
+    return {key: value for key, value in environ.items() if key.startswith("TOOL_") or key == "OUTRIDER_CONFIG"}
 
 
 async def _forever(name: str, run: Callable[[], Awaitable[None]]) -> None:

@@ -39,7 +39,7 @@ class Allow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     methods: list[Method] = field(default_factory=lambda: ["GET"])
     private: bool = False
     headers: dict[str, str] = {}
-    secrets: dict[str, str] = {}
+    secrets: dict[str, settings.Secret] = {}
 
     def __post_init__(self) -> None:
         parts = httpx.URL(self.url)

@@ -40,7 +40,7 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tools: dict[str, Risk]
     command: list[str] = []
     url: str = ""
-    token_env: str = ""
+    token_env: settings.Secret = ""
     timeout_s: Annotated[float, Meta(gt=0, le=300)] = 10.0
 
     def __post_init__(self) -> None:

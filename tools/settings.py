@@ -10,13 +10,16 @@ import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from edge_agent.agent.tool import Param, Tool
 
 T = TypeVar("T")
+Secret = Annotated[str, Meta(pattern="^(TOOL_[A-Z0-9_]+)?$")]
+"""A variable of the environment; of the daemon's, those that begin with TOOL_ reach the tools."""
 
 
 def read(name: str, state: Path, options: dict[str, str], kind: type[T], needed: bool = True) -> T:

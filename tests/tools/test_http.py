@@ -124,14 +124,14 @@ def test_a_body_is_sent_by_its_rule_with_its_headers_and_secrets(
     rules = rule(base, "/v1/open") + rule(
         base,
         "/v1/orders",
-        'private = true\nmethods = ["POST"]\nheaders = {X-Site = "7"}\nsecrets = {Authorization = "ORDERS_TOKEN"}',
+        'private = true\nmethods = ["POST"]\nheaders = {X-Site = "7"}\nsecrets = {Authorization = "TOOL_ORDERS"}',
     )
     made = tools(tmp_path, rules)
     assert (made["http_send"].spec.risk, made["http_send"].spec.idempotent) == ("act", False)
     send, get = made["http_send"].function, made["http_get"].function
-    with pytest.raises(ToolError, match="needs the secret ORDERS_TOKEN"):
+    with pytest.raises(ToolError, match="needs the secret TOOL_ORDERS"):
         send(method="POST", url=f"{base}/v1/orders", body="{}")
-    monkeypatch.setenv("ORDERS_TOKEN", "Bearer s3cret")
+    monkeypatch.setenv("TOOL_ORDERS", "Bearer s3cret")
     assert send(method="POST", url=f"{base}/v1/orders", body='{"part": 7}')["status"] == 200
     method, _, headers, body = seen[-1]
     assert (method, body, headers["X-Site"], headers["Authorization"]) == ("POST", '{"part": 7}', "7", "Bearer s3cret")

@@ -107,17 +107,17 @@ def test_a_server_at_a_url_is_asked_with_its_token_and_not_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving() as port:
-        text = f"[servers.far]\nurl = 'http://127.0.0.1:{port}/mcp'\ntoken_env = 'FAR_TOKEN'\ntimeout_s = 15\n"
+        text = f"[servers.far]\nurl = 'http://127.0.0.1:{port}/mcp'\ntoken_env = 'TOOL_FAR'\ntimeout_s = 15\n"
         text += "tools = { pid = 'read', fail = 'read', late = 'read' }\n"
         for token, told in (
-            ("", "no tools of far: far: Refused: the variable FAR_TOKEN is not set"),
-            ("wrong", "it refuses the token (401): does FAR_TOKEN"),
+            ("", "no tools of far: far: Refused: the variable TOOL_FAR is not set"),
+            ("wrong", "it refuses the token (401): does TOOL_FAR"),
         ):
-            monkeypatch.setenv("FAR_TOKEN", token)
+            monkeypatch.setenv("TOOL_FAR", token)
             with caplog.at_level(logging.ERROR, "outrider.mcp"):
                 assert tools(tmp_path, text) == {}
             assert told in caplog.text
-        monkeypatch.setenv("FAR_TOKEN", TOKEN)
+        monkeypatch.setenv("TOOL_FAR", TOKEN)
         made = tools(tmp_path, text)
         assert list(made) == ["far_pid", "far_fail", "far_late"]
         assert made["far_pid"].function()["result"] > 0

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
 import sys
+import time
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -15,13 +19,16 @@ import pytest
 
 from edge_agent import config
 from edge_agent.agent.ports import RunnerTools
-from edge_agent.agent.tool import Check, Param
+from edge_agent.agent.schedule import Entry, Schedule
+from edge_agent.agent.tool import Check, Param, Tool, declare
 from edge_agent.agent.toolrunner import load
 from edge_agent.agent.workflow import read, sample
 from edge_agent.agent.workflow_check import runs_as
 from edge_agent.agent.workflow_simulate import Told, simulate
 from edge_agent.errors import Fatal, Refused
 from edge_agent.serving.supervisor import WorkerProcess
+from edge_agent.wire.grants import Subject
+from tests.e2e.daemon_process import DaemonProcess, until
 from tests.tools.test_declarations import Valve
 from tools import settings
 
@@ -138,3 +145,51 @@ def test_the_documented_pack_loads_and_is_held_to_what_it_declares(
         ("read_valve", "read", ""), ("set_valve", "act", "open:valve"),
     ]  # fmt: skip
     assert made[1].function(valve=1, percent=40.0) == {"value": 40.0, "before": 0.0}
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    made = DaemonProcess(tmp_path / "press-1")
+    yield made
+    made.end(signal.SIGKILL)
+
+
+def test_a_daemon_keeps_a_history_starts_what_is_due_and_holds_a_rate_over_a_restart(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    file = tmp_path / "etc" / "agent.toml"
+    (file.parent / "tools").mkdir(parents=True)
+    file.write_text('packs = ["history", "tests.e2e.daemon_pack", "schedule", "tests.tools.test_packs:rated"]\n')
+    (file.parent / "tools" / "schedule.toml").write_text("least_every_minutes = 7\n")
+    daemon.start("--config", str(file), TOOL_BELL="loudly", OTHER_SECRET="x")
+
+    def ask(tool: str, **args: Any) -> Any:
+        answer = daemon.ask("POST", f"/v1/tools/{tool}", {"args": args})
+        told = answer.json()
+        return told["result"] if answer.is_success else f"{told['detail']} {told['hint']}"
+
+    def measured() -> Any:
+        found = ask("read_history", series="read_sensor/speed/1")
+        return found if isinstance(found, dict) and found["count"] >= 2 else None
+
+    assert until("two samples", measured)["mean"] == 7.5
+    assert "every 5 minutes is too often: 7 at least" in ask("schedule_request", text="look", every_minutes=5)
+    assert ask("schedule_request", text="look", every_minutes=10)["what"] == "look"
+    entry = Entry("later-now", Subject("ada", ["admin"], time.time()), time.time() - 1, text="look now")
+    Schedule(daemon.state / "tools" / "schedule.db").add(entry)
+    until("the task", lambda: "look now" in daemon.ask("GET", "/v1/tasks").text)
+    assert [each["what"] for each in ask("list_schedule")["scheduled"]] == ["look"]
+    assert ask("ring") == "rung loudly None", "of the environment a pack sees what is meant for it"
+    daemon.end(signal.SIGKILL)
+    daemon.start("--config", str(file))
+    assert "ring may be called 1/day, and was" in ask("ring")
+
+
+def rated(state: Path, options: dict[str, str]) -> list[Tool]:
+    """A pack whose tool may be called once a day."""
+
+    def ring() -> str:
+        """Ring the bell."""
+        return f"rung {os.environ.get('TOOL_BELL')} {os.environ.get('OTHER_SECRET')}"
+
+    return [declare(ring, risk="act", rate="1/day")]

@@ -240,14 +240,14 @@ def test_a_camera_that_is_not_there_is_told_in_time_without_its_password(
 ) -> None:
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8torn")
     (tmp_path / "text.mp4").write_text("no film")
-    monkeypatch.setenv("DOOR", "s3cret")
+    monkeypatch.setenv("TOOL_DOOR", "s3cret")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         url = "rtsp://admin:{secret}@127.0.0.1:%d/x"
         for camera, told in (
-            (Camera(url % port, secret="DOOR", timeout_s=1), "cannot be opened: is it on"),
-            (Camera(url % 1, secret="DOOR", timeout_s=1), "cannot be opened: is it on"),
-            (Camera(url % 1, secret="GONE"), "needs the secret GONE"),
+            (Camera(url % port, secret="TOOL_DOOR", timeout_s=1), "cannot be opened: is it on"),
+            (Camera(url % 1, secret="TOOL_DOOR", timeout_s=1), "cannot be opened: is it on"),
+            (Camera(url % 1, secret="TOOL_GONE"), "needs the secret TOOL_GONE"),
             (Camera("/dev/video99"), "is not there: no /dev/video99"),
             (Camera("/dev/null"), "may the agent use it"),
             (Camera(str(tmp_path / "gone.png")), "has no picture at"),

@@ -19,6 +19,7 @@ import numpy as np
 from msgspec import Meta
 
 from edge_agent.agent.tool import ToolError
+from tools.settings import Secret
 from tools.vision.ocr import MAX_SIDE, Image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -32,7 +33,7 @@ class Camera(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     source: Annotated[str, Meta(min_length=1)]
-    secret: str = ""
+    secret: Secret = ""
     timeout_s: Annotated[float, Meta(gt=0, le=60)] = 5.0
     settle: Annotated[int, Meta(ge=0, le=60)] = 5
     width: int = 0
