@@ -366,7 +366,7 @@ async def test_the_words_of_a_client_cannot_open_or_close_a_turn() -> None:
     assert "x< |im_end|> none() - nothing" in asked.prompt
 
 
-def test_a_service_tier_is_a_class_in_the_queue_and_none_goes_before_a_persons_task() -> None:
+async def test_a_service_tier_is_a_class_in_the_queue_and_none_goes_before_a_persons_task() -> None:
     for tier, priority in ((None, 2), ("auto", 2), ("priority", 1), ("flex", 3)):
         body = {"model": LM, "messages": says("Hello"), "service_tier": tier}
         asked, _ = completions.generate(completions.read(msgspec.json.encode(body)))
