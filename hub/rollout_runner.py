@@ -318,7 +318,9 @@ def _take(seen: Seen, bundles: Any, name: str) -> None:
     if isinstance(report, dict):
         for field in ("version", "target", "state", "error"):
             setattr(seen, field, str(report.get(field) or "")[:2000])
-        seen.figures = next((f for k in ("figures", "trial") if isinstance(f := report.get(k), dict)), {})
+        why = report.get("why")  # of a version that rolled back
+        found = (report.get("trial"), why.get("figures") if isinstance(why, dict) else None)
+        seen.figures = next((figures for figures in found if isinstance(figures, dict)), {})
 
 
 def _newer(live: _Live, later: Sequence[_Live]) -> dict[str, str]:

@@ -38,7 +38,7 @@ async def obey(device: Device, bad: dict[str, str]) -> None:
             report = {"version": runs, "target": target, "state": "downloading", "error": "", "of_the_future": 1}
             await device.report("reported", {"version": 1, "doc": {"bundles": {"reader": report}}})
             if reason := bad.get(target, ""):
-                report |= {"state": "quarantined", "error": reason, "figures": {"agreement": 0.61}}
+                report |= {"state": "quarantined", "error": reason, "why": {"figures": {"agreement": 0.61}}}
             else:
                 runs = target
                 report |= {"version": runs, "state": "committed"}
