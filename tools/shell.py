@@ -30,7 +30,6 @@ NOBODY = 65534
 _SYSTEM = ("/usr", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d")
 _LINKS = ("/bin", "/sbin", "/lib", "/lib64", "/lib32", "/libx32")
 _KEPT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"}
-_PROC = (["--proc", "/proc"], ["--tmpfs", "/proc"])  # the second where the service's own /proc is covered in parts
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,7 +55,7 @@ class Shell:
     """The tool."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, self._proc = settings, list[str]()
+        self._settings, self._good = settings, False
 
     def run_command(self, command: str) -> Ended:
         """Run a shell command in a sandbox with no network and no access to the device's own files."""
@@ -74,20 +73,15 @@ class Shell:
         for program, package in (("bwrap", "bubblewrap"), ("prlimit", "util-linux"), ("setpriv", "util-linux")):
             if shutil.which(program) is None:
                 return f"there is no {program} on this device: apt-get install {package}"
-        told = ""
-        for proc in _PROC:
-            self._proc = proc
-            status, output, _ = self._run(["/bin/true"], 5.0)
-            if status == 0:
-                return ""
-            told = told or output.decode(errors="replace").strip()
-        self._proc = []
+        status, output, _ = self._run(["/bin/true"], 5.0)
         hint = "are user namespaces allowed (sysctl user.max_user_namespaces; deploy/shell.conf for the service)?"
-        return f"bubblewrap makes no sandbox here: {told[:300]}; {hint}"
+        told = output.decode(errors="replace").strip()[:300]
+        return f"bubblewrap makes no sandbox here: {told}; {hint}" if status else ""
 
     def _sandboxed(self) -> None:
-        if not self._proc and (problem := self.problem()):
+        if not self._good and (problem := self.problem()):
             raise ToolError(f"no command is run without a sandbox: {problem}")
+        self._good = True
 
     def _argv(self, command: list[str]) -> list[str]:
         given, binds = self._settings, list[str]()
@@ -106,7 +100,7 @@ class Shell:
             "--new-session",
             "--clearenv",
         ]
-        box += ["--cap-drop", "ALL", *binds, "--dev", "/dev", *self._proc, "--size", str(given.tmp_mb << 20)]
+        box += ["--cap-drop", "ALL", *binds, "--dev", "/dev", "--proc", "/proc", "--size", str(given.tmp_mb << 20)]
         box += [
             "--tmpfs",
             "/tmp",
