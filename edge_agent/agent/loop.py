@@ -128,6 +128,8 @@ class AgentLoop:
             shown = "\n".join(f"{n}. {render(call)}" for n, call in enumerate(plan.calls, 1))
             await self._transcripts.append(task, Step("plan", shown, ts=self._clock(), at=str(plan.k)))
         while ready := plan.ready(task.steps):
+            if time.monotonic() >= deadline:
+                raise Ended("failed", error=f"out of time: {self._rules().budget.seconds:g} s")
             calls = [self._call(task, plan, n, why, deadline) for n in ready]
             for problem in await asyncio.gather(*calls, return_exceptions=True):
                 if problem is not None:

@@ -18,7 +18,7 @@ from edge_agent.agent.decide import Speaker, next_call
 from edge_agent.agent.loop import AgentLoop
 from edge_agent.agent.plan import read
 from edge_agent.agent.prompt import SYSTEM_ALL, Turn
-from edge_agent.agent.rules import Policy
+from edge_agent.agent.rules import Budget, Policy
 from edge_agent.agent.taint import turns
 from edge_agent.agent.tool import ToolError, tool
 from edge_agent.agent.transcript import Task, Transcripts, migrations
@@ -75,15 +75,15 @@ SPECS = [each.spec for each in TOOLS]
 class Timed(LocalTools):
     """Tools whose calls take a moment; keeps how many ran together, and the order in which they ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, takes_s: float = 0.02) -> None:
         super().__init__(*TOOLS)
-        self.now, self.together, self.ended = 0, 0, list[str]()
+        self.takes_s, self.now, self.together, self.ended = takes_s, 0, 0, list[str]()
 
     async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
         self.now += 1
         self.together = max(self.together, self.now)
         try:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(self.takes_s)
             return await super().call(name, args, timeout_s)
         finally:
             self.now -= 1
@@ -98,7 +98,8 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 async def run(store: Store, *says: str, **policy: Any) -> tuple[Task, Timed, ScriptedModel]:
-    tools, model, rules = Timed(), ScriptedModel(*says), Policy(**policy)
+    tools, model = Timed(policy.pop("takes_s", 0.02)), ScriptedModel(*says)
+    rules = Policy(**policy)
     approvals = Approvals(SigningKey.from_seed(bytes(32)), lambda *_: True)
     parts: Any = (model, tools, Transcripts(store), lambda *_: True)
     loop = AgentLoop(*parts, rules=lambda: rules, approvals=approvals)
@@ -244,3 +245,10 @@ def test_an_endpoint_is_told_of_calls_and_results_one_by_one_and_may_refer_too()
     assert [call["id"] for call in asked["tool_calls"]] == [one["tool_call_id"], two["tool_call_id"]]
     assert (one["content"], two["content"]) == ("a", "b")
     assert '"$1.line"' in asked["tool_calls"][1]["function"]["arguments"]
+
+
+async def test_no_act_of_a_plan_begins_after_the_tasks_time(store: Store) -> None:
+    plan = "stop_line(line=1)\nstop_line(line=2)\nstop_line(line=3)"
+    task, tools, _ = await run(store, plan, budget=Budget(seconds=0.5), takes_s=0.4)
+    assert task.error == "out of time: 0.5 s"
+    assert 1 <= len(tools.calls) < 3
