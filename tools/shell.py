@@ -27,6 +27,7 @@ from edge_agent.agent.tool import Tool, ToolError, declare
 from tools import settings
 
 NOBODY = 65534
+PROBE_S = 15.0
 _SYSTEM = ("/usr", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d")
 _LINKS = ("/bin", "/sbin", "/lib", "/lib64", "/lib32", "/libx32")
 _KEPT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"}
@@ -73,7 +74,7 @@ class Shell:
         for program, package in (("bwrap", "bubblewrap"), ("prlimit", "util-linux"), ("setpriv", "util-linux")):
             if shutil.which(program) is None:
                 return f"there is no {program} on this device: apt-get install {package}"
-        status, output, _ = self._run(["/bin/true"], 5.0)
+        status, output, _ = self._run(["/bin/true"], PROBE_S)
         hint = "are user namespaces allowed (sysctl user.max_user_namespaces; deploy/shell.conf for the service)?"
         told = output.decode(errors="replace").strip()[:300]
         return f"bubblewrap makes no sandbox here: {told}; {hint}" if status else ""

@@ -246,7 +246,7 @@ def shaped(tool: str, returns: Param | None, value: Any) -> Any:
                 raise ToolError(told)
         kinds = {field.name: field for field in returns.fields}
         return {key: shaped(tool, kinds.get(key), item) for key, item in value.items()}
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
     match returns.kind:
         case "int" if number and value == int(value):
             return _ranged(tool, returns, int(value))

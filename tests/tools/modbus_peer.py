@@ -18,7 +18,7 @@ async def slow(
     function: int, start: int, address: int, count: int, current: list[int], values: object
 ) -> ExcCodes | None:
     if address == 30:
-        await asyncio.sleep(3)
+        await asyncio.sleep(5)
     if address == 40:
         return ExcCodes.DEVICE_BUSY
     if address == 20 and isinstance(values, list):

@@ -130,6 +130,7 @@ def test_a_tools_own_permission_is_needed_beside_the_one_of_its_risk() -> None:
         ({"value": 70.0, "unit": "°F"}, "is in '°F', where °C is declared"),
         ({"value": float("nan"), "unit": "°C"}, "which is no float"),
         ({"value": float("inf"), "unit": "°C"}, "which is no float"),
+        ({"value": 10**400, "unit": "°C"}, "which is no float"),
         ({"unit": "°C"}, "has no value"),
     ],
 )

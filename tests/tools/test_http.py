@@ -164,7 +164,7 @@ def test_a_private_address_is_refused_unless_its_rule_says_so(tmp_path: Path, si
 
 def test_answers_are_bounded_in_bytes_and_time_and_are_text(tmp_path: Path, site: tuple[str, list[Any]]) -> None:
     base, _ = site
-    get = tools(tmp_path, "max_bytes = 4000\ntimeout_s = 1\n" + rule(base))["http_get"].function
+    get = tools(tmp_path, "max_bytes = 4000\ntimeout_s = 3\n" + rule(base))["http_get"].function
     for path, told in (
         ("large", "gives more than 4000 bytes"),
         ("binary", "is 2 bytes of text/plain, not text"),
@@ -174,9 +174,9 @@ def test_answers_are_bounded_in_bytes_and_time_and_are_text(tmp_path: Path, site
         with pytest.raises(ToolError, match=told):
             get(url=f"{base}/v1/{path}")
     began = time.monotonic()
-    with pytest.raises(ToolError, match="not read after 1 s"):
+    with pytest.raises(ToolError, match="not read after 3 s"):
         get(url=f"{base}/v1/slow")
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 4.8
     closed = tools(tmp_path, rule("http://127.0.0.1:1"))["http_get"].function
     with pytest.raises(ToolError, match="ConnectError"):
         closed(url="http://127.0.0.1:1/v1/a")

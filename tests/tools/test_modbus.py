@@ -27,7 +27,7 @@ FILE = """
 [servers.press]
 host = "127.0.0.1"
 port = {port}
-timeout_s = 0.5
+timeout_s = 1.5
 [servers.press.registers]
 level = {{address = 0, scale = 0.1, unit = "%", low = 0, high = 100, writable = true}}
 flow = {{address = 2, type = "float32", unit = "l/min", writable = true}}
@@ -142,7 +142,7 @@ def test_silence_ends_after_its_time_and_the_next_call_is_answered(made: dict[st
     began = time.monotonic()
     with pytest.raises(ToolError, match="does not answer"):
         made["read_register"].function(name="slow")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 3.5
     assert made["read_register"].function(name="room")["value"] == 22.5, "not the late answer to the last question"
 
 

@@ -72,7 +72,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     made.close()
 
 
-def soon(ask: Callable[[], Any], within_s: float = 10.0) -> Any:
+def soon(ask: Callable[[], Any], within_s: float = 40.0) -> Any:
     """What it gives, once it gives something."""
     end = time.monotonic() + within_s
     while True:

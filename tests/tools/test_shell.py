@@ -22,7 +22,7 @@ needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bwrap
 
 @pytest.fixture
 def shell() -> Shell:
-    return Shell(Settings(timeout_s=10, memory_mb=128, cpu_s=2, processes=16, tmp_mb=4, output=2000))
+    return Shell(Settings(timeout_s=60, memory_mb=128, cpu_s=1, processes=16, tmp_mb=4, output=2000))
 
 
 def run(shell: Shell, command: str) -> str:
@@ -78,11 +78,11 @@ def test_it_has_no_network_and_no_rights(shell: Shell) -> None:
 
 @needs_bwrap
 def test_past_its_time_the_whole_tree_is_killed() -> None:
-    shell, mark = Shell(Settings(timeout_s=0.7)), f"{os.getpid()}.4321"
+    shell, mark = Shell(Settings(timeout_s=2)), f"{os.getpid()}.4321"
     began = time.monotonic()
-    with pytest.raises(ToolError, match=r"not over after 0.7 s and was killed; its output began: here"):
+    with pytest.raises(ToolError, match=r"not over after 2 s and was killed; its output began: here"):
         shell.run_command(f"echo here; (setsid sleep {mark} &) ; sleep {mark}")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert gone(mark)
 
 
@@ -95,7 +95,7 @@ def test_what_it_leaves_in_the_background_ends_with_it(shell: Shell) -> None:
 
 def gone(mark: str) -> bool:
     """No process has the mark in its command line, a moment later at most."""
-    for _ in range(100):
+    for _ in range(500):
         found = []
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             try:

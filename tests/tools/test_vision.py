@@ -257,7 +257,7 @@ def test_a_camera_that_is_not_there_is_told_in_time_without_its_password(
             began = time.monotonic()
             with pytest.raises(ToolError, match=told) as error:
                 grab("door", camera, 0.0)
-            assert time.monotonic() - began < 4, camera
+            assert time.monotonic() - began < 12, camera
             assert "s3cret" not in str(error.value)
 
 
