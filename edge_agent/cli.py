@@ -168,12 +168,22 @@ def doctor(
     state: State = None,
     hub: Annotated[str | None, _option("The hub to reach, when not enrolled.", "HUB")] = None,
     broker: Annotated[str | None, _option("The broker to reach instead of what the hub said.", "BROKER")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out broker and models, for a running agent.")] = False,
+    bundle: Annotated[Path | None, typer.Option(help="Write a ZIP file for who helps, with no secret in it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Check what a device needs; exits 1 when something is wrong."""
     from edge_agent import doctor as checks
 
-    found = checks.examine(state, hub or "", broker or "")
+    found = checks.examine(state, hub or "", broker or "", quick)
+    if bundle is not None:
+        from edge_agent import support
+
+        told = {"checks": checks.as_json(found), "versions": support.versions(), "log": support.journal()}
+        try:
+            bundle.write_bytes(support.bundle(**told))
+        except OSError as error:
+            raise Refused(f"{bundle} cannot be written: {error}", "name another file") from error
     if json:
         typer.echo(checks.as_json(found))
     else:

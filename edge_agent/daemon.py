@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from edge_agent import enrol
+from edge_agent import enrol, support
 from edge_agent.agent import transcript
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.interlock import Interlocked
@@ -65,6 +65,7 @@ from edge_agent.wire.tokens import issue_device_token
 from edge_agent.work import Work
 
 MAX_ASKS = 8  # that the hub is shown: the reported document has a bound
+RECENT = support.Recent()
 SETTLE_S = 1.0
 """A switch is followed by the switch of what depends on it: the preamble is read when both are done."""
 _log = logging.getLogger("outrider")
@@ -130,6 +131,7 @@ class Daemon:
         if settings.neighbours:
             self._updates.neighbours = Neighbours(enrolled.device, enrolled.fleet, slots, settings.neighbours)
         self._renewal = enrol.Renewal(state, identity.enrolled.device, self._http, self._token)
+        self.work.support = self._support
         self._tuner = Tuner(settings, twin, self._tune)
         self._session = self._connect(self._inbox)
         self._hosting.connected = lambda: self._session.connected
@@ -353,6 +355,24 @@ class Daemon:
                 await self._twin.report({"updates": told, "waiting": asks | dict.fromkeys(gone)})
             await tick(1.0)
 
+    async def _support(self) -> dict[str, Any]:
+        """A blob for who helps: its name, size and SHA-256."""
+        command = [sys.executable, "-m", "edge_agent.cli", "doctor", "--quick", "--json"]
+        out = asyncio.subprocess.PIPE
+        doctor = await asyncio.create_subprocess_exec(*command, "--state", str(self._settings.state), stdout=out)
+        async with asyncio.timeout(60):
+            checks, _ = await doctor.communicate()
+        told: dict[str, Any] = {
+            "checks": checks.decode(),
+            "status": await self.status(),
+            "log": "\n".join(RECENT.lines),
+        }
+        told |= {"settings": support.settings_shown(self._settings), "versions": support.versions()}
+        content = await asyncio.to_thread(lambda: support.bundle(**told))
+        name = f"support-{time.strftime('%Y%m%dT%H%M%S')}.zip"
+        sha256 = await self.blobs.put(content, name, "application/zip")
+        return {"name": name, "size": len(content), "sha256": sha256}
+
     def _tune(self, settings: Settings) -> None:
         self._telemetry.configure(settings.telemetry_s, settings.telemetry_ttl_s, settings.sample)
         self._outbox.limit(Limits(bytes=settings.outbox_mb << 20))
@@ -435,6 +455,7 @@ def main(settings: Settings) -> None:
     logging.basicConfig(
         level=settings.log.upper(), stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
     )
+    logging.getLogger().addHandler(RECENT)
     for chatty in ("httpx", "httpcore", "uvicorn"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if settings.proxy:

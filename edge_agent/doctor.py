@@ -38,8 +38,8 @@ class Check(msgspec.Struct, frozen=True):
     hint: str = ""
 
 
-def examine(state: Path | None, hub: str = "", broker: str = "") -> list[Check]:
-    """All checks; `hub` and `broker` stand in for the identity's."""
+def examine(state: Path | None, hub: str = "", broker: str = "", quick: bool = False) -> list[Check]:
+    """All checks; `hub` and `broker` stand in for the identity's. `quick`: none that an agent would feel."""
     checks = [_python(), _extras()]
     if missing := checks[1].state == "fail":
         return checks
@@ -56,8 +56,9 @@ def examine(state: Path | None, hub: str = "", broker: str = "") -> list[Check]:
             checks.append(Check("identity", "fail", error.message, error.hint))
     hub = hub or (enrolled.hub if enrolled else "")
     checks += _hub(hub, enrolled.ca if enrolled else "")
-    checks.append(_broker(broker, enrolled, state))
-    if state is not None:
+    if not quick:
+        checks.append(_broker(broker, enrolled, state))
+    if state is not None and not quick:
         checks += asyncio.run(_models(state))
     checks.append(_systemd())
     return checks

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -41,7 +41,7 @@ from edge_agent.wire.grants import Subject
 from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobState, Progress
 
 LOCAL_TTL_S = 86400.0
-RUN_WORKFLOW, APPROVE = "run_workflow", "approve_call"
+RUN_WORKFLOW, APPROVE, SUPPORT = "run_workflow", "approve_call", "support_bundle"
 LOOK_S = 0.2
 MAX_RESULT = 8 * 1024
 MAX_ERROR = 2000  # characters
@@ -96,6 +96,7 @@ class Work:
         self.asks: dict[str, dict[str, Any]] = {}  # by task: what the hub shows of a call that waits
         self._watch = Watch(inbox, transcripts, audit)
         inbox.on_cancel, transcripts.on_step = self._watch.cancel, self._watch.stepped
+        self.support: Callable[[], Awaitable[Any]] | None = None  # makes a file for who helps, and uploads it
         self.current = ""
 
     async def run(self) -> None:
@@ -222,6 +223,10 @@ class Work:
         """Call one tool for a subject, or start a workflow. Raises Denied, Refused, Retry; a ToolError is Refused."""
         if name == APPROVE:
             return await self.approve(args, subject)
+        if name == SUPPORT and self.support:
+            if not self._allowed(subject, "upload:blob", ""):
+                raise Denied(f"{subject.name} may not upload:blob on this device", "its grants do not say so")
+            return await self.support()
         if name == RUN_WORKFLOW:
             id = f"local-{uuid.uuid4().hex[:16]}"
             await self._start(id, subject, args, self._clock())

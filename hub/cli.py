@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from edge_agent.wire.messages import TERMINAL
 from hub.errors import HubError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -390,6 +392,37 @@ def jobs(device: str | None = None, limit: int = 20, hub: Url = None, as_json: J
     """List jobs, newest first."""
     with _hub(hub) as client:
         _print(client.get("/v1/jobs", device=device, limit=limit), as_json, _job_line)
+
+
+@app.command()
+def support(
+    device: str,
+    out: Annotated[Path | None, typer.Option(help="File to write; its own name if not given.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the device.")] = 120,
+    hub: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch what is needed to help: checks, settings with no secrets, status, the last log lines, in a ZIP file."""
+    with _hub(hub) as client:
+        job = client.post(f"/v1/devices/{device}/jobs", {"kind": "tool", "body": {"tool": "support_bundle"}})
+        end = time.monotonic() + timeout
+        while True:
+            time.sleep(0.5)
+            job = client.get(f"/v1/jobs/{job['id']}")
+            made = job["result"].get("result")
+            if job["state"] in TERMINAL and not isinstance(made, dict):
+                told = f"{device} made none: {job['error'] or job['state']}"
+                raise HubError(told, "there: outrider doctor --bundle FILE")
+            try:
+                if isinstance(made, dict):
+                    file = out or Path(f"{device}-{Path(str(made['name'])).name}")
+                    client.download(f"/v1/devices/{device}/blobs/{made['sha256']}", file)
+                    return _print(made | {"file": str(file)}, as_json, lambda m: f"{m['file']}: {m['size']} bytes")
+            except HubError:
+                if time.monotonic() > end:
+                    raise
+            if time.monotonic() > end:
+                raise HubError(f"{device} has not answered in {timeout:g} s", "outrider hub jobs shows when it has")
 
 
 @app.command()

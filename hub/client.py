@@ -86,6 +86,13 @@ class HubClient:
     def delete(self, path: str) -> Any:
         return _answer(self._http, "DELETE", path)
 
+    def download(self, path: str, file: Path) -> None:
+        """Raises HubError; 404 as long as it is not there."""
+        response = self._http.get(path)
+        if response.is_error:
+            raise HubError(f"{response.status_code}: {path} is not there", "it may be on its way")
+        durable.write(file, response.content, 0o600)
+
     def publish(
         self, folder: Path, name: str, version: str, kind: str, license: str, meta: dict[str, Any]
     ) -> dict[str, Any]:

@@ -14,20 +14,18 @@ from tests.sync.conftest import needs_mosquitto
 from tests.sync.proxies import Proxy
 
 pytestmark = needs_mosquitto
-SCHEMES = pytest.mark.parametrize("scheme", ["http", "socks5"])
 
 
-@SCHEMES
 @pytest.mark.parametrize("tls", [False, True], ids=["clear", "tls"])
 async def test_a_session_goes_through_the_proxy_and_comes_again_when_it_is_cut(
-    scheme: str, tls: bool, tmp_path: Path, certificate: Callable[[str], tuple[Path, Path]]
+    tls: bool, tmp_path: Path, certificate: Callable[[str], tuple[Path, Path]]
 ) -> None:
     pair = certificate("127.0.0.1") if tls else None
     broker = Mosquitto(tmp_path, pair)
     broker.start()
     try:
-        async with Proxy(scheme, "ann", "p@ss:word") as proxy:
-            given = f"{scheme}://ann:p%40ss%3Aword@127.0.0.1:{proxy.port}"
+        async with Proxy("ann", "p@ss:word") as proxy:
+            given = f"http://ann:p%40ss%3Aword@127.0.0.1:{proxy.port}"
             access = {"username": broker.username, "password": broker.password, "ca": pair[0] if pair else None}
             session = MqttSession(broker.url, "d", subscriptions=["a"], proxy=given, backoff=(0.05, 0.1), **access)
             async with session:
@@ -45,10 +43,9 @@ async def test_a_session_goes_through_the_proxy_and_comes_again_when_it_is_cut(
         broker.stop()
 
 
-@SCHEMES
-async def test_what_a_proxy_refuses_is_said_with_what_to_do_and_no_password(scheme: str, tmp_path: Path) -> None:
-    async with Proxy(scheme, "ann", "secret") as proxy:
-        wrong = f"{scheme}://ann:wr0ng@127.0.0.1:{proxy.port}"
+async def test_what_a_proxy_refuses_is_said_with_what_to_do_and_no_password(tmp_path: Path) -> None:
+    async with Proxy("ann", "secret") as proxy:
+        wrong = f"http://ann:wr0ng@127.0.0.1:{proxy.port}"
         error = await _failure(wrong)
         assert isinstance(error, Refused)
         assert "user and password of the proxy" in error.hint
@@ -57,7 +54,7 @@ async def test_what_a_proxy_refuses_is_said_with_what_to_do_and_no_password(sche
         error = await _failure(proxy.url)
         assert isinstance(error, Retry)
         assert "does not connect to broker.example:8883" in error.message
-    error = await _failure(f"{scheme}://127.0.0.1:{proxy.port}")
+    error = await _failure(f"http://127.0.0.1:{proxy.port}")
     assert isinstance(error, Retry), "the proxy is away"
 
 
@@ -78,8 +75,8 @@ def test_the_environment_names_the_proxy_and_what_goes_without(monkeypatch: pyte
     monkeypatch.setenv("no_proxy", "broker.local,10.0.0.5")
     assert str(of("broker.example")) == "http://gate:3128"
     assert [of(host) for host in ("broker.local", "10.0.0.5", "localhost", "127.0.0.1", "::1")] == [None] * 5
-    assert str(of("localhost", "socks5://other")) == "socks5://other:1080"
-    for bad in ("ftp://x", "http://", "http://x:y", "socks4://x"):
+    assert str(of("localhost", "other")) == "http://other:8080"
+    for bad in ("ftp://x", "http://", "http://x:y", "socks5://x"):
         with pytest.raises(Refused, match="not a proxy"):
             of("broker.example", bad)
 
