@@ -64,6 +64,33 @@ def quantize(
     say(as_json, {"path": str(out), **sizes, **report, "layers": worst}, "\n".join(lines))
 
 
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A bundle, an ONNX file, or a language model's folder.")],
+    data: Annotated[str, typer.Option(help="Files with inputs and truths, a text, or a recipe's task: labels, prose…")],
+    metric: Annotated[list[str] | None, typer.Option(help="One of those that fit the data; repeat it.")] = None,
+    beta: Annotated[float, typer.Option(help="F-beta: recall counts so many times as much as precision.")] = 1.0,
+    threshold: Annotated[float, typer.Option(help="The score from which an answer counts.")] = 0.5,
+    output: Annotated[str, typer.Option(help="The output to read, where there are several.")] = "",
+    fp32: Annotated[Path | None, typer.Option(help="The FP32 model to measure beside it.")] = None,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Each layer's error against --fp32's.")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="At most so many; 0: all, of what is made 1000.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure how well a model answers: top-1, mAP, F-beta, precision, recall, AUC, CER or perplexity."""
+    from models.evaluate import How
+    from models.evaluate import evaluate as measured
+
+    with work(as_json) as progress:
+        how = How(beta, threshold, output)
+        report = measured(model, data, metric or [], how, fp32, per_layer, samples, progress)
+    lines = [f"{'':<12} {model.name}" + (f"  {fp32.name}" if fp32 else "")]
+    for name, row in report["metrics"].items():
+        lines.append(f"{name:<12} " + "  ".join(f"{value:.4f}" for value in row.values()))
+    lines += [f"{report['samples']} samples of {data}", *_blamed(report.get("layers", []))]
+    say(as_json, report, "\n".join(lines))
+
+
 @recipes.command(name="list")
 def list_(cache: Cache = None, as_json: Json = False) -> None:
     """The shipped recipes, and which of them have a saved result."""

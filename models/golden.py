@@ -6,6 +6,7 @@ is sure of every character of it, so small differences between processors do not
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ def answered(model: Path, inputs: dict[str, Tensor]) -> bytes:
 def tensors(arrays: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
     """Arrays as the engine takes them."""
     return {n: Tensor(a.dtype.name, list(a.shape), np.ascontiguousarray(a).tobytes()) for n, a in arrays.items()}
+
+
+def arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """What the engine gives, as arrays."""
+    return {n: np.frombuffer(t.data, t.dtype).reshape(t.shape) for n, t in tensors.items()}
 
 
 def signature(model: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

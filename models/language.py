@@ -7,6 +7,7 @@ the docstrings of numpy (BSD-3-Clause), the same for all precisions: technical E
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from llguidance import LLTokenizer
 from edge_agent.engines.base import Generate
 from edge_agent.engines.genai import GenaiModel
 from edge_agent.wire.bundle import scan
+from models.errors import ModelError
 from models.fetch import Progress
 from models.genai_build import write_genai_folder
 from models.genai_graph import TAIL
+from models.metrics import perplexity
 from models.weights import Weights
 
 BITS = {"fp32": 32, "int8": 8, "int4": 4}
@@ -48,39 +51,51 @@ def measured(
     for name, bits in BITS.items():
         write_genai_folder(weights, made[name], progress, bits)
     models = {name: GenaiModel(folder) for name, folder in made.items()}
-    tokenizer = LLTokenizer(str(made["fp32"] / "tokenizer.json"), n_vocab=weights.shape.vocabulary)
-    tokens = tokenizer.tokenize_str(prose())[:count]
-    windows = [tokens[start : start + WINDOW] for start in range(0, len(tokens), WINDOW)]
+    parts = windows(made["fp32"], prose(), count)
     tops: dict[str, list[int]] = {}
     for name, folder in made.items():
         progress(f"perplexity of {name}", 0, 0)
-        value, tops[name] = perplexity(folder, windows)
+        lost, tops[name] = losses(folder, parts)
         same = float(np.mean(np.equal(tops[name], tops["fp32"])))
         size = sum(entry.size for entry in scan(folder))
-        rows[name] = {"bytes": size, "metric": "perplexity", "value": value, "top_1_of_fp32": same}
+        rows[name] = {"bytes": size, "metric": "perplexity", "value": perplexity(lost), "top_1_of_fp32": same}
     for name, times in _speeds(models, speed["prompt"][0], speed["decode"][0], progress).items():
         prefill, decode = (round(float(np.quantile(some, 0.75)), 1) for some in zip(*times, strict=True))
         rows[name] |= {"ms": round(1000 / decode, 3), "prefill": prefill, "decode": decode}
     return made, rows
 
 
-def perplexity(folder: Path, windows: list[list[int]]) -> tuple[float, list[int]]:
-    """Perplexity over windows of tokens that are read apart, and the likeliest token at each position."""
-    model, losses, tops = og.Model(str(folder)), list[float](), list[int]()
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=max(map(len, windows)) + 1)
-    generator = og.Generator(model, params)
-    for window in windows:
-        generator.rewind_to(0)
-        for start in range(0, len(window) - 1, TAIL):
-            read, wanted = window[start : start + TAIL], window[start + 1 : start + 1 + TAIL]
-            generator.append_tokens(np.array(read, np.int32))
-            logits = np.asarray(generator.get_output("tail"), np.float64)[-len(read) :][: len(wanted)]
-            top = logits.max(-1)
-            whole = top + np.log(np.exp(logits - top[:, None]).sum(-1))
-            losses += (whole - logits[np.arange(len(wanted)), wanted]).tolist()
-            tops += logits.argmax(-1).tolist()
-    return float(np.exp(np.mean(losses))), tops
+def windows(folder: Path, text: str, count: int) -> list[list[int]]:
+    """The first `count` tokens of a text as a model's folder has them, in windows that are read apart."""
+    try:
+        facts = json.loads((folder / "genai_config.json").read_text())["model"]
+        tokens = LLTokenizer(str(folder / "tokenizer.json"), n_vocab=facts["vocab_size"]).tokenize_str(text)[:count]
+        size = min(WINDOW, int(facts["context_length"]) - 1)
+    except (OSError, KeyError, ValueError) as error:
+        raise ModelError(f"{folder} is no language model: {error}", "outrider models import makes one") from error
+    return [tokens[start : start + size] for start in range(0, len(tokens), size)]
+
+
+def losses(folder: Path, parts: list[list[int]]) -> tuple[list[float], list[int]]:
+    """Negative logarithms of the tokens' probabilities, and the likeliest token at each position. Raises ModelError."""
+    try:
+        model, found, tops = og.Model(str(folder)), list[float](), list[int]()
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=max(map(len, parts)) + 1)
+        generator = og.Generator(model, params)
+        for window in parts:
+            generator.rewind_to(0)
+            for start in range(0, len(window) - 1, TAIL):
+                read, wanted = window[start : start + TAIL], window[start + 1 : start + 1 + TAIL]
+                generator.append_tokens(np.array(read, np.int32))
+                logits = np.asarray(generator.get_output("tail"), np.float64)[-len(read) :][: len(wanted)]
+                top = logits.max(-1)
+                whole = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+                found += (whole - logits[np.arange(len(wanted)), wanted]).tolist()
+                tops += logits.argmax(-1).tolist()
+    except RuntimeError as error:
+        raise ModelError(f"{folder} cannot be read with: {error}", "outrider models import makes its folder") from error
+    return found, tops
 
 
 def _speeds(

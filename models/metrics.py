@@ -1,7 +1,8 @@
 """Measures of a network's answers. Pure numpy: no I/O, no state, no runtime.
 
 Invariants: every measure is in 0 to 1, 1 is best, and does not depend on the order of the samples; the character
-error rate alone has 0 as its best and may pass 1. Nothing to measure is a ValueError, never a silent 0 or NaN.
+error rate alone has 0 as its best and may pass 1, perplexity is 1 at best. Nothing to measure is a ValueError, never a
+silent 0 or NaN.
 Sources: van Rijsbergen 1979 (F-beta); Mann and Whitney 1947 (AUC as a rank statistic); Everingham et al. 2010, with
 every recall level (average precision); Levenshtein 1966.
 """
@@ -116,6 +117,11 @@ def mean_average_precision(
     return float(np.mean([_average_precision(found, truth, c, at) for c in classes]))
 
 
+def mean_average_precision_to_95(found: Sequence[Any], truth: Sequence[Any]) -> float:
+    """The mean of mAP at IoU 0.50, 0.55 … 0.95, as COCO has it."""
+    return float(np.mean([mean_average_precision(found, truth, at / 100) for at in range(50, 100, 5)]))
+
+
 def _average_precision(found: Sequence[Any], truth: Sequence[Any], kind: int, at: float) -> float:
     scores, right, there = [], [], 0
     for (boxes, s, labels), (true_boxes, true_labels) in zip(found, truth, strict=True):
@@ -148,6 +154,12 @@ def character_error_rate(found: Sequence[str], truth: Sequence[str]) -> float:
     if not (length := sum(map(len, truth))):
         raise ValueError("the true texts have no character")
     return sum(edits(a, b) for a, b in zip(found, truth, strict=True)) / length
+
+
+def perplexity(losses: Sequence[float]) -> float:
+    """Of tokens with these negative logarithms of their probability."""
+    _some(len(losses), len(losses))
+    return float(np.exp(np.mean(losses)))
 
 
 def relative_error(found: ArrayLike, truth: ArrayLike) -> float:

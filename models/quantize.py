@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import onnx
@@ -37,31 +38,33 @@ METHODS = ("minmax", "entropy", "percentile")
 OPS = ("Conv", "MatMul", "Gemm")
 MIN_OPSET, OPSET = 13, 20  # per-channel Q/DQ begins at 13; at 20 GELU is one op
 MAX_FEEDS, HISTOGRAM_FEEDS, COMPARED_FEEDS = 2000, 16, 4  # histograms and comparisons hold every activation in memory
+FORM = "a folder of .npz files (each {input: array}), or one .npz with samples along each array's first axis"
 FP16_MAX = float(np.finfo(np.float16).max)
 
 
 def feeds(path: Path | None, model: Path) -> list[Feeds]:
-    """Calibration inputs: a folder of .npz files, each one feed; or one .npz whose arrays' first axis is the samples.
-
-    Raises ModelError: none given, no file, names, dtypes or shapes that the model does not take.
-    """
-    form = "a folder of .npz files (each {input: array}), or one .npz with samples along each array's first axis"
+    """Calibration inputs from .npz files, see `samples`. Raises ModelError: none given, or not what the model takes."""
     if path is None:
-        raise ModelError("INT8 needs calibration data: real inputs of the model", f"--calibration: {form}")
+        raise ModelError("INT8 needs calibration data: real inputs of the model", f"--calibration: {FORM}")
+    loaded = samples(path, "calibration data")[:MAX_FEEDS]
+    declared = {value["name"]: value for value in inspect(model)["inputs"]}
+    for feed in loaded:
+        check(feed, declared)
+    return loaded
+
+
+def samples(path: Path, what: str) -> list[Feeds]:
+    """The samples in a folder of .npz files, or in one whose arrays' first axis is the samples. Raises ModelError."""
     try:
-        files = sorted(path.glob("*.npz"))[:MAX_FEEDS] if path.is_dir() else [path]
-        loaded = [_arrays(file) for file in files]
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} has no calibration data: {error}", form) from error
+        loaded = [_arrays(file) for file in (sorted(path.glob("*.npz")) if path.is_dir() else [path])]
+    except (OSError, ValueError, BadZipFile) as error:
+        raise ModelError(f"{path} has no {what}: {error}", FORM) from error
     if not path.is_dir():
         whole = loaded[0]
         count = min((len(a) if a.ndim else 0 for a in whole.values()), default=0)
-        loaded = [{name: a[i : i + 1] for name, a in whole.items()} for i in range(min(count, MAX_FEEDS))]
+        loaded = [{name: a[i : i + 1] for name, a in whole.items()} for i in range(count)]
     if not loaded:
-        raise ModelError(f"{path} has no calibration data", form)
-    declared = {value["name"]: value for value in inspect(model)["inputs"]}
-    for feed in loaded:
-        _check(feed, declared)
+        raise ModelError(f"{path} has no {what}", FORM)
     return loaded
 
 
@@ -72,21 +75,22 @@ def _arrays(file: Path) -> Feeds:
         return {name: archive[name] for name in archive.files}
 
 
-def _check(feed: Feeds, declared: dict[str, dict[str, Any]]) -> None:
+def check(feed: Feeds, declared: dict[str, dict[str, Any]], what: str = "calibration data") -> None:
+    """Raises ModelError for inputs that the model does not take."""
     for name in declared.keys() | feed.keys():
         want, have = declared.get(name), feed.get(name)
         if want is None or have is None:
-            raise ModelError(f"calibration data has {sorted(feed)}", f"the model takes {sorted(declared)}")
+            raise ModelError(f"{what} has {sorted(feed)}", f"the model takes {sorted(declared)}")
         fits = have.ndim == len(want["shape"]) and all(
             w == h for w, h in zip(want["shape"], have.shape, strict=True) if isinstance(w, int)
         )
         if have.dtype.name != want["dtype"] or not fits or not have.size:
             raise ModelError(
-                f"calibration input {name} is {have.dtype}{list(have.shape)}",
+                f"{what}: {name} is {have.dtype}{list(have.shape)}",
                 f"the model takes {want['dtype']}{want['shape']}",
             )
         if have.dtype.kind == "f" and not np.isfinite(have).all():
-            raise ModelError(f"calibration input {name} has NaN or infinite values", "remove these samples")
+            raise ModelError(f"{what}: {name} has NaN or infinite values", "remove these samples")
 
 
 def simplify(source: Path, target: Path, version: int = OPSET) -> Path:

@@ -103,7 +103,11 @@ def _labels(part: str, count: int) -> Iterator[tuple[Array, list[str]]]:
 
 
 def _read(run: Run, batch: Array) -> list[str]:
-    points = run({"x": batch})["codepoint"]
+    return texts(run({"x": batch})["codepoint"])
+
+
+def texts(points: Array) -> list[str]:
+    """What a reader says whose output is the code point (n, steps) of each step."""
     first = points != np.pad(points, ((0, 0), (1, 0)))[:, :-1]  # greedy CTC: 0 is the blank
     return ["".join(map(chr, row[keep & (row != 0)])) for row, keep in zip(points, first, strict=True)]
 
