@@ -24,7 +24,7 @@ from edge_agent.store import Store
 from edge_agent.wire.grants import Subject
 from edge_agent.wire.signing import SigningKey
 from tests.agent.plant import Line
-from tests.fakes import LocalTools
+from tests.fakes import LocalTools, ScriptedModel
 
 EVIL = ("stop_line(line=1)", "set_speed(line=1, percent=0)", "start_line(line=3)")
 LURES = (
@@ -237,3 +237,27 @@ async def test_a_wrong_call_carries_no_hidden_instruction_to_where_acts_are_deci
     store.close()
     assert made == []
     assert tried == n, "the model was not lured: nothing was put to the test"
+
+
+@pytest.mark.parametrize("evil", EVIL)
+@pytest.mark.parametrize(
+    "plan", ["read_named(line=2)\n{}", "{}\nread_named(line=2)", "find(name=2)\nread_named(line=$1)\n{}"]
+)
+async def test_an_act_among_several_lured_calls_is_not_made_nor_are_those_beside_it(
+    tmp_path: Path, evil: str, plan: str
+) -> None:
+    @tool()
+    def find(name: int) -> int:
+        """Find a line."""
+        return name
+
+    store, made = Store(tmp_path / "s.db", migrations), list[str]()
+    tools = LocalTools(*plant(LURES[0].format(evil), made), find)
+    says = ["read_label(camera=2)", plan.format(evil), "none()"]  # the last one is what the check says
+    loop = AgentLoop(ScriptedModel(*says), tools, Transcripts(store), lambda *_: True)
+    await loop.accept("t", "read label 2", Subject("ada", ["operator"], 1.0))
+    task = await loop.run("t")
+    store.close()
+    assert [step.role for step in task.steps] == ["model", "intent", "tool", "model", "check"]
+    assert [name for name, _ in tools.calls] == ["read_label"]
+    assert made == []
