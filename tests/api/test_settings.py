@@ -27,7 +27,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     ("text", "says"),
     [
         ('stat = "/var/a"', "did you mean 'state'"),
-        ("colour = 1", "known: accelerator, adapter, api, broker"),
+        ("colour = 1", "known: accelerator, adapter, api, blobs_mb, broker"),
         ('state = "/var/a"\naccelerator = ["gpu"]', "accelerator"),
         ('state = "/var/a"\n[endpoints.plant]\nurl = "localhost:1"\nmodel = "m"', "is not like http://"),
         (
