@@ -30,9 +30,9 @@ def inspect_(file: File, as_json: Json = False) -> None:
 
 @app.command()
 def quantize(
-    file: File,
-    to: Annotated[str, typer.Option(help="fp16 or int8.")],
-    out: Annotated[Path, typer.Option(help="The file to write.")],
+    file: Annotated[Path, typer.Argument(help="An ONNX file; a .gguf file or a folder with .safetensors.")],
+    to: Annotated[str, typer.Option(help="fp16 or int8; int8 or int4 of a language model's weights.")],
+    out: Annotated[Path, typer.Option(help="The file to write; a language model's folder.")],
     calibration: Annotated[
         Path | None, typer.Option(help="A folder of .npz feeds, or one .npz with samples along the first axis.")
     ] = None,
@@ -42,12 +42,15 @@ def quantize(
     activations: Annotated[str, typer.Option(help="int8 (TensorRT) or uint8 (fast on CPUs): same numbers.")] = "int8",
     as_json: Json = False,
 ) -> None:
-    """Write the FP16 or INT8 form of a network, and say which layers it alters most."""
+    """Write the FP16 or INT8 form of a network, and say which layers it alters most; or a language model's weights."""
     from models.quantize import OPS, feeds, layer_errors, simplify, to_fp16, to_int8
 
+    if file.is_dir() or file.suffix in (".gguf", ".safetensors"):
+        _quantize_language(file, to, out, bool(calibration or keep or op), as_json)
+        return
     with work(as_json) as progress, tempfile.TemporaryDirectory() as scratch:
         if to not in ("fp16", "int8"):
-            raise ModelError(f"no precision {to!r}", "--to fp16 or --to int8")
+            raise ModelError(f"no precision {to!r} of a network", "--to fp16 or --to int8; int4 is for language models")
         data = feeds(calibration, file) if calibration or to == "int8" else []
         progress("simplifying", 0, 0)
         simple = simplify(file, Path(scratch) / "fp32.onnx")
@@ -62,6 +65,29 @@ def quantize(
     lines = [f"{out}  {sizes['bytes'] / 1e6:.2f} MB, {sizes['bytes'] / sizes['fp32_bytes']:.3f} of {file.name}"]
     lines += [f"in FP32: {node}: {why}" for node, why in report["kept"].items()] + _blamed(worst)
     say(as_json, {"path": str(out), **sizes, **report, "layers": worst}, "\n".join(lines))
+
+
+def _quantize_language(file: Path, to: str, out: Path, told: bool, as_json: bool) -> None:
+    from edge_agent.wire.bundle import scan
+    from models.importing import convert
+
+    with work(as_json) as progress:
+        if to not in ("int8", "int4"):
+            raise ModelError(f"no precision {to!r} of a language model's weights", "--to int8 or --to int4")
+        if told:
+            raise ModelError("weights alone are rounded", "leave --calibration, --keep and --op out")
+        convert(file, out, to, progress)
+    before = sum(entry.size for entry in scan(file)) if file.is_dir() else file.stat().st_size
+    facts = {
+        "path": str(out),
+        "bytes": sum(entry.size for entry in scan(out)),
+        "source_bytes": before,
+        "bits": int(to[3:]),
+    }
+    next_ = f"outrider models evaluate {out} --data prose"
+    say(
+        as_json, facts, f"{out}  {facts['bytes'] / 1e6:.2f} MB, {file.name} has {before / 1e6:.2f}; measure it: {next_}"
+    )
 
 
 @app.command()

@@ -47,14 +47,7 @@ def import_model(
             work.mkdir()
             precision = _network(path, work, shapes)
         else:
-            from models.genai_build import write_genai_folder
-            from models.language import BITS
-
-            weights = _weights(path)
-            precision = precision or weights.stored
-            if precision not in BITS:
-                raise ModelError(f"no precision {precision!r} of a language model", f"one of {', '.join(BITS)}")
-            write_genai_folder(weights, work, progress, BITS[precision])
+            precision = convert(path, work, precision, progress)
         beside = path if path.is_dir() else path.parent
         for text in [text for pattern in LICENSES for text in sorted(beside.glob(pattern)) if text.is_file()]:
             shutil.copy(text, work / text.name)
@@ -66,6 +59,21 @@ def import_model(
         manifest = manifest_of(name, version or "+", work, source, {precision: {"bytes": size}})
         write_bundle(out, work, manifest)
     return manifest
+
+
+def convert(path: Path, out: Path, precision: str = "", progress: Progress = quiet) -> str:
+    """Write a checkpoint as the folder that is served, replacing it; returns its precision. Raises ModelError."""
+    from models.genai_build import write_genai_folder
+    from models.language import BITS
+
+    weights = _weights(path)
+    precision = precision or weights.stored
+    if precision not in BITS:
+        raise ModelError(f"no precision {precision!r} of a language model", f"one of {', '.join(BITS)}")
+    if out.exists() and not (out / "genai_config.json").is_file():
+        raise ModelError(f"{out} exists and is no language model", "choose another --out")
+    write_genai_folder(weights, out, progress, BITS[precision])
+    return precision
 
 
 def _network(path: Path, work: Path, shapes: str) -> str:

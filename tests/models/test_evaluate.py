@@ -131,6 +131,25 @@ def test_perplexity_of_a_bundle_and_of_a_text(tmp_path: Path) -> None:
     assert metrics.perplexity([np.log(2.0)] * 3) == pytest.approx(2)
 
 
+def test_weights_of_a_language_model_are_quantized_and_measured(tmp_path: Path) -> None:
+    held = small.write_checkpoint(tmp_path / "m", small.random("llama"), "llama", np.float32)
+    wanted, run, off = small.forward(held, 16), CliRunner(), {}
+    for to in ("int8", "int4"):
+        command = ["quantize", str(tmp_path / "m"), "--to", to, "--out", str(tmp_path / to / "files"), "--json"]
+        facts = json.loads(run.invoke(app, command).stdout)
+        assert facts["bits"] == int(to[3:])
+        assert facts["bytes"] == sum(f.stat().st_size for f in (tmp_path / to / "files").iterdir())
+        off[to] = np.linalg.norm(small.answers(tmp_path / to) - wanted) / np.linalg.norm(wanted)
+    assert off["int8"] < 0.05
+    assert off["int8"] < off["int4"] < 0.5
+    for flags, why in ((["--to", "fp16"], "no precision 'fp16'"), (["--to", "int4", "--keep", "x"], "weights alone")):
+        answer = run.invoke(app, ["quantize", str(tmp_path / "m"), *flags, "--out", str(tmp_path / "o"), "--json"])
+        assert (answer.exit_code, why in json.loads(answer.stdout)["error"]) == (1, True)
+    (tmp_path / "taken").mkdir()
+    command = ["quantize", str(tmp_path / "m"), "--to", "int4", "--out", str(tmp_path / "taken"), "--json"]
+    assert "is no language model" in json.loads(run.invoke(app, command).stdout)["error"]
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     net = passing(tmp_path / "n.onnx", y=("float32", ["n", 3]))
     two = passing(tmp_path / "two.onnx", y=("float32", ["n", 3]), z=("float32", ["n", 3]))
