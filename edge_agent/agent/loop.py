@@ -68,10 +68,8 @@ class AgentLoop:
 
     async def accept(self, id: str, text: str, subject: Subject, priority: int = 1, conversation: str = "") -> Task:
         """Save a new task; asking again with the same id gives the one there is. Raises Refused."""
-        task = Task(id, request(text), subject, self._clock(), priority=priority, conversation=conversation)
-        if conversation:
-            task.before = (await self._conversations.get(subject.name, conversation)).read()
-        return await self._transcripts.add(task)
+        text, now = request(text), self._clock()
+        return await self._transcripts.add(Task(id, text, subject, now, priority=priority, conversation=conversation))
 
     async def run(self, id: str) -> Task:
         """Run an accepted task until it is over or waits, from wherever its transcript stands.
@@ -84,6 +82,8 @@ class AgentLoop:
         if task.state in ("running", "waiting"):
             task.runs += task.state == "running"
             task.state = "running"
+            if task.conversation and not task.steps:
+                task.before = (await self._conversations.get(task.subject.name, task.conversation)).read()
             await self._transcripts.save(task)
             self._meter.since()
             deadline = time.monotonic() + self._rules().budget.seconds

@@ -120,3 +120,16 @@ async def test_a_bad_request_is_refused_before_anything_is_journaled(tmp_path: P
             await made.work.submit(text, Subject("ann", ["operator"], 1.0))
         count = await made.store.read(lambda db: db.execute("SELECT count(*) FROM jobs").fetchone()[0])
         assert count == 0
+
+
+async def test_a_conversation_goes_on_through_the_api_and_through_jobs(tmp_path: Path) -> None:
+    ann = Subject("ann", ["operator"], 1.0)
+    async with rig(tmp_path / "s.db") as device:
+        ids = [await device.work.submit(text, ann, "talk") for text in ("first", "second")]
+        for id in ids:
+            await device.end_of(id)
+        await device.inbox.accept(job("j", {"text": "third", "conversation": "talk"}, JobKind.TASK))
+        await device.end_of("j")
+        await device.end_of(await device.work.submit("alone", ann))
+        known = {task.text: [each.text for each in task.before] for task in await device.transcripts.latest()}
+    assert known == {"first": [], "second": ["first"], "third": ["first", "second"], "alone": []}
