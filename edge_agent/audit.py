@@ -49,13 +49,13 @@ class Audit:
 
         if place := where.get():
             detail["where"] = place
+        await self._store.write(lambda db: self.put(db, event, subject, **detail))
 
-        def change(db: Connection) -> None:
-            row = db.execute("SELECT version, body FROM documents WHERE name = ?", [_HEAD]).fetchone()
-            n, prev = row or (0, b"")
-            body = {"event": event, "subject": subject, "n": n + 1, "prev": prev.decode(), **detail}
-            head = hashlib.sha256(msgspec.json.encode(body)).hexdigest().encode()
-            db.execute("INSERT OR REPLACE INTO documents VALUES (?, ?, ?)", [_HEAD, n + 1, head])
-            self._outbox.put(db, "audit", body, PRIORITY)
-
-        await self._store.write(change)
+    def put(self, db: Connection, event: str, subject: str, **detail: Any) -> None:
+        """The same inside the caller's transaction."""
+        row = db.execute("SELECT version, body FROM documents WHERE name = ?", [_HEAD]).fetchone()
+        n, prev = row or (0, b"")
+        body = {"event": event, "subject": subject, "n": n + 1, "prev": prev.decode(), **detail}
+        head = hashlib.sha256(msgspec.json.encode(body)).hexdigest().encode()
+        db.execute("INSERT OR REPLACE INTO documents VALUES (?, ?, ?)", [_HEAD, n + 1, head])
+        self._outbox.put(db, "audit", body, PRIORITY)

@@ -20,6 +20,7 @@ from edge_agent.agent.calls import render
 from edge_agent.agent.transcript import Step, Task, Transcripts
 from edge_agent.agent.workflow import read
 from edge_agent.errors import OutriderError, Refused
+from edge_agent.store import Connection
 from edge_agent.wire.messages import Job, Progress
 
 T = TypeVar("T")
@@ -34,11 +35,11 @@ class Inbox(Protocol):
 
 
 class Audit(Protocol):
-    async def append(self, event: str, subject: str, **detail: Any) -> None: ...
+    def put(self, db: Connection, event: str, subject: str, **detail: Any) -> None: ...
 
 
 class Watch:
-    """One a device; `cancel` is the inbox's `on_cancel`, `stepped` the transcripts' `on_step`."""
+    """`cancel` is the inbox's `on_cancel`; `tell` and `stepped` are the transcripts' `beside` and `on_step`."""
 
     def __init__(self, inbox: Inbox, transcripts: Transcripts, audit: Audit) -> None:
         self._inbox, self._transcripts, self._audit = inbox, transcripts, audit
@@ -76,16 +77,20 @@ class Watch:
         finally:
             del self._calls[id]
 
+    def tell(self, db: Connection, task: Task, step: Step) -> None:
+        """A call and its outcome, into the audit in the transaction that keeps them."""
+        if step.role != "tool":
+            return
+        call = render(step.call)[:500] if step.call else ""
+        told: dict[str, Any] = {"task": task.id, "call": call, "ok": step.ok}
+        told |= {"at": step.at} if step.at else {}
+        told |= {} if step.ok else {"error": step.text[:300]}
+        self._audit.put(db, "call" if step.call else "refuse:call", task.subject.name, **told)
+
     async def stepped(self, task: Task, step: Step) -> None:
         """After each step is on disk. Raises Ended when the task is to stop here."""
         if step.role not in ("model", "check", "tool"):
             return
-        if step.role == "tool":
-            call = render(step.call)[:500] if step.call else ""
-            told: dict[str, Any] = {"task": task.id, "call": call, "ok": step.ok}
-            told |= {"at": step.at} if step.at else {}
-            told |= {} if step.ok else {"error": step.text[:300]}
-            await self._audit.append("call" if step.call else "refuse:call", task.subject.name, **told)
         if task.id in self.ending:
             raise Ended("failed", error="stopped after a step")
         now = time.monotonic()

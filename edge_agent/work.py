@@ -35,6 +35,7 @@ from edge_agent.agent.workflow_triggers import Library, Triggers
 from edge_agent.api.access import Denied
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.rhythm import tick
+from edge_agent.store import Connection
 from edge_agent.trouble import Trouble
 from edge_agent.watch import Watch
 from edge_agent.wire.grants import Subject
@@ -65,6 +66,7 @@ class Inbox(Protocol):
 
 class Audit(Protocol):
     async def append(self, event: str, subject: str, **detail: Any) -> None: ...
+    def put(self, db: Connection, event: str, subject: str, **detail: Any) -> None: ...
 
 
 class Work:
@@ -95,7 +97,8 @@ class Work:
         self.on_end: Callable[[Task], None] | None = None
         self.asks: dict[str, dict[str, Any]] = {}  # by task: what the hub shows of a call that waits
         self._watch = Watch(inbox, transcripts, audit)
-        inbox.on_cancel, transcripts.on_step = self._watch.cancel, self._watch.stepped
+        inbox.on_cancel = self._watch.cancel
+        transcripts.beside, transcripts.on_step = self._watch.tell, self._watch.stepped
         self.support: Callable[[], Awaitable[Any]] | None = None  # makes a file for who helps, and uploads it
         self.current = ""
 

@@ -139,7 +139,8 @@ class Transcripts:
         self._store = store
         self._turn = asyncio.Lock()
         self._unsaved: dict[str, list[Step]] = {}
-        self.on_step: Callable[[Task, Step], Awaitable[None]] | None = None
+        self.beside: Callable[[Connection, Task, Step], None] | None = None  # in the transaction of a step
+        self.on_step: Callable[[Task, Step], Awaitable[None]] | None = None  # after it
 
     @property
     def store(self) -> Store:
@@ -175,7 +176,13 @@ class Transcripts:
             if later:
                 self._unsaved[task.id] = waiting
             else:
-                await self._store.write(lambda db: _put(db, task, waiting, len(task.steps) + 1))
+
+                def work(db: Connection) -> None:
+                    _put(db, task, waiting, len(task.steps) + 1)
+                    if self.beside:
+                        self.beside(db, task, step)
+
+                await self._store.write(work)
                 self._unsaved.pop(task.id, None)
             task.steps.append(step)
         if self.on_step:
