@@ -7,6 +7,7 @@ broker that is away: a message is confirmed by it (QoS 1) or the call fails. Wha
 
 from __future__ import annotations
 
+import re
 import time
 import weakref
 from collections import OrderedDict
@@ -51,6 +52,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if not self.read and not self.publish:
             raise ValueError("there is no topic to read or to publish")
+        for name, topic in self.read.items():
+            if not re.fullmatch(r"(\+|[^+#/\0]*)(/(\+|[^+#/\0]*))*(/#)?|#", topic) or not topic:
+                raise ValueError(f"{name}: {topic!r} is no topic filter; + is a whole level, # the last")
 
 
 class Message(TypedDict):

@@ -156,6 +156,9 @@ def test_a_pack_that_is_gone_leaves_no_connection(site: Site) -> None:
         ("", "missing required field `site`"),
         ('[site]\nbroker = "mqtt://h"', "no topic to read or to publish"),
         ('[site]\nbroker = "mqtt://h"\n[publish.a]\ntopic = "a/+"', "no topic to write to"),
+        ('[site]\nbroker = "mqtt://h"\n[read]\na = "a/b#"', "a: 'a/b#' is no topic filter"),
+        ('[site]\nbroker = "mqtt://h"\n[read]\na = "a+/b"', "is no topic filter"),
+        ('[site]\nbroker = "mqtt://h"\n[read]\na = ""', "is no topic filter"),
         ('[site]\nbroker = "mqtt://u:p@h"\n[read]\na = "b"', "password_file beside"),
     ],
 )
