@@ -71,6 +71,7 @@ def import_(
     license_: Annotated[str, typer.Option("--license", help="An SPDX name, such as Apache-2.0.")] = "",
     precision: Annotated[str, typer.Option(help="Of a language model: int4, int8 or fp32.")] = "",
     shape: Annotated[str, typer.Option(help="Of a network's free inputs: INPUT=1x3x48x320; more after commas.")] = "",
+    profile: Annotated[str, typer.Option(help="Their ranges for TensorRT: INPUT=smallest:usual:largest.")] = "",
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
@@ -80,7 +81,7 @@ def import_(
     with work(as_json) as progress:
         name = name or path.resolve().stem.lower()
         where = out or (cache or default_cache()) / "bundles" / name
-        more = {"version": version, "license_": license_, "precision": precision, "shapes": shape}
+        more = {"version": version, "license_": license_, "precision": precision, "shapes": shape, "profile": profile}
         manifest = import_model(path, name, where, **more, progress=progress)
     _say_bundle(as_json, where, manifest)
 

@@ -85,9 +85,7 @@ def _quantize_language(file: Path, to: str, out: Path, told: bool, as_json: bool
         "bits": int(to[3:]),
     }
     next_ = f"outrider models evaluate {out} --data prose"
-    say(
-        as_json, facts, f"{out}  {facts['bytes'] / 1e6:.2f} MB, {file.name} has {before / 1e6:.2f}; measure it: {next_}"
-    )
+    say(as_json, facts, f"{out}  {size / 1e6:.2f} MB, {file.name} has {before / 1e6:.2f}; measure it: {next_}")
 
 
 @app.command()

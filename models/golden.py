@@ -14,8 +14,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.engines.choose import PROFILE
 from edge_agent.engines.onnxruntime import OnnxNetwork
+from edge_agent.engines.tensorrt_build import Profile
+from edge_agent.wire import durable
 from edge_agent.wire.tensor import Tensor
+from models.errors import ModelError
 
 DIGITS = {
     "4": ("00010", "00110", "01010", "10010", "11111", "00010", "00010"),
@@ -68,3 +72,20 @@ def signature(model: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     for value in (*takes, *gives):
         value["shape"] = [d if isinstance(d, int) else -1 for d in value["shape"]]
     return takes, gives
+
+
+def write_profile(folder: Path, ranges: Profile) -> None:
+    """Put profile.json beside a folder's model.onnx, where it has free dimensions to range over. Raises ModelError."""
+    free = {v["name"]: v["shape"] for v in signature(folder / "model.onnx")[0] if -1 in v["shape"]}
+    if not ranges:
+        return
+    if ranges.keys() != free.keys():
+        raise ModelError(f"the profile names {', '.join(sorted(ranges))}", f"inputs with free dimensions: {list(free)}")
+    for name, shapes in ranges.items():
+        fits = all(len(shape) == len(free[name]) for shape in shapes) and all(
+            0 < low <= usual <= high and (dim == -1 or dim == low == high)
+            for dim, low, usual, high in zip(free[name], *shapes, strict=True)
+        )
+        if not fits:
+            raise ModelError(f"the profile of {name} is {shapes} for {free[name]}", "smallest, usual, largest shape")
+    durable.write(folder / PROFILE, msgspec.json.encode(ranges))

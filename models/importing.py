@@ -32,12 +32,13 @@ def import_model(
     license_: str = "",
     precision: str = "",
     shapes: str = "",
+    profile: str = "",
     progress: Progress = quiet,
 ) -> Manifest:
     """Make a bundle at `out`. Raises ModelError.
 
     `precision` of a language model: int4, int8 or fp32; by default int4 where the file has 4 bits, else int8. `shapes`:
-    of a network's free inputs for its probe, `x=1x3x48x320,…`.
+    of a network's free inputs for its probe, `x=1x3x48x320,…`; `profile`: their ranges, see `parse_profile`.
     """
     kind = "onnx" if path.suffix == ".onnx" else "llm"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ def import_model(
         work = Path(scratch) / "model"
         if kind == "onnx":
             work.mkdir()
-            precision = _network(path, work, shapes)
+            precision = _network(path, work, shapes, profile)
         else:
             precision = convert(path, work, precision, progress)
         beside = path if path.is_dir() else path.parent
@@ -76,9 +77,10 @@ def convert(path: Path, out: Path, precision: str = "", progress: Progress = qui
     return precision
 
 
-def _network(path: Path, work: Path, shapes: str) -> str:
+def _network(path: Path, work: Path, shapes: str, profile: str) -> str:
     """Check a network, copy it and write its golden probe; returns the name of its precision."""
-    from models.golden import answered, signature, tensors
+    from edge_agent.engines.tensorrt_build import parse_profile
+    from models.golden import answered, signature, tensors, write_profile
     from models.inspect import inspect
 
     facts = inspect(path)
@@ -89,7 +91,10 @@ def _network(path: Path, work: Path, shapes: str) -> str:
     shutil.copy(path, work / "model.onnx")
     try:
         pairs = [part.partition("=") for part in shapes.split(",") if part]
-        given = {name: [int(size) for size in sizes.split("x")] for name, _, sizes in pairs}
+        ranges = parse_profile(profile)
+        write_profile(work, ranges)
+        given = {name: list(usual) for name, (_, usual, _) in ranges.items()}
+        given |= {name: [int(size) for size in sizes.split("x")] for name, _, sizes in pairs}
     except ValueError as error:
         raise ModelError(f"--shape {shapes} makes no sense", "INPUT=1x3x48x320, more inputs after commas") from error
     dice, feed = np.random.default_rng(0), {}

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import shutil
 import tempfile
+import tomllib
 from fnmatch import fnmatch
 from importlib.metadata import version as installed
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.engines.base import Generate
+from edge_agent.engines.tensorrt_build import Profile
 from edge_agent.errors import OutriderError
 from edge_agent.wire import durable
 from edge_agent.wire.bundle import BundleKind, Manifest, content_digest, scan, sha256_file
@@ -71,7 +73,7 @@ def build(name: str, cache: Path, progress: Progress = quiet) -> Path:
     """The model folder of a source, fetched and converted if the cache does not have it. Raises ModelError."""
     model = fetch(name, cache, progress)
     how, source = CONVERSIONS[name], sources()[name]
-    folder = cache / "built" / f"{name}-{_key(how, source)}"
+    folder = cache / "built" / f"{name}-{_key(how, source, _ranges(name))}"
     if folder.is_dir():
         folder.touch()
         return folder
@@ -83,10 +85,12 @@ def build(name: str, cache: Path, progress: Progress = quiet) -> Path:
             work.mkdir()
             resolve_name(how.convert)(model, work if source.kind == "llm" else work / "model.onnx", progress)
             if how.probe:
-                from models.golden import answered, picture, tensors
+                from models.golden import answered, picture, tensors, write_profile
 
                 inputs = resolve_name(how.probe)() if isinstance(how.probe, str) else {"x": picture(*how.probe)}
                 (work / PROBE).write_bytes(answered(work / "model.onnx", tensors(inputs)))
+                if ranges := _ranges(name):
+                    write_profile(work, ranges)
             for text in source.files[1:]:
                 shutil.copy(model.parent / text.name, work / text.name)
             _publish_folder(work, folder)
@@ -200,10 +204,18 @@ def pin(source: Source) -> str:
     return f"{source.package}=={source.version}"
 
 
-def _key(how: Conversion, source: Source) -> str:
-    """Names the input, the converter's source and the shape of the probe."""
+def _ranges(name: str) -> Profile:
+    """Of its recipe that ships, if one does."""
+    path = Path(__file__).with_name("recipes") / f"{name}.toml"
+    found = tomllib.loads(path.read_text()).get("profile", {}) if path.is_file() else {}
+    return msgspec.convert(found, Profile)
+
+
+def _key(how: Conversion, source: Source, ranges: Profile) -> str:
+    """Names the input, the converter's source, the shape of the probe and the ranges of free dimensions."""
     digest = hashlib.sha256(source.files[0].sha256.encode())
     digest.update(repr((installed("onnx"), how.probe, [text.sha256 for text in source.files[1:]])).encode())
+    digest.update(repr(sorted(ranges.items())).encode() if ranges else b"")
     for module in (how.convert.partition(":")[0], *how.modules):
         spec = find_spec(module)
         if spec is None or spec.origin is None:

@@ -21,14 +21,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from edge_agent.engines.artifact import add
 from edge_agent.engines.onnxruntime import OnnxNetwork
+from edge_agent.engines.tensorrt_build import Profile
 from edge_agent.wire import durable
 from edge_agent.wire.bundle import Manifest
 from edge_agent.wire.tensor import Tensor
 from models.errors import ModelError
 from models.fetch import Progress, fetch, quiet, sources
 from models.gguf_weights import GgufWeights
-from models.golden import answered, arrays, signature, tensors
+from models.golden import answered, arrays, signature, tensors, write_profile
 from models.inspect import network
 from models.package import PROBE, build, manifest_of, open_bundle, pin, write_bundle
 from models.quantize import MAX_FEEDS, OPS, Feeds, layer_errors, simplify, to_fp16, to_int8
@@ -56,10 +58,18 @@ class Int8(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activations: str = "uint8"
 
 
+class Compile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Engines that the bundles bring along: GPUs such as sm86, of which of the packaged precisions."""
+
+    targets: list[str] = []
+    precisions: tuple[str, ...] = ("fp16", "int8")
+
+
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One model from source to bundle. `budget`: points (hundredths) of the metric, or per cent of perplexity, that a
     precision may lose to FP32; `max_size`: share of the FP32 file; `speed`: input shapes of a timed run, or words
-    read and tokens written; other counts are in the task's own units.
+    read and tokens written; `profile`: smallest, usual and largest shape of each input with free dimensions; other
+    counts are in the task's own units.
     """
 
     name: str
@@ -70,8 +80,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     speed: dict[str, list[int]]
     calibration: int = 0
     max_size: dict[str, float] = {}
+    profile: Profile = {}
     fp16: Fp16 = Fp16()
     int8: Int8 = Int8()
+    compile: Compile = Compile()
 
 
 def shipped() -> dict[str, Path]:
@@ -97,6 +109,8 @@ def read(name: str) -> Recipe:
         raise ModelError(f"{path.name}: calibration and evaluation are 1 to 100000 samples")
     if kind == "llm" and not all(recipe.speed.get(n, [0])[0] > 1 for n in ("prompt", "decode")):
         raise ModelError(f"{path.name}: speed lacks the counts of tokens", "prompt = [256] and decode = [64]")
+    if recipe.compile.targets and kind != "onnx":
+        raise ModelError(f"{path.name}: TensorRT takes networks alone", "leave [compile] out")
     if unknown := (recipe.budget.keys() | recipe.max_size.keys()) - set(PRECISIONS[kind]):
         raise ModelError(f"{path.name}: no precision {', '.join(sorted(unknown))}", f"precisions: {PRECISIONS[kind]}")
     return recipe
@@ -138,7 +152,7 @@ def run(
         "evaluation": evaluation,
     }
     result |= {"calibration": calibration, "trial": bool(samples), "speed": recipe.speed, "precisions": rows}
-    _bundle(recipe, result, source, out, made)
+    _bundle(recipe, result, source, out, made, progress)
     shutil.rmtree(out / "work")
     durable.write(out / "result.json", msgspec.json.format(msgspec.json.encode(result), indent=1))
     return result | {"path": str(out)}
@@ -306,7 +320,9 @@ def _shaped(model: Path, shapes: dict[str, list[int]]) -> Feeds:
     return {n: np.random.default_rng(0).uniform(-1, 1, s).astype(dtypes[n]) for n, s in shapes.items()}
 
 
-def _bundle(recipe: Recipe, result: dict[str, Any], source: Path, out: Path, made: dict[str, Path]) -> None:
+def _bundle(
+    recipe: Recipe, result: dict[str, Any], source: Path, out: Path, made: dict[str, Path], progress: Progress
+) -> None:
     """Folder and bundle of every precision that passed."""
     origin = sources()[recipe.source]
     passed = {n: row for n, row in result["precisions"].items() if "refused" not in row}
@@ -328,6 +344,9 @@ def _bundle(recipe: Recipe, result: dict[str, Any], source: Path, out: Path, mad
             golden = msgspec.msgpack.decode((source / PROBE).read_bytes())
             inputs = msgspec.convert(golden["inputs"], dict[str, Tensor])
             (folder / PROBE).write_bytes(answered(folder / "model.onnx", inputs))
+            write_profile(folder, recipe.profile)
+            for target in recipe.compile.targets if name in recipe.compile.precisions else []:
+                add(folder, folder / "model.onnx", target, recipe.profile, progress)
         more = {"precision": name, "recipe": recipe.name}
         manifest = manifest_of(
             recipe.name, f"+{name}.", folder, origin, precisions, more, 1e-2 if name == "fp32" else 5e-2

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_agent.engines import artifact
 from edge_agent.engines import tensorrt_build as building
 from edge_agent.engines.base import EngineInfo
 from edge_agent.engines.binding import Binding, Shape
@@ -90,13 +91,16 @@ class Gpu:
 def engine_for(
     model: Path, digest: str, precision: str, profile: Profile, cache: EngineCache, progress: Progress, device: str = ""
 ) -> bytes:
-    """The engine of a bundle's ONNX file, built if the cache has none: for this machine's GPU, or for a `device` like
-    sm86. Raises Refused, Retry.
+    """The engine of a bundle's ONNX file: the cache's, else the one that lies beside it (artifact.py), else built; for
+    this machine's GPU, or for a `device` like sm86. Raises Refused, Retry.
     """
     runtime = building.find_runtime(device or CURRENT)
     key = Key(digest, precision, runtime.name, runtime.version, device or Gpu().name, profile)
 
     def build(out: Path) -> Report:
+        if (brought := artifact.take(model.parent, model, runtime, key.device, profile, out)) is not None:
+            progress("taken from the bundle", 1, 1)
+            return brought
         form = out.with_suffix(".onnx.part")
         try:
             form.write_bytes(for_tensorrt(model.read_bytes()))

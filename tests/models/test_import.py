@@ -18,7 +18,9 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from edge_agent.engines.base import Generate
+from edge_agent.engines.choose import profile_of
 from edge_agent.engines.genai import GenaiModel
+from edge_agent.engines.onnxruntime import OnnxNetwork
 from edge_agent.wire.bundle import BundleKind, Manifest
 from models.cli import app
 from models.errors import ModelError
@@ -240,6 +242,21 @@ def test_network_is_checked_and_probed_by_the_command(tmp_path: Path) -> None:
     told = json.loads(CliRunner().invoke(app, command).stdout)
     assert "no model that can be imported" in told["error"]
     assert ".safetensors" in told["hint"]
+
+
+def test_ranges_of_free_dimensions_come_with_the_bundle(tmp_path: Path) -> None:
+    net = network(tmp_path / "m.onnx")
+    import_model(net, "net", tmp_path / "b", profile="x=1x4:2x4:8x4")
+    files = tmp_path / "b" / "files"
+    assert profile_of(files, OnnxNetwork(files)) == {"x": ((1, 4), (2, 4), (8, 4))}
+    for profile, why in (
+        ("y=1x4:2x4:8x4", "names y"),
+        ("x=1x4:2x4:8x5", "for .-1, 4."),
+        ("x=2x4:1x4:8x4", "for .-1, 4."),
+        ("x=1x4x1:2x4x1:8x4x1", "for .-1, 4."),
+    ):
+        with pytest.raises(ModelError, match=why):
+            import_model(net, "net", tmp_path / "bad", profile=profile)
 
 
 def refusal(path: Path, out: Path, **more: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from edge_agent.engines.choose import profile_of
+from edge_agent.engines.engine_cache import EngineCache
 from edge_agent.engines.onnxruntime import OnnxNetwork
+from edge_agent.engines.tensorrt import engine_for
+from edge_agent.engines.tensorrt_build import contents
 from edge_agent.update import probe
 from edge_agent.update.slots import Installed
 from models import recipe as recipes
@@ -25,12 +30,15 @@ from models.recipe import Recipe
 
 SHIPPED = {"digits", "efficientnet-lite0", "objects", "ppocr-det", "ppocr-rec", "silero-vad", "smollm2"}
 
+TARGETS = ["sm86"] if find_spec("tensorrt_rtx_bindings") else []
+
 
 @pytest.fixture(scope="module")
 def ran(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A trial of the digits recipe."""
     out = tmp_path_factory.mktemp("recipe") / "digits"
-    return recipes.run(recipes.read("digits"), model_cache, out, samples=200)
+    recipe = msgspec.structs.replace(recipes.read("digits"), compile=recipes.Compile(TARGETS, ("int8",)))
+    return recipes.run(recipe, model_cache, out, samples=200)
 
 
 def test_shipped_recipes_are_whole() -> None:
@@ -55,6 +63,30 @@ def test_precisions_are_measured_and_bundled(ran: dict[str, Any]) -> None:
         assert manifest.precisions[name] == {k: row[k] for k in ("bytes", "metric", "value", "ms")}
         assert set(manifest.precisions) == {"fp32", "fp16", "int8"}
     assert not (Path(ran["path"]) / "work").exists()
+
+
+@pytest.mark.skipif(not TARGETS, reason="TensorRT for RTX is not installed: pip install '.[tensorrt]'")
+def test_engines_that_a_recipe_asks_for_are_in_the_bundle_and_are_taken_from_there(
+    ran: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_build(*_: object) -> None:
+        raise AssertionError("it was built, not taken")
+
+    monkeypatch.setattr("edge_agent.engines.tensorrt_build.build", no_build)
+    files = Path(ran["path"]) / "bundles" / "int8" / "files"
+    paths = [entry.path for entry in open_bundle(files.parent).files]
+    assert [Path(path).suffix for path in paths if path.startswith("engines/sm86-tensorrt-rtx-")] == [
+        ".engine",
+        ".json",
+    ]
+    assert not list((Path(ran["path"]) / "bundles" / "fp16" / "files").glob("engines"))
+    network, told = OnnxNetwork(files), list[str]()
+    profile = profile_of(files, network)
+    assert profile == recipes.read("digits").profile
+    cache, model = EngineCache(tmp_path), files / "model.onnx"
+    engine = engine_for(model, "d", "graph", profile, cache, lambda what, *_: told.append(what), "sm86")
+    assert contents(engine).targets == ["sm86"]
+    assert told == ["taken from the bundle"]
 
 
 def test_bundle_of_each_precision_passes_its_own_probe(ran: dict[str, Any]) -> None:
