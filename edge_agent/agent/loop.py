@@ -8,6 +8,7 @@ a tool: the calls are the model's or there are none.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from edge_agent.agent.plan import Plan, Untrusted, read
 from edge_agent.agent.rules import Policy
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.transcript import Step, Task, Transcripts
-from edge_agent.errors import OutriderError, Refused
+from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.wire.grants import Subject
 
 MAX_RUNS = 3
@@ -100,14 +101,17 @@ class AgentLoop:
                 task.state, task.error = "failed", str(error)
             task.joules += self._meter.since()
             task.finished = self._clock()
-            talked = task.conversation and task.state != "waiting"
-            if talked:
-                await self._conversations.add(task)
             await self._transcripts.save(task)
-            await self._decider.recall.keep(task)
-            if talked:
-                await self._conversations.fold(task, self._rules().window)
+            with contextlib.suppress(Retry):  # a full disk: what is remembered of a task is no part of its end
+                await self._remember(task)
         return task
+
+    async def _remember(self, task: Task) -> None:
+        if task.conversation and task.state != "waiting":
+            await self._conversations.add(task)
+            await self._conversations.fold(task, self._rules().window)
+        if any(each.endpoint for each in self._speakers()):
+            await self._decider.recall.keep(task)
 
     async def _step(self, task: Task, specs: Sequence[ToolSpec], deadline: float) -> None:
         """Decide → policy → act → validate. Raises Ended."""

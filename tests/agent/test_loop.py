@@ -64,7 +64,7 @@ async def test_an_adapter_for_signatures_gets_no_examples_and_is_named_in_the_tr
     transcripts: Transcripts,
 ) -> None:
     model, speakers = ScriptedModel(READ, Retry("switched"), "none()"), [Speaker("d", "a@1", "a 1", shots=False)] * 2
-    speakers += [Speaker("d")]
+    speakers += [Speaker("d")] * 2
     loop = AgentLoop(model, LocalTools(*plant.ALL), transcripts, lambda *_: True, speakers=lambda: [speakers.pop(0)])
     task = await ask(loop)
     assert [(step.digest, step.adapter) for step in task.steps if step.role == "model"] == [("d", "a 1"), ("d", "")]

@@ -78,6 +78,11 @@ async def test_what_was_wrong_refused_checked_or_did_nothing_is_no_example(store
     assert shown(await ask(store, "t2", "please do the thing", "none()")) == []
 
 
+async def test_a_device_without_an_endpoint_keeps_no_requests(store: Store) -> None:
+    await ask(store, "t1", "how much does line one rumble", READ, endpoint=False)
+    assert await store.read(lambda db: db.execute("SELECT * FROM examples").fetchall()) == []
+
+
 async def test_only_what_was_decided_before_any_result_is_kept_and_a_bounded_number(store: Store) -> None:
     recall, call = Recall(store), Call("stamp", {"text": "of a label"})
     for n in range(KEEP + 20):
