@@ -78,12 +78,8 @@ def _quantize_language(file: Path, to: str, out: Path, told: bool, as_json: bool
             raise ModelError("weights alone are rounded", "leave --calibration, --keep and --op out")
         convert(file, out, to, progress)
     before = sum(entry.size for entry in scan(file)) if file.is_dir() else file.stat().st_size
-    facts = {
-        "path": str(out),
-        "bytes": sum(entry.size for entry in scan(out)),
-        "source_bytes": before,
-        "bits": int(to[3:]),
-    }
+    size = sum(entry.size for entry in scan(out))
+    facts = {"path": str(out), "bytes": size, "source_bytes": before, "bits": int(to[3:])}
     next_ = f"outrider models evaluate {out} --data prose"
     say(as_json, facts, f"{out}  {size / 1e6:.2f} MB, {file.name} has {before / 1e6:.2f}; measure it: {next_}")
 
