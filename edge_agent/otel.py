@@ -43,8 +43,8 @@ class Traces:
         resource = {"service.name": "outrider", "service.instance.id": device, "service.version": version("outrider")}
         self._provider = TracerProvider(ALWAYS_ON, Resource(resource), shutdown_on_exit=False, id_generator=self._ids)
         ca = settings.ca_file or None
-        out = OTLPSpanExporter(settings.endpoint, ca, headers=_headers(settings.headers_file), timeout=TIMEOUT_S)
-        self._provider.add_span_processor(BatchSpanProcessor(out, MAX_QUEUE, settings.every_s * 1e3))
+        self._out = OTLPSpanExporter(settings.endpoint, ca, headers=_headers(settings.headers_file), timeout=TIMEOUT_S)
+        self._provider.add_span_processor(BatchSpanProcessor(self._out, MAX_QUEUE, settings.every_s * 1e3))
         logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # each retry would be a line
         self._tracer = self._provider.get_tracer("outrider.agent")
 
@@ -74,6 +74,7 @@ class Traces:
         ending = threading.Thread(target=self._provider.shutdown, daemon=True)
         ending.start()
         ending.join(END_S)
+        self._out.shutdown()  # ends its retries
 
 
 class _Ids(IdGenerator):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -170,7 +172,10 @@ async def test_a_collector_that_is_away_costs_no_time_and_no_memory_without_boun
         traces.ended(TASK)
     processor = traces._provider._active_span_processor._span_processors[0]
     assert len(processor._batch_processor._queue) <= 2048  # type: ignore[attr-defined]
-    traces.close()
+    before = time.monotonic()
+    await asyncio.to_thread(traces.close)
+    assert time.monotonic() - before < 10.0
+    await until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("Otel")])
 
 
 def test_headers_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
