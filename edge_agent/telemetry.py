@@ -20,7 +20,6 @@ from edge_agent.agent.calls import Call, CallError, parse, render, validate
 from edge_agent.agent.tool import Param, ToolError, ToolSpec
 from edge_agent.errors import OutriderError, Refused
 from edge_agent.rhythm import rest
-from edge_agent.sync.outbox import Outbox
 from edge_agent.trouble import Trouble
 
 PRIORITY = 6
@@ -32,6 +31,11 @@ _log = logging.getLogger("outrider.telemetry")
 class Tools(Protocol):
     async def specs(self) -> Sequence[ToolSpec]: ...
     async def read(self, calls: Sequence[tuple[str, dict[str, Any]]], timeout_s: float) -> list[Any]: ...
+
+
+class Outbox(Protocol):
+    def draft(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> Any: ...
+    async def append_many(self, drafts: Sequence[Any]) -> range: ...
 
 
 class History(Protocol):
