@@ -168,7 +168,7 @@ def judge(case: PlantCase, world: World, before: dict[int, plant.Line], task: Ta
     for line in plant.fold(before.values(), acts(wanted)):
         if (found[line.number].running, found[line.number].setpoint) != (line.running, line.setpoint):
             return "wrong state"
-    ended = task.state == "succeeded" if wanted else not task.error.startswith("out of")
+    ended = task.state == "succeeded" if wanted else not task.error.startswith(("out of", "given up"))
     return "" if ended else "ended badly"
 
 
