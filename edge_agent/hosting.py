@@ -24,9 +24,9 @@ from edge_agent.agent.ports import WorkerModel
 from edge_agent.config import Endpoint, Route
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.serving.limits import available_memory
 from edge_agent.serving.schedule import LOWEST, Serving
 from edge_agent.serving.supervisor import WorkerProcess
-from edge_agent.telemetry import memory
 from edge_agent.update import probe
 from edge_agent.update.mirror import Mirror
 from edge_agent.update.slots import Installed
@@ -279,6 +279,12 @@ class Hosting:
             shown[name] |= {key: engine.get(key) for key in ("engine", "provider", "load_s")}
             if (served := self.workers[_role(installed)].served.get(name)) and served.engine:
                 shown[name] |= {"engine": served.engine, "provider": served.provider}
+                told = {
+                    key: value for key, value in msgspec.structs.asdict(served).items() if key.startswith("engine_")
+                }
+                shown[name] |= told if served.engine_phase else {}
+            if passed := engine.get("extra", {}).get("passed_over"):
+                shown[name]["passed_over"] = passed
             shown[name] |= {"kind": installed.manifest.kind} | ({"base": base.name} if base else {})
         return shown
 
@@ -386,16 +392,15 @@ async def _load(worker: WorkerProcess, name: str, installed: Installed, beside: 
         raise Refused(
             f"{name} says wrongly how it is served: {error}", "mend meta.serving and package it again"
         ) from error
-    beside = beside and _MEMORY_FACTOR * installed.manifest.size < available_memory()
+    size, free = installed.manifest.size, available_memory()
+    told = int(serving.memory_mb * 2**20)
+    needed, roomy = told or size, (told or _MEMORY_FACTOR * size) < free
+    if needed > free and not worker.holds(name):  # one that is replaced makes room
+        mib = f"{needed / 2**20:.0f} MiB of memory and {free / 2**20:.0f} MiB are free"
+        hint = "a smaller precision, fewer other models, or more memory for the service (MemoryMax, another device)"
+        raise Refused(f"{name} {installed.manifest.version} needs {mib}", hint)
+    beside = beside and roomy
     await _loading(worker, installed, lambda: worker.load(name, installed.folder, LOAD_S, serving, beside))
-
-
-def available_memory() -> int:
-    """Bytes that new processes may take before anything is swapped out (Linux; else no bound is known)."""
-    try:
-        return memory()["MemAvailable"] * 1024
-    except (OSError, KeyError, ValueError):
-        return 2**63
 
 
 async def _loading(worker: WorkerProcess, installed: Installed, load: Callable[[], Awaitable[object]]) -> None:
@@ -406,8 +411,9 @@ async def _loading(worker: WorkerProcess, installed: Installed, load: Callable[[
     except Retry as error:
         await asyncio.sleep(0)
         if not worker.connected or worker.starts != starts:
-            what = f"{installed.manifest.name} {installed.manifest.version}"
-            raise Refused(
-                f"{what} kills its worker while it loads", "its log in the daemon's journal says why"
-            ) from error
+            what, how = f"{installed.manifest.name} {installed.manifest.version}", await worker.ending(starts)
+            hint = "its log in the daemon's journal says why"
+            if "memory" in how:
+                hint = f"{available_memory() >> 20} MiB are free now, its files have {installed.manifest.size >> 20}"
+            raise Refused(f"{what} kills its worker while it loads: {how}", hint) from error
         raise

@@ -20,6 +20,9 @@ from edge_agent.wire.tensor import Tensor
 ACCELERATOR, ENGINES = "OUTRIDER_ACCELERATOR", "OUTRIDER_ENGINES"
 """A network worker's environment: accelerators in the order they are tried in, the folder for compiled engines."""
 
+BUILD = "build"
+"""In `EngineInfo.extra`, how an engine that is compiled meanwhile comes along: fields of `serving.frames.Served`."""
+
 
 class EngineInfo(msgspec.Struct, frozen=True):
     """What is loaded, for logs, metrics and the dashboard."""

@@ -14,15 +14,16 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from edge_agent.engines.base import ACCELERATOR, ENGINES, EngineInfo, Network
+from edge_agent.engines.base import ACCELERATOR, BUILD, ENGINES, EngineInfo, Network
 from edge_agent.engines.engine_cache import EngineCache
 from edge_agent.engines.onnxruntime import OnnxNetwork, model_file
 from edge_agent.engines.providers import PROVIDERS
-from edge_agent.engines.tensorrt_build import Profile, Progress
+from edge_agent.engines.tensorrt_build import Profile, Progress, Report
 from edge_agent.errors import Fatal, Refused, Retry
 from edge_agent.wire.tensor import Tensor
 
@@ -30,7 +31,7 @@ ORDER = ("tensorrt", "cpu")
 PROFILE = "profile.json"
 _TOLERANCE = 0.05
 
-Make = Callable[[Progress], Network]
+Make = Callable[[Progress, Callable[[Report], None]], Network]
 
 
 def network(path: Path) -> Network:
@@ -74,8 +75,9 @@ def _tensorrt(path: Path, cache: Path | None) -> Network:
     first = OnnxNetwork(path)
     profile, digest = profile_of(path, first), first.info.digest
 
-    def make(progress: Progress) -> Network:
-        engine = engine_for(model_file(path), digest, "graph", profile, EngineCache(cache), progress)
+    def make(progress: Progress, built: Callable[[Report], None]) -> Network:
+        kept = EngineCache(cache)
+        engine = engine_for(model_file(path), digest, "graph", profile, kept, progress, built=built)
         return TensorrtNetwork(engine, first.info.model, digest)
 
     return Upgrade(first, make, profile)
@@ -103,8 +105,9 @@ class Upgrade:
         self._first, self._make, self._profile = first, make, profile
         self._better: Network | None = None
         self._one, self._told, self._closed = threading.Lock(), "", False
+        self._build: dict[str, Any] = {"engine_phase": "building"}
         self.lanes = first.lanes
-        self.info = msgspec.structs.replace(first.info, extra=first.info.extra | {"next": "building"})
+        self.info = msgspec.structs.replace(first.info, extra=first.info.extra | {BUILD: self._build})
         self.thread = threading.Thread(target=self._upgrade, name="tensorrt", daemon=True)
         self.thread.start()
 
@@ -132,7 +135,7 @@ class Upgrade:
 
     def _upgrade(self) -> None:
         try:
-            better = self._make(self._progress)
+            better = self._make(self._progress, self._built)
             self._compare(better)
         except Exception as error:  # noqa: BLE001 - whatever a build or a driver raises: what serves goes on
             self._say(f"is not used, ONNX Runtime serves: {error}", self._first.info)
@@ -146,13 +149,22 @@ class Upgrade:
     def _progress(self, what: str, done: int, of: int) -> None:
         if self._closed:
             raise Refused("nobody waits for this engine any more")
+        self._note(engine_done=done, engine_of=of)
         if what != self._told:
             self._told = what
             self._say(f"is being built: {what} of {of} steps", self.info)
 
+    def _built(self, report: Report) -> None:
+        self._note(engine_build_s=report.seconds, engine_peak_mb=report.peak_mb)
+
     def _say(self, what: str, info: EngineInfo) -> None:
         print(f"{info.model}: TensorRT {what}", file=sys.stderr)
-        self.info = msgspec.structs.replace(info, extra=info.extra | {"tensorrt": what})
+        self.info = info
+        self._note(engine_phase=what[:300])
+
+    def _note(self, **more: Any) -> None:
+        self._build = self._build | more
+        self.info = msgspec.structs.replace(self.info, extra=self.info.extra | {BUILD: self._build})
 
     def _compare(self, better: Network) -> None:
         """Raises Refused when both do not answer alike to the same noise."""

@@ -10,7 +10,7 @@ and TensorRT; that engines load, run and answer right on a GPU is not shown by t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,17 @@ class Gpu:
 
 
 def engine_for(
-    model: Path, digest: str, precision: str, profile: Profile, cache: EngineCache, progress: Progress, device: str = ""
+    model: Path,
+    digest: str,
+    precision: str,
+    profile: Profile,
+    cache: EngineCache,
+    progress: Progress,
+    device: str = "",
+    built: Callable[[Report], None] = lambda _: None,
 ) -> bytes:
     """The engine of a bundle's ONNX file: the cache's, else the one that lies beside it (artifact.py), else built; for
-    this machine's GPU, or for a `device` like sm86. Raises Refused, Retry.
+    this machine's GPU, or for a `device` like sm86. `built` is told of a build. Raises Refused, Retry.
     """
     runtime = building.find_runtime(device or CURRENT)
     key = Key(digest, precision, runtime.name, runtime.version, device or Gpu().name, profile)
@@ -108,6 +115,7 @@ def engine_for(
         finally:
             form.unlink(missing_ok=True)
         progress(f"built in {report.seconds:g} s, {report.peak_mb:g} MiB at most", 1, 1)
+        built(report)
         return report
 
     return cache.get(key, build)

@@ -201,7 +201,9 @@ class Ping(_Message, frozen=True):
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What a model has done since it was loaded, and its pace now."""
+    """What a model has done since it was loaded, its pace now, and how its compiled engine is coming along: `engine_*`
+    are its phase, steps done and steps in all of that, and of a whole build the seconds and MiB at most.
+    """
 
     requests: int = 0
     failed: int = 0
@@ -215,6 +217,11 @@ class Served(msgspec.Struct, frozen=True):
     provider: str = ""
     lanes: int = 1
     batch: int = 1
+    engine_phase: str = ""
+    engine_done: int = 0
+    engine_of: int = 0
+    engine_build_s: float = 0.0
+    engine_peak_mb: float = 0.0
 
 
 class Pong(_Message, frozen=True):

@@ -2,14 +2,15 @@
 
 Invariants: pure, time is given. Better classes go first (0 before 3), and a request gains a class for every `AGING_S`
 it waits, so none starves; those that waited behind a barrier (an adapter that changes) never run before it. A batch
-has one key (model, names, types and shapes behind the first dimension), and at most its pace's rows. What waits is
-bounded in number and bytes; what is past its deadline is given back, not run. How many runs go at the same time and how
-many rows each has follows the measured time a byte of input takes, as no constant is right for every network.
+has one key (model, names, types and shapes behind the first dimension), and at most its pace's rows. What waits for a
+model is bounded in number and bytes; what is past its deadline is given back, not run. How many runs go at the same
+time and how many rows each has follows the measured time a byte of input takes, as no constant is right for all.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -30,17 +31,24 @@ class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a model is served; a bundle may say so in `meta.serving`.
 
     Rows that run together at most; how long the first of them may wait for others; the latency of a run that the rows
-    adapt to (0: no target); how much memory answers to equal inputs may take (0: none are kept).
+    adapt to (0: no target); how much memory answers to equal inputs may take (0: none are kept); runs at the same time
+    at most (0: as the engine allows); requests that wait at most, and their MiB; MiB that it needs when loaded (0: two
+    and a half times its files).
     """
 
     max_batch: int = 8
     max_delay_ms: float = 0.0
     target_ms: float = 0.0
     cache_mb: float = 0.0
+    concurrency: int = 0
+    queue: int = WAITING
+    queue_mb: float = WAITING_BYTES / 2**20
+    memory_mb: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.max_batch < 1 or min(self.max_delay_ms, self.target_ms, self.cache_mb) < 0:
-            raise ValueError("max_batch is at least 1, the other settings are not negative")
+        others = self.max_delay_ms, self.target_ms, self.cache_mb, self.concurrency, self.queue_mb, self.memory_mb
+        if min(self.max_batch, self.queue) < 1 or min(others) < 0:
+            raise ValueError("max_batch and queue are at least 1, the other settings are not negative")
 
 
 NORMAL = Serving()
@@ -135,7 +143,7 @@ def _average(before: float, now: float) -> float:
 class Entry(Generic[T]):
     """A request that waits. Entries of one `key` may run together, with `None` it runs alone.
 
-    `digest` is of its inputs, where answers to equal ones are kept.
+    `model` is whose queue it waits in, `digest` of its inputs, where answers to equal ones are kept.
     """
 
     request: T
@@ -149,28 +157,33 @@ class Entry(Generic[T]):
     barrier: bool = False
     digest: bytes = b""
     era: int = 0
+    model: str = ""
 
 
 @dataclass
 class Schedule(Generic[T]):
-    """What waits for one execution thread."""
+    """What waits for the execution threads: a bounded queue a model, so that a busy one costs the others no Retry."""
 
     waiting: list[Entry[T]] = field(default_factory=list)
-    size: int = 0
+    _held: Counter[str] = field(default_factory=Counter)  # requests by model
+    _sizes: Counter[str] = field(default_factory=Counter)
     _era: int = 0
 
-    def add(self, entry: Entry[T]) -> None:
-        """Raises Retry when too much is waiting; a barrier always has room."""
+    def add(self, entry: Entry[T], serving: Serving = NORMAL) -> None:
+        """Raises Retry when too much is waiting for the model; a barrier always has room."""
         if not entry.barrier:
-            if len(self.waiting) >= WAITING:
-                raise Retry(f"{WAITING} requests are waiting", "try again later")
-            if self.size + entry.size > WAITING_BYTES and self.waiting:
-                raise Retry(f"{self.size >> 20} MiB of requests are waiting", "try again later")
+            held, size = self._held[entry.model], self._sizes[entry.model]
+            who = f" for {entry.model}" if entry.model else ""
+            if held >= serving.queue:
+                raise Retry(f"{held} requests are waiting{who}", "try again later")
+            if held and size + entry.size > serving.queue_mb * 2**20:
+                raise Retry(f"{size >> 20} MiB of requests are waiting{who}", "try again later")
+            self._held[entry.model] += 1
+            self._sizes[entry.model] += entry.size
         self._era += entry.barrier
         entry.era = self._era
         self._era += entry.barrier
         self.waiting.append(entry)
-        self.size += entry.size
 
     def take(self, now: float, pace: Pace) -> tuple[list[Entry[T]], float | None]:
         """What runs now, or how long to wait for more (None: until something comes); `pace` is that of the `head`."""
@@ -205,7 +218,11 @@ class Schedule(Generic[T]):
     def _out(self, entries: list[Entry[T]]) -> list[Entry[T]]:
         for entry in entries:
             self.waiting.remove(entry)
-            self.size -= entry.size
+            if not entry.barrier:
+                self._held[entry.model] -= 1
+                self._sizes[entry.model] -= entry.size
+            if not self._held[entry.model]:
+                del self._held[entry.model], self._sizes[entry.model]  # names come from callers: keep none
         return entries
 
 

@@ -27,6 +27,7 @@ from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.rhythm import tick
 from edge_agent.serving import frames
 from edge_agent.serving.frames import Arena, AsyncChannel, BadFrame, Message
+from edge_agent.serving.limits import ending, oom_kills
 from edge_agent.serving.schedule import NORMAL, Serving
 from edge_agent.wire.tensor import Tensor
 
@@ -73,7 +74,8 @@ class WorkerProcess:
         self.adapters: dict[str, tuple[str, str]] = {}  # the model each one is loaded into, its folder
         self.specs: bytes = b""
         self.tail = deque[str](maxlen=40)  # the last lines of its log
-        self.starts = 0
+        self.starts, self._ends, self._ending = 0, 0, ""
+        self._given_up = ""  # why the child was killed by this process
 
     @classmethod
     def engine(cls, role: str, **options: Any) -> WorkerProcess:
@@ -100,13 +102,22 @@ class WorkerProcess:
         except TimeoutError as error:
             raise Retry(f"the {self.name} process is not ready", "its log says why it does not start") from error
 
+    async def ending(self, start: int, timeout_s: float = 3.0) -> str:
+        """How the child of that start ended; empty while it has not."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._ends < start:  # noqa: ASYNC110 - it ends within the grace of `_bury`
+                    await asyncio.sleep(0.01)
+        return self._ending if self._ends >= start else ""
+
     async def run(self) -> None:
         """Keep a child running until cancelled."""
         delay = self._backoff_s[0]
         while True:
             began = time.monotonic()
             try:
-                reason = f"ended with status {await self._one_life()}"
+                await self._one_life()
+                reason = f"is gone: {self._ending}"
             except OSError as error:
                 reason = f"did not start: {error}"
             if time.monotonic() - began > 60:
@@ -142,6 +153,10 @@ class WorkerProcess:
     def runs(self, model: str, path: Path) -> bool:
         """Whether a model is loaded from that folder."""
         return self.connected and self._loads.get(model, ("",))[0] == str(path)
+
+    def holds(self, model: str) -> bool:
+        """Whether a version of a model is loaded."""
+        return self.connected and model in self._loads
 
     async def drop(self, adapter: str, timeout_s: float = 60.0) -> None:
         """Unload an adapter, after the requests that were sent before. Raises Refused, Retry."""
@@ -255,9 +270,10 @@ class WorkerProcess:
         if self._pending.pop(id, None) is not None and process.returncode is None:
             self._log.error("the %s process does not let go of a request; it is killed", self.name)
             self._ready.clear()
+            self._given_up = "it did not let go of a request and was killed"
             process.kill()
 
-    async def _one_life(self) -> int | None:
+    async def _one_life(self) -> None:
         ours, theirs = socket.socketpair()
         environment = {k: v for k, v in os.environ.items() if k in _KEPT_ENV or k.startswith("PYTHON")}
         environment |= self._env | {frames.FD_VARIABLE: str(theirs.fileno()), "PYTHONUNBUFFERED": "1"}
@@ -277,6 +293,7 @@ class WorkerProcess:
                 env=environment,
             )
         self._process, self._alive_at, self.starts = process, time.monotonic(), self.starts + 1
+        kills, self._given_up = oom_kills(), ""
         channel = self._channel = await AsyncChannel.open(ours)
         try:
             async with asyncio.TaskGroup() as group:
@@ -291,7 +308,8 @@ class WorkerProcess:
                 logging_task.cancel()
         finally:
             await self._bury(process, channel)
-        return process.returncode
+            self._ending = self._given_up or ending(process.returncode, kills, oom_kills())
+            self._ends += 1
 
     async def _bury(self, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
         self._ready.clear()
@@ -393,6 +411,7 @@ class WorkerProcess:
             silent = time.monotonic() - self._alive_at
             if silent > (self._hang_s if self._ready.is_set() else self._start_s):
                 self._log.error("the %s process hangs (silent for %.1f s); it is killed", self.name, silent)
+                self._given_up = f"it was silent for {silent:.1f} s and was killed"
                 process.kill()
                 return
 

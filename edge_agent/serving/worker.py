@@ -24,7 +24,7 @@ from typing import cast
 
 import msgspec
 
-from edge_agent.engines.base import LanguageModel, Network, Piece
+from edge_agent.engines.base import BUILD, LanguageModel, Network, Piece
 from edge_agent.errors import Fatal, OutriderError, Refused, Retry
 from edge_agent.serving import batching, cache, frames
 from edge_agent.serving.frames import (
@@ -42,7 +42,7 @@ from edge_agent.serving.frames import (
     Ready,
     Served,
 )
-from edge_agent.serving.schedule import LOWEST, Entry, Lanes, Pace, Schedule
+from edge_agent.serving.schedule import LOWEST, NORMAL, Entry, Lanes, Pace, Schedule
 from edge_agent.wire.tensor import Tensor
 
 Loader = Callable[[Path], LanguageModel | Network]
@@ -63,7 +63,8 @@ class _Hosted:
     def now(self) -> Served:
         """What was served, and the engine that serves: it may change by itself (see engines/choose.py)."""
         info = self.model.info
-        return msgspec.structs.replace(self.served, engine=info.engine, provider=info.provider)
+        extra = info.extra.get(BUILD, {})
+        return msgspec.structs.replace(self.served, engine=info.engine, provider=info.provider, **extra)
 
     def count(self, **more: float) -> None:
         """Add to what was served; from any thread."""
@@ -145,9 +146,10 @@ class Worker:
         self._enqueue(entry)
 
     def _enqueue(self, entry: Entry[_Work]) -> None:
+        hosted = self._models.get(entry.model)
         try:
             with self._wake:
-                self._schedule.add(entry)
+                self._schedule.add(entry, hosted.pace.serving if hosted else NORMAL)
                 self._wake.notify()
         except Retry as error:
             self._fail(entry, error)
@@ -257,6 +259,7 @@ class Worker:
     def _take(self, switch: _Switch) -> None:
         serving, name = switch.load.serving, switch.load.model
         before, lanes = self._models.get(name), getattr(switch.model, "lanes", 1)
+        lanes = min(lanes, serving.concurrency or lanes)
         self._staff(lanes)
         self._models[name] = _Hosted(switch.model, Pace(serving, lanes), cache.Cache(int(serving.cache_mb * 2**20)))
         if before is not None:
@@ -317,7 +320,7 @@ def _entry(message: Infer | GenerateReq) -> Entry[_Work]:
     now = time.monotonic()
     size = sum(len(tensor.data) for tensor in message.inputs.values()) if isinstance(message, Infer) else 0
     until = now + message.within_s if message.within_s else float("inf")
-    return Entry(message, message.id, now, min(max(message.priority, 0), LOWEST), until, size=size)
+    return Entry(message, message.id, now, min(max(message.priority, 0), LOWEST), until, size=size, model=message.model)
 
 
 def _language(path: Path) -> LanguageModel:

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from edge_agent.engines import choose as choosing
-from edge_agent.engines.base import ACCELERATOR, ENGINES
+from edge_agent.engines.base import ACCELERATOR, BUILD, ENGINES
 from edge_agent.engines.choose import PROFILE, Upgrade, choose, profile_of
 from edge_agent.engines.engine_cache import EngineCache
 from edge_agent.engines.onnxruntime import OnnxNetwork
 from edge_agent.engines.providers import CPU, CUDA, PROVIDERS, RTX, TENSORRT, cpu_count
 from edge_agent.engines.tensorrt import engine_for
-from edge_agent.engines.tensorrt_build import contents
+from edge_agent.engines.tensorrt_build import Report, contents
 from edge_agent.errors import Fatal, OutriderError, Refused
+from edge_agent.serving.frames import Served
 from edge_agent.wire.tensor import Tensor
 from tests.conformance.test_networks import affine, floats, gpu, values
 from tests.engines.test_tensorrt import installed
@@ -60,7 +61,7 @@ class Other:
 
 def upgrade(folder: Path, other: Any, wait: bool = True) -> Upgrade:
     first = OnnxNetwork(folder)
-    made = Upgrade(first, other if callable(other) else lambda progress: other, profile_of(folder, first))
+    made = Upgrade(first, other if callable(other) else lambda *_: other, profile_of(folder, first))
     if wait:
         made.thread.join(60)
         assert not made.thread.is_alive()
@@ -119,20 +120,27 @@ def test_bound_inputs_and_outputs_give_the_same_answers(folder: Path) -> None:
 
 
 def test_onnxruntime_serves_while_tensorrt_builds_and_then_tensorrt_does(folder: Path) -> None:
-    other, go = Other(folder), threading.Event()
+    other, go, parsed = Other(folder), threading.Event(), threading.Event()
 
-    def make(progress: Any) -> Other:
+    def make(progress: Any, built: Any) -> Other:
         progress("parsing", 1, 2)
+        parsed.set()
         assert go.wait(60)
-        progress("built in 2 s, 300 MiB at most", 1, 1)
+        built(Report("tensorrt", "11", "sm86", {}, 9, "0", 2.0, 300.0))
         return other
 
     network = upgrade(folder, make, wait=False)
     assert network.infer({"x": floats(2, 4)})["y"].shape == [2, 3]
     assert network.info.engine.startswith("onnxruntime")
+    assert parsed.wait(60)
+    shown = {"engine_phase": "is being built: parsing of 2 steps", "engine_done": 1, "engine_of": 2}
+    assert network.info.extra[BUILD] == shown
     go.set()
     network.thread.join(60)
     assert (network.info.engine, network.info.provider) == ("tensorrt 11", "Fake Orin")
+    after = msgspec.convert(network.info.extra[BUILD], Served)
+    assert (after.engine_build_s, after.engine_peak_mb) == (2.0, 300.0)
+    assert after.engine_phase == "serves: tensorrt 11 on Fake Orin"
     served = other.served
     assert network.infer({"x": floats(2, 4)})["y"].shape == [2, 3]
     assert other.served == served + 1
@@ -160,7 +168,7 @@ def test_a_gpu_that_is_gone_leaves_onnxruntime_serving(folder: Path, capfd: pyte
 def test_an_engine_that_answers_otherwise_or_is_not_built_never_serves(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(progress: Any) -> Other:
+    def broken(*_: Any) -> Other:
         raise Refused("TensorRT does not take this graph")
 
     for other, why in ((Other(folder, 1.1), "is 0.1 off"), (Other(folder, float("nan")), "is nan off")):
@@ -173,7 +181,7 @@ def test_an_engine_that_answers_otherwise_or_is_not_built_never_serves(
 def test_a_version_that_is_replaced_while_it_builds_takes_its_engine_along(folder: Path) -> None:
     other, go = Other(folder), threading.Event()
 
-    def make(progress: Any) -> Other:
+    def make(progress: Any, built: Any) -> Other:
         assert go.wait(60)
         return other
 
@@ -189,7 +197,7 @@ def test_the_engine_is_really_built_in_the_background_and_kept(folder: Path, tmp
     """As far as it goes with no GPU: for sm86, by the same call, read and not run."""
     told, made = list[str](), list[bytes]()
 
-    def make(progress: Any) -> Other:
+    def make(progress: Any, built: Any) -> Other:
         def tell(what: str, done: int, of: int) -> None:
             told.append(what)
             progress(what, done, of)

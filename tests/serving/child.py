@@ -32,6 +32,8 @@ class Echo:
             raise Refused("no such model", "install it")
         if path.name == "poison" or (path.name == "turncoat" and (path / "armed").exists()):
             os._exit(9)
+        if path.name == "glutton":
+            os.kill(os.getpid(), signal.SIGKILL)
         if path.name == "heavy":
             time.sleep(0.5)
 

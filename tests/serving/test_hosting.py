@@ -13,10 +13,12 @@ import pytest
 
 from edge_agent.agent.confidence import Calibration
 from edge_agent.agent.decide import Speaker
+from edge_agent.api.metrics import Metrics
 from edge_agent.config import Route, Settings
 from edge_agent.engines.base import Generate
 from edge_agent.errors import Refused, Retry
 from edge_agent.hosting import Hosting
+from edge_agent.serving.frames import Served
 from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.update.slots import Installed
 from edge_agent.wire.bundle import BundleKind, Manifest, scan
@@ -198,3 +200,20 @@ async def test_a_persons_task_goes_before_a_job_and_both_before_a_chat_that_came
         tasks[0].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     assert said == ["person", "job", "chat"]
+
+
+async def test_an_engine_that_is_built_meanwhile_is_shown_and_counted(tmp_path: Path) -> None:
+    base = installed(tmp_path, "lm", "1")
+    async with hosting() as (host, worker):
+        await host.switch("lm", base)
+        reported = {"lm": {"state": "committed", "digest": base.digest}}
+        assert "engine_phase" not in host.show(reported)["lm"]
+        worker.infos["lm"] = msgspec.structs.replace(worker.infos["lm"], extra={"passed_over": {"cuda": "no GPU"}})
+        phase = {"engine_phase": "is being built", "engine_done": 3, "engine_of": 9, "engine_peak_mb": 120.0}
+        worker.served = {"lm": Served(engine="e", provider="p", **phase)}  # type: ignore[arg-type]
+        shown = host.show(reported)["lm"]
+        assert phase.items() <= shown.items()
+        assert (shown["engine"], shown["passed_over"]) == ("e", {"cuda": "no GPU"})
+        told = Metrics().text({"language": worker}, {})
+        assert 'outrider_worker_served{model="lm",what="engine_peak_mb"} 120' in told
+        assert 'what="engine_done"} 3' in told

@@ -84,18 +84,19 @@ def test_what_is_past_its_deadline_is_given_back() -> None:
     waiting = schedule(Entry("late", 1, 0.0, until=1.0), Entry("fine", 2, 0.0))
     assert names(waiting.expired(1.5)) == ["late"]
     assert names(waiting.take(1.5, BATCH)[0]) == ["fine"]
-    assert waiting.size == 0
+    assert not waiting._sizes
 
 
-def test_too_many_or_too_large_is_a_retry_and_a_barrier_always_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_or_too_large_is_a_retry_and_a_barrier_always_has_room() -> None:
     waiting = schedule(*(Entry(str(i), i, 0.0) for i in range(WAITING)))
     with pytest.raises(Retry, match="requests are waiting"):
         waiting.add(Entry("x", 99, 0.0))
     waiting.add(Entry("adapter", 100, 0.0, barrier=True))
-    monkeypatch.setattr("edge_agent.serving.schedule.WAITING_BYTES", 100)
-    waiting = schedule(Entry("alone is fine", 1, 0.0, size=500))
+    small = Serving(queue_mb=1e-4)
+    waiting = Schedule[str]()
+    waiting.add(Entry("alone is fine", 1, 0.0, size=500), small)
     with pytest.raises(Retry, match="MiB"):
-        waiting.add(Entry("x", 2, 0.0, size=1))
+        waiting.add(Entry("x", 2, 0.0, size=1), small)
 
 
 def settled(pace: Pace, took: Callable[[int, int], float], runs: int = 600) -> Counter[Way]:
@@ -191,7 +192,7 @@ def test_every_request_leaves_exactly_once_and_in_the_order_of_barriers(given: l
         left += taken
         now += 0.5
     assert sorted(map(id, left)) == sorted(map(id, given))
-    assert waiting.size == 0
+    assert not waiting._sizes
     ran = [e.era for e in left if e.until >= 10.0 + 0.5 * len(given)]
     assert ran == sorted(ran)
 
@@ -242,3 +243,23 @@ def test_the_cache_keeps_what_fits_and_forgets_what_was_used_least() -> None:
     kept.put(key(large), large)
     assert kept.get(key(large)) is None
     assert key(one) != key({"x": Tensor("uint8", [150, 1], one["x"].data)})
+
+
+def test_a_busy_model_fills_its_own_queue_and_nobody_elses() -> None:
+    waiting, short = Schedule[str](), Serving(queue=2, queue_mb=1)
+    for id in range(2):
+        waiting.add(Entry("a", id, 0.0, model="a"), short)
+    with pytest.raises(Retry, match="2 requests are waiting for a"):
+        waiting.add(Entry("a", 2, 0.0, model="a"), short)
+    waiting.add(Entry("b", 3, 0.0, model="b", size=900_000), short)
+    with pytest.raises(Retry, match="MiB of requests are waiting for b"):
+        waiting.add(Entry("b", 4, 0.0, model="b", size=900_000), short)
+    waiting.add(Entry("adapter", 5, 0.0, barrier=True), short)
+    assert names(waiting.take(0.0, BATCH)[0]) == ["a"]
+    waiting.add(Entry("a", 6, 0.0, model="a"), short)
+    while waiting.waiting:
+        waiting.take(9.0, BATCH)
+    assert not waiting._held
+    assert not waiting._sizes
+    with pytest.raises(ValueError, match="at least 1"):
+        Serving(queue=0)
