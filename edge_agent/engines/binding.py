@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
@@ -11,6 +12,7 @@ from edge_agent.errors import Refused
 from edge_agent.wire.tensor import Tensor
 
 Shape = tuple[int, ...]
+_FLOATS = ("float16", "float32", "float64")
 
 
 class Binding(msgspec.Struct, frozen=True):
@@ -41,3 +43,18 @@ class Binding(msgspec.Struct, frozen=True):
     def zeros(self, size: int) -> np.ndarray:
         """Zeros of this shape, free dimensions as `size` and a free first one as 1."""
         return np.zeros([dim if dim >= 0 else size if axis else 1 for axis, dim in enumerate(self.shape)], self.dtype)
+
+
+def check_finite(inputs: Mapping[str, Tensor]) -> None:
+    """Raises Refused for a floating-point input with NaN or infinite values."""
+    for name, tensor in inputs.items():
+        if tensor.dtype not in _FLOATS or len(tensor.data) % np.dtype(tensor.dtype).itemsize:
+            continue
+        values = np.frombuffer(tensor.data, tensor.dtype)
+        if tensor.dtype == "float16":  # numpy has no fast form of it: its exponent tells
+            bad = ((values.view(np.uint16) & 0x7C00) == 0x7C00).any()
+        else:
+            bad = not np.isfinite(values).all()
+        if bad:
+            hint = "mend what made it, or serve the model with finite = false where such values are meant"
+            raise Refused(f"{name} has NaN or infinite values", hint)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ import onnxruntime as ort
 from edge_agent.engines.base import EngineInfo
 from edge_agent.engines.binding import Binding
 from edge_agent.engines.providers import CPU, CUDA, RTX, TENSORRT, cpu_count, fix, give
-from edge_agent.errors import Refused
+from edge_agent.errors import Fatal, Refused, Retry
 from edge_agent.wire.bundle import FileEntry, content_digest, scan, sha256_file
 from edge_agent.wire.tensor import Tensor
 
@@ -37,6 +38,9 @@ _DTYPES = {
 }  # fmt: skip
 _PROBE_SIZES = (1, 32, 64, 512)
 _ON_GPU = (CUDA, TENSORRT, RTX)
+# as onnxruntime words it: its arena, CUDA's codes ("CUDA failure 700: …"; below 100 the context lives), its libraries
+_NO_MEMORY = re.compile(r"CUDA (?:failure|error) ?2\b|Failed to allocate memory|_STATUS_ALLOC_FAILED")
+_LOST = re.compile(r"CUDA (?:failure|error) ?\d{3}\b|_STATUS_(?:EXECUTION_FAILED|INTERNAL_ERROR|NOT_INITIALIZED)")
 
 ort.disable_telemetry_events()
 
@@ -65,7 +69,8 @@ class OnnxNetwork:
         self.lanes = threads if list(providers) == [CPU] else 1
         with tempfile.TemporaryDirectory(prefix="outrider-onnx-") as scratch:
             self._session = _session(file, list(providers), threads, Path(scratch), cache)
-            self._bound = "cuda" if providers[0] in _ON_GPU else ""
+            self._on_gpu = providers[0] in _ON_GPU
+            self._bound = "cuda" if self._on_gpu else ""
             self.inputs = {i.name: _binding(i) for i in self._session.get_inputs()}
             self._outputs = [o.name for o in self._session.get_outputs()]
             self._prove(probe)
@@ -83,7 +88,10 @@ class OnnxNetwork:
         )
 
     def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run once. Raises Refused for a wrong name, dtype, shape or length, naming what the model takes."""
+        """Run once. Raises Refused for a wrong name, dtype, shape or length, naming what the model takes.
+
+        On a GPU also Retry: its memory is full, Fatal: it is lost.
+        """
         if set(inputs) != set(self.inputs):
             raise Refused(f"inputs are {sorted(inputs)}, the model takes {self._takes()}")
         feeds = {name: self.inputs[name].array(tensor) for name, tensor in inputs.items()}
@@ -96,6 +104,10 @@ class OnnxNetwork:
         try:
             return self._run_bound(feeds) if self._bound else list(self._session.run(None, feeds))
         except Exception as error:  # the runtime's exceptions share no base but Exception
+            if self._on_gpu and _NO_MEMORY.search(str(error)):
+                raise Retry("the GPU's memory is full", "a smaller shape, or unload another model") from error
+            if self._on_gpu and _LOST.search(str(error)):
+                raise Fatal(f"the GPU is lost: {_reason(error)}", "the worker must be started again") from error
             shapes = {name: list(array.shape) for name, array in feeds.items()}
             raise Refused(f"the model cannot run {shapes}: {_reason(error)}", f"it takes {self._takes()}") from error
 
@@ -120,6 +132,8 @@ class OnnxNetwork:
                 return
             except Refused as error:
                 refused = error
+            except Fatal as error:
+                raise Refused(error.message, "is the GPU there, and its driver? nvidia-smi tells") from error
         raise Refused(f"no guessed size runs: {refused.message}", "give the bundle a probe with inputs of a real size")
 
     def _takes(self) -> str:

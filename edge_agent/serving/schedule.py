@@ -33,7 +33,7 @@ class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Rows that run together at most; how long the first of them may wait for others; the latency of a run that the rows
     adapt to (0: no target); how much memory answers to equal inputs may take (0: none are kept); runs at the same time
     at most (0: as the engine allows); requests that wait at most, and their MiB; MiB that it needs when loaded (0: two
-    and a half times its files).
+    and a half times its files); whether inputs with NaN or infinite values are refused.
     """
 
     max_batch: int = 8
@@ -44,6 +44,7 @@ class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queue: int = WAITING
     queue_mb: float = WAITING_BYTES / 2**20
     memory_mb: float = 0.0
+    finite: bool = True
 
     def __post_init__(self) -> None:
         others = self.max_delay_ms, self.target_ms, self.cache_mb, self.concurrency, self.queue_mb, self.memory_mb

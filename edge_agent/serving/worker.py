@@ -5,8 +5,9 @@ that serve; execution threads run one thing at a time, but for a network whose e
 go at the same time while its pace says so, and nothing else goes beside them; what waits is bounded and one too
 many answers Retry at once; every request is answered exactly once with its last frame; requests that ran together are
 answered as if each had run alone, and a run that fails is repeated one by one, so nobody pays for a neighbour; a model
-that fails to load is an Error and the worker lives; when the socket ends the process exits at once, in whatever C code
-the threads are.
+that fails to load is an Error and the worker lives; an engine that is lost (Fatal: a GPU that is gone) is a Retry and
+the end of the worker, whose successor finds out what still runs; when the socket ends the process exits at once, in
+whatever C code the threads are.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from edge_agent.serving.frames import (
 from edge_agent.serving.schedule import LOWEST, NORMAL, Entry, Lanes, Pace, Schedule
 from edge_agent.wire.tensor import Tensor
 
+_LOST = 70  # EX_SOFTWARE of sysexits(3): the engine is beyond repair
 Loader = Callable[[Path], LanguageModel | Network]
 
 
@@ -225,10 +227,15 @@ class Worker:
         if not isinstance(error, OutriderError):
             traceback.print_exception(error)
         self._count(entry, requests=1, failed=1)
+        lost = isinstance(error, Fatal) and isinstance(entry.request, Infer | GenerateReq)
         try:
-            self._channel.send(frames.Error.of(entry.id, error))
+            told = Retry(f"{error}", "its worker is being started again") if lost else error
+            self._channel.send(frames.Error.of(entry.id, told))
         except OSError:
             os._exit(0)  # the daemon is gone
+        if lost:
+            print(f"{error}; this worker ends, so that a new one finds what is left", file=sys.stderr, flush=True)
+            os._exit(_LOST)
 
     def _count(self, entry: Entry[_Work], **more: float) -> None:
         if isinstance(entry.request, Infer | GenerateReq) and entry.request.model in self._models:
@@ -272,8 +279,12 @@ class Worker:
         if not hasattr(network, "infer"):
             raise Refused(f"{name} is a language model, it has no infer")
         asked, rows = [cast(Infer, entry.request).inputs for entry in batch], [entry.rows for entry in batch]
-        began = time.monotonic()
-        outputs = network.infer(batching.joined(asked))
+        inputs, began = batching.joined(asked), time.monotonic()
+        if hosted.pace.serving.finite:
+            from edge_agent.engines.binding import check_finite  # numpy: workers of endpoints go without
+
+            check_finite(inputs)
+        outputs = network.infer(inputs)
         took = time.monotonic() - began
         try:
             answers = batching.parted(outputs, rows) if len(batch) > 1 else [outputs]

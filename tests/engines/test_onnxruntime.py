@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_agent.engines.onnxruntime import OnnxNetwork
 from edge_agent.engines.providers import CPU
-from edge_agent.errors import Refused
+from edge_agent.errors import Fatal, OutriderError, Refused, Retry
 from edge_agent.wire.bundle import content_digest, scan
 from edge_agent.wire.tensor import Tensor
 
@@ -139,3 +139,38 @@ def test_threads_follow_the_affinity_of_the_process() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "1"
+
+
+class Failing:
+    """Stands in for a session on a GPU whose runs fail as onnxruntime words it."""
+
+    def __init__(self, says: str) -> None:
+        self.says = says
+
+    def io_binding(self) -> None:
+        raise RuntimeError(self.says)
+
+
+@pytest.mark.parametrize(
+    ("says", "kind"),
+    [
+        ("CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; expr=cudaStreamSynchronize", Fatal),
+        ("CUDA error 719: unspecified launch failure", Fatal),
+        ("CUBLAS failure 14: CUBLAS_STATUS_INTERNAL_ERROR ; GPU=0", Fatal),
+        ("CUDA failure 2: out of memory ; GPU=0", Retry),
+        ("bfc_arena.cc:376 Failed to allocate memory for requested buffer of size 9", Retry),
+        ("CUDNN failure 3000: CUDNN_STATUS_NOT_SUPPORTED", Refused),
+        ("CUDA failure 1: invalid argument", Refused),
+        ("Got invalid dimensions for input: a", Refused),
+    ],
+)
+def test_an_error_of_the_gpu_is_told_from_one_of_the_inputs(adder: Path, says: str, kind: type[OutriderError]) -> None:
+    network = OnnxNetwork(adder)
+    network._on_gpu, network._bound = True, "cuda"
+    network._session = Failing(says)
+    with pytest.raises(kind) as caught:
+        network.infer({"a": floats(2, 3), "b": floats(2, 3)})
+    assert type(caught.value) is kind
+    network._on_gpu = False
+    with pytest.raises(Refused):
+        network.infer({"a": floats(2, 3), "b": floats(2, 3)})

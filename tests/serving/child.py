@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from edge_agent.engines.base import EngineInfo, Generate, Piece
-from edge_agent.errors import Refused
+from edge_agent.errors import Fatal, Refused
 from edge_agent.serving import frames, worker
 from edge_agent.wire.tensor import Tensor
 
@@ -77,6 +77,8 @@ class Echo:
     def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "bad" in inputs:
             raise Refused("it takes no input `bad`", "it takes x")
+        if "lost" in inputs:
+            raise Fatal("the GPU is lost: CUDA failure 700", "the worker must be started again")
         if "slow" in inputs:
             time.sleep(0.3)
         if "pair" in inputs:  # says whether another run came while this one waited

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import struct
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ import pytest
 from edge_agent.engines.base import Generate
 from edge_agent.errors import Refused, Retry
 from edge_agent.serving import frames
+from edge_agent.serving.schedule import Serving
 from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.wire.tensor import Tensor
 
@@ -85,6 +87,33 @@ async def test_a_crash_in_mid_stream_is_a_retry_and_the_models_come_back(tmp_pat
             await anext(stream)
         assert await say(worker, "again") == "again "
         assert worker.starts == 2
+
+
+async def test_a_gpu_that_is_lost_is_a_retry_and_a_new_worker_with_the_models(tmp_path: Path) -> None:
+    async with child() as worker:
+        await worker.load("m", tmp_path)
+        with pytest.raises(Retry, match="GPU is lost"):
+            await worker.infer("m", {"lost": X["x"]})
+        await until(lambda: worker.starts == 2)
+        assert await worker.infer("m", X) == X
+        assert "status 70" in await worker.ending(1)
+
+
+async def test_inputs_that_are_not_finite_are_refused_unless_the_model_takes_them(tmp_path: Path) -> None:
+    async with child() as worker:
+        await worker.load("m", tmp_path)
+        for value in (float("nan"), float("inf"), float("-inf")):
+            bad = {"y": Tensor("float32", [2], struct.pack("<2f", 1.0, value))}
+            with pytest.raises(Refused, match="y has NaN or infinite"):
+                await worker.infer("m", bad)
+            with pytest.raises(Refused, match="y has NaN or infinite"):
+                await worker.infer("m", {"y": Tensor("float16", [2], struct.pack("<2e", 1.0, value))})
+        half = {"y": Tensor("float16", [2], struct.pack("<2e", 65504.0, -65504.0))}
+        assert await worker.infer("m", half) == half
+        large = {"y": Tensor("float32", [2], struct.pack("<2f", 3e38, 3e38))}
+        assert await worker.infer("m", large) == large
+        await worker.load("m", tmp_path, serving=Serving(finite=False))
+        assert (await worker.infer("m", bad))["y"].data == bad["y"].data
 
 
 async def test_a_stopped_process_is_found_out_and_replaced(tmp_path: Path) -> None:
