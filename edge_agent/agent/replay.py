@@ -2,7 +2,8 @@
 
 Invariants: nothing is read and nothing is done: what the model reads at each decision is the transcript up to there,
 with the results that came then, so one decision that differs changes nothing of what the next one is asked. Tools are
-those of the task's subject as they are now. Such requests go after everybody else's.
+those of the task's subject as they are now; earlier tasks that an endpoint is shown as examples are left out, as this
+one may be among them by now. Such requests go after everybody else's.
 """
 
 from __future__ import annotations
