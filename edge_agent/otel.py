@@ -74,7 +74,7 @@ class Traces:
         ending = threading.Thread(target=self._provider.shutdown, daemon=True)
         ending.start()
         ending.join(END_S)
-        self._out.shutdown()  # ends its retries
+        self._out.shutdown()  # type: ignore[no-untyped-call]  # ends its retries
 
 
 class _Ids(IdGenerator):
