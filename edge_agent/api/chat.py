@@ -20,7 +20,7 @@ from edge_agent.agent.functions import Functions
 from edge_agent.api import completions
 from edge_agent.api.access import RUN_MODEL, Caller, Gate, Problem, answer, said
 from edge_agent.api.completions import Request
-from edge_agent.engines.base import Generate, Piece
+from edge_agent.engines.base import Generate, Piece, Token
 from edge_agent.errors import OutriderError, Retry
 
 MAX_CHAT = 1024 * 1024
@@ -66,7 +66,8 @@ async def _chat(caller: Caller) -> Response:
         return _Events(_events(request, functions, about, first, pieces))
     piece = await caller.unless_gone(_whole(pieces))
     message, finish = completions.message(piece, functions)
-    choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
+    likely = completions.logprobs(request, piece.tokens)
+    choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": likely}
     whole = {"object": "chat.completion", "choices": [choice], "usage": completions.usage(piece)}
     return answer(about | whole)
 
@@ -82,11 +83,12 @@ async def _pieces(caller: Caller, name: str, asked: Generate) -> AsyncGenerator[
 
 
 async def _whole(pieces: AsyncGenerator[Piece, None]) -> Piece:
-    text = ""
+    text, tokens = "", list[Token]()
     async with contextlib.aclosing(pieces):
         async for piece in pieces:
             text += piece.text
-    return msgspec.structs.replace(piece, text=text)
+            tokens += piece.tokens
+    return msgspec.structs.replace(piece, text=text, tokens=tokens)
 
 
 class _Events(StreamingResponse):
@@ -108,8 +110,8 @@ async def _events(
     piece: Piece,
     pieces: AsyncGenerator[Piece, None],
 ) -> AsyncGenerator[bytes, None]:
-    def event(delta: dict[str, Any], finish: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+    def event(delta: dict[str, Any], finish: str | None = None, likely: dict[str, Any] | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": likely}
         return _event(about | {"object": "chat.completion.chunk", "choices": [choice]})
 
     text = ""
@@ -119,7 +121,7 @@ async def _events(
             while True:
                 text += piece.text
                 if piece.text and not functions:
-                    yield event({"content": piece.text})
+                    yield event({"content": piece.text}, likely=completions.logprobs(request, piece.tokens))
                 if piece.done:
                     break
                 piece = await anext(pieces)

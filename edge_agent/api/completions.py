@@ -15,16 +15,16 @@ import msgspec
 from edge_agent.agent import grammar, prompt
 from edge_agent.agent.calls import Answer, Call, Decision, render_all
 from edge_agent.agent.functions import Function, Functions
-from edge_agent.engines.base import Generate, Piece
+from edge_agent.engines.base import Generate, Piece, Token
 from edge_agent.errors import Refused
 
 MAX_TOKENS = 1024
 """How long a completion gets unless its request says otherwise."""
 CALLS = 8
-_STOPS, _STOP = 4, 100
+_STOPS, _STOP, _TOP = 4, 100, 20
 _NEUTRAL: dict[str, Any] = {
-    "n": 1, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False,
-    "top_logprobs": 0, "functions": [], "function_call": "auto", "modalities": ["text"], "audio": None,
+    "n": 1, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "functions": [],
+    "function_call": "auto", "modalities": ["text"], "audio": None,
 }  # fmt: skip
 
 _TIERS = {"priority": 1, "flex": 3}  # before and after what says nothing; a person's task goes before all of them
@@ -85,6 +85,8 @@ class Request(msgspec.Struct, frozen=True):
     seed: int | None = None
     stop: str | list[str] | None = None
     service_tier: str | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     asked: dict[str, Any] = {}  # all of the above, as it came
 
 
@@ -110,11 +112,15 @@ def generate(request: Request) -> tuple[Generate, Functions | None]:
     tokens = next((n for n in (request.max_completion_tokens, request.max_tokens) if n is not None), MAX_TOKENS)
     if not 0 <= temperature <= 2 or tokens < 1:
         raise Refused("temperature or max_tokens is out of range", "temperature 0 to 2, max_tokens 1 or more")
-    functions = None
+    top, functions = request.top_logprobs or 0, None
+    if not 0 <= top <= _TOP or (top and not request.logprobs):
+        raise Refused("top_logprobs is not usable", f"0 to {_TOP}, and logprobs true beside it")
     if request.tools and request.tool_choice != "none":
         functions = Functions([tool.function for tool in request.tools])
         if stops or (request.response_format and request.response_format.type != "text"):
             raise Refused("tools go with neither stop nor response_format", "leave these out, or tool_choice none")
+        if request.logprobs:
+            raise Refused("logprobs go without tools: calls are no text", "leave one out, or tool_choice none")
     asked = Generate(
         "",  # one cache for all conversations: each goes on from what it shares with the one before
         _text(request, functions),
@@ -125,6 +131,8 @@ def generate(request: Request) -> tuple[Generate, Functions | None]:
         secrets.randbits(32) if request.seed is None else request.seed % 2**63,
         chat={name: request.asked[name] for name in _CHAT if request.asked.get(name) is not None},
         priority=_TIERS.get(request.service_tier or "", 2),
+        logprobs=bool(request.logprobs),
+        top_logprobs=top,
     )
     return asked, functions
 
@@ -204,6 +212,18 @@ def message(piece: Piece, functions: Functions | None) -> tuple[dict[str, Any], 
             for name, args in calls
         ]
     return said, "tool_calls" if calls and piece.finish == "stop" else piece.finish
+
+
+def logprobs(request: Request, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    """What a choice tells of its tokens, where its request asks for it."""
+    if not request.logprobs:
+        return None
+
+    def one(text: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": text.decode(errors="replace"), "logprob": logprob, "bytes": list(text)}
+
+    content = [one(t.text, t.logprob) | {"top_logprobs": [one(*each) for each in t.top]} for t in tokens]
+    return {"content": content, "refusal": None}
 
 
 def usage(piece: Piece) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class Generate(msgspec.Struct, frozen=True):
     """One request to a language model. `prefix` is kept in the KV cache between requests, `prompt` follows it.
 
     `chat` is the same request as OpenAI's `messages`, `tools` and so on, for engines that take no text and no Lark.
-    `model` and `priority` (0 goes first, 3 last) are for who brings it to an engine: which one, and when.
+    `model` and `priority` (0 goes first, 3 last) are for who brings it to an engine: which one, and when. With
+    `logprobs` pieces tell their tokens, each with the `top_logprobs` likeliest.
     """
 
     prefix: str
@@ -65,6 +66,16 @@ class Generate(msgspec.Struct, frozen=True):
     chat: dict[str, Any] = {}
     model: str = ""
     priority: int = 2
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """A token that was written, the logarithm of its probability among those that were allowed, and the likeliest."""
+
+    text: bytes
+    logprob: float
+    top: list[tuple[bytes, float]] = []
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -85,6 +96,7 @@ class Piece(msgspec.Struct, frozen=True):
     mean_logprob: float = 0.0
     choices: int = 0
     calls: list[tuple[str, str]] | None = None
+    tokens: list[Token] = []
 
     @property
     def probability(self) -> float:

@@ -30,7 +30,7 @@ import onnxruntime_genai as og
 from llguidance import LLMatcher, LLTokenizer
 
 from edge_agent.engines.adapters import read_adapter, write_parameters
-from edge_agent.engines.base import EngineInfo, Generate, Piece, check_request
+from edge_agent.engines.base import EngineInfo, Generate, Piece, Token, check_request
 from edge_agent.engines.guess import Guesser
 from edge_agent.engines.providers import cpu_count
 from edge_agent.errors import Refused, Retry
@@ -180,6 +180,8 @@ class GenaiModel:
         forced = matcher.compute_ff_tokens() if matcher else []
         limit = min(run.request.max_tokens, self._context - len(run.prompt))
         while not run.finish:
+            top: list[tuple[int, float]] = []
+            logprob = 0.0
             if forced:
                 tokens = forced[: limit - run.written]
             else:
@@ -190,7 +192,7 @@ class GenaiModel:
                         break
                     waiting, logits = [], self._tail(cache)
                 row = logits[-1 - len(ahead)]
-                token, logprob = self._choose(row, matcher, run.request.temperature, random)
+                token, logprob, top = self._choose(row, matcher, run.request, random)
                 if token in self._ends:
                     run.finish = "stop"
                     break
@@ -205,6 +207,9 @@ class GenaiModel:
                     self._rewind(cache, len(cache.tokens) - len(ahead))
                     ahead = []
                 waiting.append(token)
+            if run.request.logprobs:
+                likely = [(self._tokenizer.decode_bytes([other]), value) for other, value in top]
+                run.told += [Token(self._tokenizer.decode_bytes([token]), logprob, likely) for token in tokens]
             run.write(text, tokens)
             if matcher:
                 if not matcher.consume_tokens(tokens):
@@ -256,9 +261,10 @@ class GenaiModel:
         return np.unpackbits(self._bits.view(np.uint8), bitorder="little")
 
     def _choose(
-        self, logits: NDArray[np.float32], matcher: LLMatcher | None, temperature: float, random: np.random.Generator
-    ) -> tuple[int, float]:
-        """A token and the logarithm of its probability among those that the grammar allows."""
+        self, logits: NDArray[np.float32], matcher: LLMatcher | None, request: Generate, random: np.random.Generator
+    ) -> tuple[int, float, list[tuple[int, float]]]:
+        """A token, the logarithm of its probability among those that the grammar allows, and the likeliest of these."""
+        temperature = request.temperature
         allowed: NDArray[np.intp] | None = None
         if matcher:
             allowed = np.flatnonzero(self._allowed(matcher))
@@ -271,8 +277,15 @@ class GenaiModel:
         if temperature > 0:
             heap = np.cumsum(np.exp((logits - logits[best]) / temperature))
             index = min(int(np.searchsorted(heap, random.random() * heap[-1], side="right")), len(heap) - 1)
-        logprob = float(np.log(weights[index] / weights.sum())) if weights[index] > 0 else -100.0
-        return (index if allowed is None else int(allowed[index])), logprob
+        whole = weights.sum()
+
+        def told(at: int) -> tuple[int, float]:
+            logprob = float(np.log(weights[at] / whole)) if weights[at] > 0 else -100.0
+            return (at if allowed is None else int(allowed[at])), logprob
+
+        most = min(request.top_logprobs, len(logits)) if request.logprobs else 0
+        first: list[int] = np.argpartition(-logits, most - 1)[:most].tolist() if most else []
+        return *told(index), sorted(map(told, first), key=lambda one: -one[1])
 
     def _new_cache(self, adapter: str) -> _Cache:
         while len(self._caches) >= self._generators:
@@ -306,6 +319,8 @@ class _Run:
         self.tokens: list[int] = []
         self.finish = ""
         self.logprobs: list[float] = []
+        self.told: list[Token] = []  # that no piece has told yet
+        self._shown = 0  # bytes of text in pieces, short of those of the tokens that they told
         self._started, self._first = time.perf_counter(), 0.0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -330,7 +345,16 @@ class _Run:
         if self.finish or ready <= 0:
             return None
         text, self._held = self._held[:ready], self._held[ready:]
-        return Piece(text)
+        return Piece(text, tokens=self._tokens(text))
+
+    def _tokens(self, text: str) -> list[Token]:
+        """The tokens that begin in what is shown with this text."""
+        self._shown += len(text.encode())
+        told = list[Token]()
+        while self.told and self._shown > 0:
+            told.append(self.told.pop(0))
+            self._shown -= len(told[-1].text)
+        return told
 
     def last(self) -> Piece:
         """The rest of the text with the counts."""
@@ -348,6 +372,7 @@ class _Run:
             total_s=time.perf_counter() - self._started,
             mean_logprob=float(np.mean(self.logprobs)) if self.logprobs else 0.0,
             choices=len(self.logprobs),
+            tokens=self._tokens(text),
         )
 
 

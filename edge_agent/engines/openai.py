@@ -76,6 +76,8 @@ class OpenaiModel:
         check_request(request)
         if request.adapter:
             raise Refused(f"{self.info.model} has no adapter {request.adapter!r}", "an endpoint takes none")
+        if request.logprobs:
+            raise Refused(f"{self.info.model} is an endpoint, whose probabilities are not read", "leave logprobs out")
         chat, held = dict(request.chat or {"messages": _messages(request.prefix + request.prompt)}), None
         if request.grammar.startswith(_JSON):
             schema = _schema(request.grammar.removeprefix(_JSON))

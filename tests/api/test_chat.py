@@ -104,6 +104,25 @@ async def test_a_completion_has_text_usage_and_an_end_and_streams_the_same(clien
     assert counted.completion_tokens == usage.completion_tokens
 
 
+async def test_tokens_are_told_with_their_probabilities_whole_and_streamed(client: AsyncOpenAI) -> None:
+    asked: Any = {"model": LM, "messages": says("What is the capital of France?"), "max_tokens": 8}
+    asked |= {"logprobs": True, "top_logprobs": 2}
+    choice = (await client.chat.completions.create(**asked)).choices[0]
+    assert choice.logprobs is not None
+    tokens = choice.logprobs.content or []
+    assert "".join(token.token for token in tokens) == choice.message.content
+    assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in tokens)
+    assert tokens[0].top_logprobs[0].bytes == list(tokens[0].token.encode())
+    text, streamed = "", list[str]()
+    async for chunk in await client.chat.completions.create(**asked, stream=True):
+        for part in chunk.choices:
+            text += part.delta.content or ""
+            streamed += [t.token for t in (part.logprobs.content or [] if part.logprobs else [])]
+    assert "".join(streamed) == text
+    silent = (await client.chat.completions.create(**{**asked, "logprobs": None, "top_logprobs": None})).choices[0]
+    assert silent.logprobs is None
+
+
 async def test_an_adapter_writes_otherwise_than_its_base(client: AsyncOpenAI) -> None:
     said = {
         model: (await client.chat.completions.create(model=model, messages=says("Hello"), max_tokens=8)).choices[0]
@@ -291,7 +310,9 @@ def function(**properties: Any) -> dict[str, Any]:
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": ""}, "stop"),
         ({"n": 2}, "n is not supported"),
-        ({"logprobs": True}, "logprobs is not supported"),
+        ({"top_logprobs": 2}, "top_logprobs is not usable"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is not usable"),
+        ({"logprobs": True, "tools": [METER]}, "logprobs go without tools"),
         ({"top_p": 0.5}, "top_p is not supported"),
         ({"response_format": {"type": "json_schema"}}, "no json_schema"),
         ({"tools": [METER], "stop": "x"}, "neither stop"),

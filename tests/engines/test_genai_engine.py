@@ -1,6 +1,7 @@
 """The language engine: streaming, grammars, the kept prefix, limits and cancelling, on the real model."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -159,3 +160,34 @@ def test_what_is_loaded_is_told(model: GenaiModel, smollm2_folder: Path) -> None
     assert model.info.digest == content_digest(scan(smollm2_folder))
     assert json.dumps(model.info.extra)
     assert model.info.extra["threads"] >= 1
+
+
+def test_each_token_is_told_with_its_probability_and_the_likeliest(model: GenaiModel) -> None:
+    request = Generate(PREFIX, ask("Hello! 日本"), max_tokens=12, logprobs=True, top_logprobs=3)
+    text, pieces = generate(model, request)
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert b"".join(token.text for token in tokens).decode() == text
+    assert len(tokens) == pieces[-1].output_tokens == pieces[-1].choices
+    assert sum(token.logprob for token in tokens) / 12 == pytest.approx(pieces[-1].mean_logprob)
+    for token in tokens:  # greedy: the chosen is the likeliest
+        assert token.top[0] == (token.text, token.logprob)
+        assert [p for _, p in token.top] == sorted((p for _, p in token.top), reverse=True)
+        assert len(token.top) == 3
+        assert sum(math.exp(p) for _, p in token.top) <= 1 + 1e-5
+    _, untold = generate(model, Generate(PREFIX, ask("Hello! 日本"), max_tokens=12))
+    assert not any(piece.tokens for piece in untold)
+
+
+def test_tokens_behind_a_stop_are_not_told_and_forced_ones_are_certain(model: GenaiModel) -> None:
+    for _ in range(2):  # what is kept of a prompt, and what is read, may differ in the last bits
+        whole = generate(model, Generate(PREFIX, ask("Count to five"), max_tokens=16))[0]
+    stop = whole[5:8]
+    text, pieces = generate(model, Generate(PREFIX, ask("Count to five"), stop=[stop], max_tokens=16, logprobs=True))
+    told = b"".join(token.text for piece in pieces for token in piece.tokens).decode()
+    assert text == whole[: whole.index(stop)]
+    assert told.startswith(text)
+    assert len(told) < len(whole)
+    _, pieces = generate(model, Generate(PREFIX, ask("x"), 'start: "yes it is"', max_tokens=16, logprobs=True))
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert {token.logprob for token in tokens} == {0.0}
+    assert b"".join(token.text for token in tokens) == b"yes it is"
