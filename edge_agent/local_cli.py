@@ -63,6 +63,30 @@ def approve(
         typer.echo(msgspec.json.encode(args | {"expires": ask["expires"], "made": ask["call"]}))
 
 
+@task.command()
+def undo(
+    id: Annotated[str, typer.Argument(help="The task that has ended.")],
+    step: Annotated[int | None, typer.Option(help="Only this step of its transcript.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask again.")] = False,
+    api: Api = API,
+    token: Token = "",
+    json: Json = False,
+) -> None:
+    """Take what a task did back, the last first, where its tools say how; each once."""
+    args: dict[str, Any] = {"id": id} | ({} if step is None else {"step": step})
+    with _client(api, token) as client:
+        found = _answer(client, "POST", "/v1/tools/undo_task", json={"args": args | {"look": True}})["result"]
+        if not json:
+            typer.echo("\n".join(f"{each['step']}: {each['call']}" for each in found["undone"]))
+        if not yes:
+            typer.confirm("take it back?", abort=True)
+        found = _answer(client, "POST", "/v1/tools/undo_task", json={"args": args})["result"]
+    for each in [] if json else found["undone"]:
+        typer.echo(f"{each.get('by', each['call'])}: {each.get('result', 'not reached')}")
+    if json:
+        typer.echo(msgspec.json.encode(found))
+
+
 @task.command("list")
 def list_(
     state: Annotated[str, typer.Option(help="Only those: running, waiting, succeeded or failed.")] = "",

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import msgspec
 
 from edge_agent.agent import policy, shown
-from edge_agent.agent.act import Tools, perform, within_rate
+from edge_agent.agent.act import Tools, perform, undoable, within_rate
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Call, CallError, render, validate
 from edge_agent.agent.loop import AgentLoop, request
@@ -42,7 +42,7 @@ from edge_agent.wire.grants import Subject
 from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobState, Progress
 
 LOCAL_TTL_S = 86400.0
-RUN_WORKFLOW, APPROVE, SUPPORT = "run_workflow", "approve_call", "support_bundle"
+RUN_WORKFLOW, APPROVE, UNDO, SUPPORT = "run_workflow", "approve_call", "undo_task", "support_bundle"
 LOOK_S = 0.2
 MAX_RESULT = 8 * 1024
 MAX_ERROR = 2000  # characters
@@ -144,6 +144,36 @@ class Work:
         self._approved.add(id)
         await self._approval("given" if given else "denied", task, told, by=subject.name)
 
+    async def undo(self, args: dict[str, Any], subject: Subject) -> dict[str, Any]:
+        """Take an ended task's effects back, the last first, until one cannot be: `{id, step, look}`.
+
+        With `step` of that alone; with `look` nothing is done. Raises Denied, Refused, Retry.
+        """
+        if not isinstance(id := args.get("id"), str) or (task := await self._transcripts.get(id)) is None:
+            raise Refused(f"there is no task {args.get('id')}", "GET /v1/tasks shows them")
+        if task.state not in ("succeeded", "failed"):
+            raise Refused(f"{id} is {task.state}", "what has ended can be undone")
+        specs = {spec.name: spec for spec in await self._tools.specs()}
+        left = undoable(task, list(specs.values()))
+        chosen = [n for n in left if args.get("step") in (None, n)]
+        if not chosen:
+            raise Refused(f"nothing of that in {id} can be taken back", f"steps that can: {left or 'none'}")
+        done = [{"step": n, "call": render(call)} for n in chosen if (call := task.steps[n].call)]
+        for undo in [spec.undo for n in chosen if (made := task.steps[n].call) and (spec := specs[made.name]).undo]:
+            try:
+                policy.check(specs[undo.tool], subject, self._allowed)
+            except policy.Forbidden as error:
+                raise Denied(error.message, error.hint) from error
+        if not args.get("look"):
+            await self._audit.append("undo", subject.name, task=id, steps=chosen)
+            async with self._one:
+                for n, shown in zip(chosen, done, strict=True):
+                    step = await self._agent.undo(task, n)
+                    shown |= {"by": render(step.call) if step.call else "", "ok": step.ok, "result": step.text}
+                    if not step.ok:
+                        break
+        return {"id": id, "undone": done}
+
     async def submit(self, text: str, subject: Subject, conversation: str = "") -> str:
         """Accept a local task; on disk when its id is returned. Raises Refused (bad text), Retry (too many wait)."""
         id = f"local-{uuid.uuid4().hex[:16]}"
@@ -226,6 +256,8 @@ class Work:
         """Call one tool for a subject, or start a workflow. Raises Denied, Refused, Retry; a ToolError is Refused."""
         if name == APPROVE:
             return await self.approve(args, subject)
+        if name == UNDO:
+            return await self.undo(args, subject)
         if name == SUPPORT and self.support:
             if not self._allowed(subject, "upload:blob", ""):
                 raise Denied(f"{subject.name} may not upload:blob on this device", "its grants do not say so")

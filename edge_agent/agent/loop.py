@@ -72,6 +72,13 @@ class AgentLoop:
         text, now = request(text), self._clock()
         return await self._transcripts.add(Task(id, text, subject, now, priority=priority, conversation=conversation))
 
+    async def undo(self, task: Task, n: int) -> Step:
+        """Take the effect of an ended task's step back, once. Raises Refused, Retry."""
+        try:
+            return await self._acts.undo(task, n)
+        except Ended as end:
+            raise Refused(end.error, "look at the device") from None
+
     async def run(self, id: str) -> Task:
         """Run an accepted task until it is over or waits, from wherever its transcript stands.
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Call
 from edge_agent.agent.loop import AgentLoop
-from edge_agent.agent.tool import tool
+from edge_agent.agent.tool import Undo, tool
 from edge_agent.agent.transcript import Step, Task, Transcripts, migrations
 from edge_agent.api.access import Denied
 from edge_agent.audit import Audit
@@ -27,6 +27,13 @@ from edge_agent.wire.messages import Job, JobKind, JobState
 from edge_agent.wire.signing import SigningKey, from_text, to_text
 from edge_agent.work import Work
 from tests.fakes import LocalTools, ScriptedModel
+
+
+class Before(TypedDict):
+    """What an act gave."""
+
+    before: int
+
 
 ANN, OTTO = Subject("ann", ["admin"], 1.0), Subject("otto", ["operator"], 1.0)
 FLOW = 'workflow: w\nversion: "1"\nsteps:\n  - {id: p, tool: purge, args: {line: 2}}\n'
@@ -50,7 +57,14 @@ class Device:
             """Look."""
             return "calm"
 
-        tools, clock = LocalTools(purge, look), lambda: self.now
+        @tool(risk="act", undo=Undo("set_speed", {"percent": "$result.before"}))
+        def set_speed(percent: int) -> Before:
+            """Set the speed."""
+            before, self.speed = self.speed, percent
+            return {"before": before}
+
+        self.speed = 10
+        tools, clock = LocalTools(purge, look, set_speed), lambda: self.now
         approvals = Approvals(key, self.allowed)
         model = ScriptedModel(*says)
         loop = AgentLoop(model, tools, self.transcripts, self.allowed, clock=clock, approvals=approvals)
@@ -215,3 +229,23 @@ async def test_a_dangerous_tool_is_not_called_past_a_task(tmp_path: Path) -> Non
         with pytest.raises(Refused, match="needs an approval"):
             await made.work.call("purge", {"line": 2}, ANN)
         assert made.purged == []
+
+
+async def test_what_a_task_did_is_taken_back_by_who_may_do_that_from_the_last_on_and_once(tmp_path: Path) -> None:
+    says = ("set_speed(percent=40)", "set_speed(percent=70)", "none()")
+    async with device(tmp_path, *says) as made:
+        id = await made.work.submit("faster", OTTO)
+        await made.until(id, "succeeded")
+        assert made.speed == 70
+        with pytest.raises(Denied):
+            await made.work.call("undo_task", {"id": id}, Subject("vic", ["viewer"], 1.0))
+        seen = await made.work.call("undo_task", {"id": id, "look": True}, OTTO)
+        assert [each["call"] for each in seen["undone"]] == ["set_speed(percent=70)", "set_speed(percent=40)"]
+        assert made.speed == 70, "a look takes nothing back"
+        done = await made.work.call("undo_task", {"id": id}, OTTO)
+        assert [each["by"] for each in done["undone"]] == ["set_speed(percent=40)", "set_speed(percent=10)"]
+        assert made.speed == 10
+        with pytest.raises(Refused, match="nothing of that"):
+            await made.work.call("undo_task", {"id": id}, OTTO)
+        with pytest.raises(Refused, match="no task"):
+            await made.work.call("undo_task", {"id": "other"}, OTTO)
