@@ -149,16 +149,19 @@ def run(
 @recipes.command(name="table")
 def table_(
     write: Annotated[Path | None, typer.Option(help="A Markdown file: its table is replaced.")] = None,
+    keep: Annotated[bool, typer.Option("--record", help="Keep them with the recipes, for a table elsewhere.")] = False,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """The table of saved results, in Markdown."""
-    from models.recipe import replace_table, results, table
+    """The table of results, in Markdown: those of this cache, else those recorded with the recipes."""
+    from models.recipe import known, record, replace_table, table
 
     with work(as_json):
-        found = results(cache or default_cache())
+        found = known(cache or default_cache())
         if not found:
             raise ModelError("no recipe has a result yet", "outrider models recipe run NAME")
+        if keep:
+            record(found)
         if write:
             replace_table(write, table(found))
     say(as_json, found, table(found))

@@ -41,6 +41,8 @@ PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "llm": ("fp32", "int8", "int4")}
 ROUNDS, SPEED_S, BLAMED = 300, 10.0, 5
 MARKS = ("<!-- recipe table -->", "<!-- end of recipe table -->")
 FOLDER = Path(__file__).with_name("recipes")
+RECORDED = FOLDER / "results.json"
+_SHOWN = ("bytes", "metric", "value", "ms", "of_fp32", "refused")
 
 
 class Fp16(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -182,6 +184,23 @@ def results(cache: Path) -> list[dict[str, Any]]:
     files = [cache / "recipes" / name / "result.json" for name in shipped()]
     found = [msgspec.json.decode(file.read_bytes()) for file in files if file.is_file()]
     return [result for result in found if not result["trial"]]
+
+
+def known(cache: Path) -> list[dict[str, Any]]:
+    """The result of each shipped recipe that has one: the cache's, else the one that is recorded with the recipes."""
+    recorded = msgspec.json.decode(RECORDED.read_bytes()) if RECORDED.is_file() else []
+    newest = {result["name"]: result for result in [*recorded, *results(cache)]}
+    return [newest[name] for name in shipped() if name in newest]
+
+
+def record(found: list[dict[str, Any]]) -> None:
+    """Keep what a table shows of results with the recipes, one a line."""
+    lines = []
+    for result in found:
+        rows = {name: {k: row[k] for k in _SHOWN if k in row} for name, row in result["precisions"].items()}
+        facts = {k: result[k] for k in ("name", "task", "evaluation", "calibration", "trial")}
+        lines.append(msgspec.json.encode(facts | {"precisions": rows}).decode())
+    durable.write(RECORDED, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
 def table(found: list[dict[str, Any]]) -> str:

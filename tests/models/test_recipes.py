@@ -194,6 +194,19 @@ def test_chosen_precision_is_packaged_from_the_saved_result(ran: dict[str, Any],
     assert run.invoke(app, ["recipe", "table", "--write", str(page)], env=env).exit_code == 1
 
 
+def test_table_of_the_documentation_is_that_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    copy, env = tmp_path / "page.md", {"OUTRIDER_CACHE": str(tmp_path)}
+    copy.write_text(page.read_text())
+    kept = tmp_path / "results.json"
+    kept.write_bytes(recipes.RECORDED.read_bytes())
+    monkeypatch.setattr(recipes, "RECORDED", kept)
+    assert CliRunner().invoke(app, ["recipe", "table", "--record", "--write", str(copy)], env=env).exit_code == 0
+    assert copy.read_text() == page.read_text()
+    assert recipes.known(tmp_path) == json.loads(kept.read_text())
+    assert {row["name"] for row in recipes.known(tmp_path)} <= SHIPPED
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
