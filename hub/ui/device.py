@@ -10,7 +10,7 @@ from hub import approvals
 from hub.errors import Refused
 from hub.jobs import MAX_TEXT
 from hub.ui import work
-from hub.ui.frame import View, ago, e, empty, heading, number, offset, page, set_html
+from hub.ui.frame import DOTS, View, ago, e, empty, heading, number, offset, page, set_html
 from hub.ui.overview import models_of
 
 JOBS = 12
@@ -42,8 +42,8 @@ async def device_page(view: View) -> None:
 
     async def show() -> None:
         device = await view.snapshots.device(name)
-        state, dot = ("online", "ok") if device["online"] else ("offline", "off")
-        badge = f'<span class="badge {dot}">{state}</span>'
+        dot, why = DOTS[device["state"]], f": {device['reason']}" if device["reason"] else ""
+        badge = f'<span class="badge {dot}">{e(device["state"] + why)}</span>'
         set_html(title, f'<h1><i class="dot {dot}"></i>{e(name)}</h1>{badge}')
         set_html(facts, facts_html(device))
         set_html(models, models_html(device))

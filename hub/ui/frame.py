@@ -39,6 +39,7 @@ NAVIGATION = (
 )
 LOOKS = {None: ("brightness_auto", "as the system"), True: ("dark_mode", "dark"), False: ("light_mode", "light")}
 NEXT_LOOK = {None: True, True: False, False: None}
+DOTS = {"online": "ok", "stale": "stale", "offline": "off"}
 Show = Callable[[], Awaitable[None]]
 
 

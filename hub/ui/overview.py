@@ -5,7 +5,7 @@ from typing import Any
 from nicegui import ui
 
 from hub.ui import work
-from hub.ui.frame import Table, View, ago, code, dialog, empty, heading, number, offset, page, set_html
+from hub.ui.frame import DOTS, Table, View, ago, code, dialog, empty, heading, number, offset, page, set_html
 from hub.ui.snapshots import Fleet
 
 SHOWN = 100
@@ -93,14 +93,15 @@ def spark(values: list[float]) -> str:
 
 def device_row(device: dict[str, Any], fleet: Fleet) -> dict[str, Any]:
     name, online, ahead = device["name"], device["online"], device["clock_offset_s"]
+    why = f"{device['state']}: {device['reason']}" if device["reason"] else device["state"]
     running, epoch = fleet.running.get(name), str(device["epoch"])
     chips = [
         {"text": m["name"], "note": m["note"], "kind": f"chip {m['tone']}", "tip": m["why"]} for m in models_of(device)
     ]
     return {
         "id": name,
-        "name": {"text": name, "href": f"/devices/{name}", "kind": "device", "icon": "dot ok" if online else "dot off"},
-        "seen": {"text": ago(device["last_seen"]), "kind": "" if online else "faint"},
+        "name": {"text": name, "href": f"/devices/{name}", "kind": "device", "icon": f"dot {DOTS[device['state']]}"},
+        "seen": {"text": ago(device["last_seen"]), "kind": "" if online else "faint", "tip": why},
         "offset": {"text": offset(ahead), "kind": "warn" if abs(ahead or 0) > SKEWED_S else ""},
         "watermark": [
             {"text": f"{epoch if len(epoch) <= 6 else f'…{epoch[-5:]}'} · ", "kind": "muted", "tip": f"epoch {epoch}"},

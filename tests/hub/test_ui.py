@@ -112,6 +112,8 @@ async def test_a_device_appears_online_and_is_shown_offline_when_it_is_gone(serv
         await device.present("", PresenceState.OFFLINE)
         await until(lambda: window.run("return !!document.querySelector('.device .dot.off')"))
         await window.see("0 of 1", ".stat")
+        await window.open(f"{url}/devices/press-1")
+        await window.see("offline: it said so", ".badge")
     assert await complaints(window) == []
 
 
