@@ -395,10 +395,10 @@ async def _load(worker: WorkerProcess, name: str, installed: Installed, beside: 
     size, free = installed.manifest.size, available_memory()
     told = int(serving.memory_mb * 2**20)
     needed, roomy = told or size, (told or _MEMORY_FACTOR * size) < free
-    if needed > free and not worker.holds(name):  # one that is replaced makes room
+    if needed > free and not worker.holds(name):  # one that is replaced makes room; no reason for quarantine: it passes
         mib = f"{needed / 2**20:.0f} MiB of memory and {free / 2**20:.0f} MiB are free"
         hint = "a smaller precision, fewer other models, or more memory for the service (MemoryMax, another device)"
-        raise Refused(f"{name} {installed.manifest.version} needs {mib}", hint)
+        raise Retry(f"{name} {installed.manifest.version} needs {mib}", hint)
     beside = beside and roomy
     await _loading(worker, installed, lambda: worker.load(name, installed.folder, LOAD_S, serving, beside))
 

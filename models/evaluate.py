@@ -43,49 +43,40 @@ class How:
 
 
 Measure = Callable[[list[Any], list[Any], How], float]
-Counting = Callable[[list[Any], list[Any], How], metrics.Counts]
+Counting = Callable[[list[Any], list[Any], How], list[metrics.Counts]]
 
 
 def _rates(count: Counting) -> dict[str, Measure]:
+    """Means over the classes that are counted apart."""
     return {
-        "precision": lambda a, t, how: count(a, t, how).precision(),
-        "recall": lambda a, t, how: count(a, t, how).recall(),
-        "f-beta": lambda a, t, how: count(a, t, how).f_beta(how.beta),
+        "precision": lambda a, t, how: float(np.mean([c.precision() for c in count(a, t, how)])),
+        "recall": lambda a, t, how: float(np.mean([c.recall() for c in count(a, t, how)])),
+        "f-beta": lambda a, t, how: float(np.mean([c.f_beta(how.beta) for c in count(a, t, how)])),
     }
 
 
-def _macro(one: Callable[[metrics.Counts, How], float]) -> Measure:
-    """The mean over the classes that there are."""
-
-    def measure(answers: list[Any], truths: list[Any], how: How) -> float:
-        a, t = np.asarray(answers), np.asarray(truths)
-        return float(np.mean([one(metrics.counts(a == c, t == c), how) for c in np.unique(t)]))
-
-    return measure
+def _by_class(answers: list[Any], truths: list[Any], _: How) -> list[metrics.Counts]:
+    a, t = np.asarray(answers), np.asarray(truths)
+    return [metrics.counts(a == c, t == c) for c in np.unique(t)]
 
 
-def _chosen(answers: list[Any], truths: list[Any], how: How) -> metrics.Counts:
-    return metrics.counts(np.asarray(answers) >= how.threshold, truths)
+def _chosen(answers: list[Any], truths: list[Any], how: How) -> list[metrics.Counts]:
+    return [metrics.counts(np.asarray(answers) >= how.threshold, truths)]
 
 
-def _sure(answers: list[Any], truths: list[Any], how: How) -> metrics.Counts:
+def _sure(answers: list[Any], truths: list[Any], how: How) -> list[metrics.Counts]:
     """Boxes of a class against those of that class: classes are moved apart so that they never overlap."""
     far = [np.asarray(b, float).reshape(-1, 4)[s := np.asarray(p) >= how.threshold] + 1e6 * np.asarray(c)[s][:, None]
            for b, p, c in answers]  # fmt: skip
     there = [np.asarray(b, float).reshape(-1, 4) + 1e6 * np.asarray(c).reshape(-1, 1) for b, c in truths]
-    return metrics.box_counts(far, there)
+    return [metrics.box_counts(far, there)]
 
 
 MEASURES: dict[str, dict[str, Measure]] = {
-    "classes": {
-        "top-1": lambda a, t, _: metrics.agreement(a, t),
-        "precision": _macro(lambda c, _: c.precision()),
-        "recall": _macro(lambda c, _: c.recall()),
-        "f-beta": _macro(lambda c, how: c.f_beta(how.beta)),
-    },
+    "classes": {"top-1": lambda a, t, _: metrics.agreement(a, t), **_rates(_by_class)},
     "chances": {"auc": lambda a, t, _: metrics.auc(a, t), **_rates(_chosen)},
     "texts": {"cer": lambda a, t, _: metrics.character_error_rate(a, t)},
-    "regions": _rates(lambda a, t, _: metrics.box_counts(a, t)),
+    "regions": _rates(lambda a, t, _: [metrics.box_counts(a, t)]),
     "objects": {
         "map-50": lambda a, t, _: metrics.mean_average_precision(a, t),
         "map-50-95": lambda a, t, _: metrics.mean_average_precision_to_95(a, t),
@@ -94,8 +85,10 @@ MEASURES: dict[str, dict[str, Measure]] = {
     "tokens": {"perplexity": lambda a, _, __: metrics.perplexity(a)},
 }
 """By what the answers are and by name."""
-KINDS = {"labels": "texts", "scenes": "regions", "objects": "objects", "digits": "classes", "speech": "chances"}
-KINDS["photographs"] = "classes"
+KINDS = {
+    "labels": "texts", "scenes": "regions", "objects": "objects", "digits": "classes", "photographs": "classes",
+    "speech": "chances",
+}  # fmt: skip
 _HINT = f"made data is for the recipes' networks ({', '.join(TASKS)}); give your own as .npz files"
 
 
@@ -215,8 +208,7 @@ def _made(model: Path, name: str, count: int, progress: Progress) -> Answers:
 
 
 def _given(model: Path, data: Path, how: How, count: int, progress: Progress) -> Answers:
-    facts, got = inspect(model), Answers("")
-    declared = {value["name"]: value for value in facts["inputs"]}
+    got, declared = Answers(""), {value["name"]: value for value in inspect(model)["inputs"]}
     engine: OnnxNetwork | None = None
     every = samples(data, "evaluation data")[: count or MAX_FEEDS * 50]
     for done, sample in enumerate(every):
@@ -224,9 +216,8 @@ def _given(model: Path, data: Path, how: How, count: int, progress: Progress) ->
         feed = {name: a for name, a in sample.items() if not name.startswith("truth") or name in declared}
         check(feed, declared, data.name)
         engine = engine or network(model, probe=tensors(feed))
-        kind, said, truths = _answered(
-            arrays(engine.infer(tensors(feed))), {n: a for n, a in sample.items() if n not in feed}, how
-        )
+        truth = {name: a for name, a in sample.items() if name not in feed}
+        kind, said, truths = _answered(arrays(engine.infer(tensors(feed))), truth, how)
         if got.kind not in ("", kind):
             raise ModelError(f"{data} has truths for {got.kind} and for {kind}", "evaluate them apart")
         got.kind, got.said, got.truths = kind, got.said + said, got.truths + truths
@@ -252,10 +243,8 @@ def _answered(answer: Feeds, truth: Feeds, how: How) -> tuple[str, list[Any], li
         scores = out[:, 1] if out.ndim == 2 and out.shape[1] == 2 and true.size == len(out) else out
         kind, said = "chances", scores.ravel().tolist()
     elif true.dtype.kind in "iu":
-        kind, said = (
-            "classes",
-            (out if out.dtype.kind in "iu" else out.argmax(1) if out.ndim == 2 else out[:0]).tolist(),
-        )
+        classes = out if out.dtype.kind in "iu" else out.argmax(1) if out.ndim == 2 else out[:0]
+        kind, said = "classes", classes.tolist()
     else:
         raise ModelError(f"truth is {true.dtype}", "integers for classes, booleans for yes or no, text for reading")
     if len(said) != true.size:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from edge_agent import hosting
-from edge_agent.errors import Refused
+from edge_agent.errors import Refused, Retry
 from edge_agent.hosting import Hosting
 from edge_agent.serving import supervisor
 from edge_agent.serving.limits import UNBOUND, available_memory, ending, oom_kills
@@ -92,13 +92,13 @@ async def test_a_worker_that_ends_while_it_loads_tells_its_status(tmp_path: Path
             await Hosting({"language": worker}).switch("bad", bundle(tmp_path / "poison", "bad"))
 
 
-async def test_a_model_that_does_not_fit_is_refused_with_sizes_and_one_in_place_of_another_is_not(
+async def test_a_model_that_does_not_fit_says_both_sizes_and_is_not_quarantined_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hosting, "available_memory", lambda: 100 * MIB)
     async with child() as worker:
         host = Hosting({"language": worker})
-        with pytest.raises(Refused, match="m 1 needs 200 MiB of memory and 100 MiB are free") as e:
+        with pytest.raises(Retry, match="m 1 needs 200 MiB of memory and 100 MiB are free") as e:
             await host.switch("m", bundle(tmp_path / "m", "m", memory_mb=200))
         assert "MemoryMax" in e.value.hint
         await host.switch("m", bundle(tmp_path / "m", "m", memory_mb=99))
