@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -13,6 +13,9 @@ import typer
 from models.console import Cache, Json, say, work
 from models.errors import ModelError
 from models.fetch import Progress, default_cache, sources
+
+if TYPE_CHECKING:
+    from edge_agent.engines.tensorrt_build import Profile
 
 app = typer.Typer()
 
@@ -25,7 +28,7 @@ def compile_(
         str, typer.Option(help="sm86,sm89,… for TensorRT for RTX; current: this machine's GPU.")
     ] = "current",
     profile: Annotated[
-        str, typer.Option(help="INPUT=smallest:usual:largest, each like 1x3x48x320; more inputs after commas.")
+        str, typer.Option(help="INPUT=smallest:usual:largest, each like 1x3x48x320; default: profile.json beside it.")
     ] = "",
     precision: Annotated[str, typer.Option(help="fp16 or int8, as the recipe of that name made it.")] = "",
     cache: Cache = None,
@@ -50,22 +53,25 @@ def _compiled(
     from edge_agent.engines.engine_cache import publish
     from edge_agent.engines.tensorrt_build import build, find_runtime, parse_profile
 
-    ranges = parse_profile(profile)
+    given = parse_profile(profile)
     for target in targets:
         find_runtime(target)
     with tempfile.TemporaryDirectory(prefix="outrider-compile-") as scratch:
-        name, file = _source(model, precision, cache, Path(scratch), progress)
+        name, file, ranges = _source(model, precision, cache, Path(scratch), progress)
         out.mkdir(parents=True, exist_ok=True)
         for target in dict.fromkeys(targets):
             path = out / f"{name}.{target}.engine"
             part = out / f".{path.name}.part"
-            report = build(file, part, target, ranges, lambda what, *n, t=target: progress(f"{t}: {what}", *n))
+            report = build(file, part, target, given or ranges, lambda what, *n, t=target: progress(f"{t}: {what}", *n))
             publish(part, path, msgspec.json.format(msgspec.json.encode(report), indent=1))
             yield {"path": str(path), **msgspec.to_builtins(report)}
 
 
-def _source(model: str, precision: str, cache: Path, scratch: Path, progress: Progress) -> tuple[str, Path]:
-    """The name and the ONNX file of a path, or of a model that can be fetched; INT8 as TensorRT takes it."""
+def _source(model: str, precision: str, cache: Path, scratch: Path, progress: Progress) -> tuple[str, Path, Profile]:
+    """Name, ONNX file (INT8 as TensorRT takes it) and kept profile of a path, or of a model that can be fetched."""
+    from edge_agent.engines.choose import PROFILE
+    from edge_agent.engines.tensorrt_build import Profile as Ranges
+
     name, file = Path(model).stem, Path(model)
     if precision:
         from models.recipe import packaged
@@ -77,10 +83,12 @@ def _source(model: str, precision: str, cache: Path, scratch: Path, progress: Pr
         from models.package import build as fetched
 
         name, file = model, fetched(model, cache, progress) / "model.onnx"
+    kept = file.with_name(PROFILE)
+    ranges: Profile = msgspec.json.decode(kept.read_bytes(), type=Ranges) if kept.is_file() else {}
     if file.is_file() and b"QuantizeLinear" in file.read_bytes():
         from edge_agent.engines.qdq import for_tensorrt
         from models.inspect import load
 
         (scratch / file.name).write_bytes(for_tensorrt(load(file).SerializeToString()))
         file = scratch / file.name
-    return name, file
+    return name, file, ranges

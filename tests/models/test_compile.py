@@ -63,6 +63,16 @@ def test_each_target_has_an_engine_and_the_facts_of_its_build(tmp_path: Path, mo
 
 
 @real
+def test_the_profile_beside_a_model_is_the_default(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "profile.json").write_text('{"x": [[1, 4], [2, 4], [6, 4]]}')
+    status, said = run(model, "--target", "sm86", "--out", tmp_path / "e", "--json")
+    assert status == 0, said
+    assert json.loads(said)[0]["profile"] == {"x": [[1, 4], [2, 4], [6, 4]]}
+    (tmp_path / "profile.json").write_text("{")
+    assert run(model, "--target", "sm86", "--out", tmp_path / "e", "--json")[0] == 1
+
+
+@real
 def test_a_model_is_compiled_by_its_name(tmp_path: Path, model_cache: Path, ppocr_models: dict[str, Path]) -> None:
     shape = "1x3x64x64"
     arguments = ("--target", "sm89", "--profile", f"x={shape}:{shape}:{shape}", "--out", tmp_path)
