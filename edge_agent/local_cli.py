@@ -121,6 +121,8 @@ def show(
 
 def _client(api: str, token: str, timeout: float = 10) -> Any:
     base = api if "://" in api else f"http://{api}"
+    if not token:
+        raise Refused("the device asks who you are", "--token, or OUTRIDER_TOKEN: `outrider hub token` prints yours")
     return httpx.Client(base_url=base, headers={"Authorization": f"Bearer {token}"}, timeout=timeout)
 
 

@@ -198,6 +198,21 @@ def login(
         _print(log_in(hub, user, password, ca), as_json, lambda a: f"logged in at {a['hub']} as {a['user']}")
 
 
+@app.command()
+def token(
+    device: Annotated[str, typer.Argument(help="For this device alone, and for longer.", show_default=False)] = "",
+    hours: Annotated[float, typer.Option(help="How long a device's token is good, at most to the grants' end.")] = 24.0,
+    hub: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Your token for a device's local API: `export OUTRIDER_TOKEN=$(outrider hub token)`."""
+    with _hub(hub) as client:
+        made = {"access_token": client.token}
+        if device:
+            made = client.post(f"/v1/devices/{device}/offline-token", {"ttl_s": 3600 * hours})
+        _print(made, as_json, lambda answer: str(answer["access_token"]))
+
+
 @app.command("enrol-token")
 def enrol_token(name: str | None = None, ttl_s: float = 3600, hub: Url = None, as_json: Json = False) -> None:
     """Make a single-use enrolment token."""

@@ -62,6 +62,7 @@ class HubClient:
             trusted = verify(given_ca or (known.get("ca", "") if url == known.get("url") else ""))
         except OutriderError as error:
             raise HubError(error.message, error.hint) from None
+        self.token = token
         shown = {"Authorization": f"Bearer {token}"}
         self._http = httpx.Client(base_url=url, timeout=60, headers=shown, verify=trusted)
 

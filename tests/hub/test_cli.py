@@ -77,6 +77,8 @@ def test_the_verbs_work_from_login_to_publishing(
     assert (tmp_path / "config" / "outrider" / "hub.json").stat().st_mode & 0o077 == 0
     assert kept_token(url)
     assert kept_token("http://elsewhere") == ""
+    assert call(shell, "token").stdout.strip() == kept_token(url)
+    assert "no device x" in call(shell, "token", "x").stderr
     assert json.loads(call(shell, "devices", "--json").stdout) == []
     assert len(json.loads(call(shell, "enrol-token", "--json").stdout)["token"]) == 32
     model = tmp_path / "model"
