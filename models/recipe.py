@@ -70,8 +70,8 @@ class Compile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One model from source to bundle. `budget`: points (hundredths) of the metric, or per cent of perplexity, that a
     precision may lose to FP32; `max_size`: share of the FP32 file; `speed`: input shapes of a timed run, or words
-    read and tokens written; `profile`: smallest, usual and largest shape of each input with free dimensions; other
-    counts are in the task's own units.
+    read and tokens written; `profile`: smallest, usual and largest shape of each input with free dimensions;
+    `serving`: how the device serves it (docs/serving.md); other counts are in the task's own units.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fp16: Fp16 = Fp16()
     int8: Int8 = Int8()
     compile: Compile = Compile()
+    serving: dict[str, Any] = {}
 
 
 def shipped() -> dict[str, Path]:
@@ -366,7 +367,7 @@ def _bundle(
             write_profile(folder, recipe.profile)
             for target in recipe.compile.targets if name in recipe.compile.precisions else []:
                 add(folder, folder / "model.onnx", target, recipe.profile, progress)
-        more = {"precision": name, "recipe": recipe.name}
+        more = {"precision": name, "recipe": recipe.name} | ({"serving": recipe.serving} if recipe.serving else {})
         manifest = manifest_of(
             recipe.name, f"+{name}.", folder, origin, precisions, more, 1e-2 if name == "fp32" else 5e-2
         )

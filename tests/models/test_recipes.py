@@ -17,6 +17,7 @@ from edge_agent.engines.engine_cache import EngineCache
 from edge_agent.engines.onnxruntime import OnnxNetwork
 from edge_agent.engines.tensorrt import engine_for
 from edge_agent.engines.tensorrt_build import contents
+from edge_agent.serving.schedule import Serving
 from edge_agent.update import probe
 from edge_agent.update.slots import Installed
 from models import recipe as recipes
@@ -37,7 +38,8 @@ TARGETS = ["sm86"] if find_spec("tensorrt_rtx_bindings") else []
 def ran(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A trial of the digits recipe."""
     out = tmp_path_factory.mktemp("recipe") / "digits"
-    recipe = msgspec.structs.replace(recipes.read("digits"), compile=recipes.Compile(TARGETS, ("int8",)))
+    more = {"compile": recipes.Compile(TARGETS, ("int8",)), "serving": {"concurrency": 1, "queue": 8}}
+    recipe = msgspec.structs.replace(recipes.read("digits"), **more)
     return recipes.run(recipe, model_cache, out, samples=200)
 
 
@@ -60,6 +62,7 @@ def test_precisions_are_measured_and_bundled(ran: dict[str, Any]) -> None:
     for name, row in rows.items():
         manifest = open_bundle(Path(ran["path"]) / "bundles" / name)
         assert manifest.meta["precision"] == name
+        assert msgspec.convert(manifest.meta["serving"], Serving) == Serving(concurrency=1, queue=8)
         assert manifest.precisions[name] == {k: row[k] for k in ("bytes", "metric", "value", "ms")}
         assert set(manifest.precisions) == {"fp32", "fp16", "int8"}
     assert not (Path(ran["path"]) / "work").exists()
