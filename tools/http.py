@@ -110,6 +110,11 @@ class Http:
         headers = {**rule.headers, "Host": url.netloc.decode()}
         if unset := [variable for variable in rule.secrets.values() if not os.environ.get(variable)]:
             raise ToolError(f"{url.host} needs the secret {unset[0]}, which is not set on this device")
+        for variable in rule.secrets.values():
+            if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", os.environ[variable]):
+                raise ToolError(
+                    f"the secret {variable} cannot be sent: it is to be printable ASCII, no space or line end around"
+                )
         headers |= {name: os.environ[variable] for name, variable in rule.secrets.items()}
         headers["Accept-Encoding"] = "identity"  # what is packed has no bound before it is unpacked
         if body:

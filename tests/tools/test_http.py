@@ -141,6 +141,19 @@ def test_a_body_is_sent_by_its_rule_with_its_headers_and_secrets(
         send(method="DELETE", url=f"{base}/v1/orders")
 
 
+@pytest.mark.parametrize("value", ["s3cret-value\r", "s3cret-v\u00e4lue", " s3cret-value", "s3cret\nX: y"])
+def test_a_secret_that_no_header_can_hold_is_told_by_its_variable_alone(
+    tmp_path: Path, site: tuple[str, list[Any]], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    base, seen = site
+    get = tools(tmp_path, rule(base, more='private = true\nsecrets = {X-Key = "TOOL_KEY"}'))["http_get"].function
+    monkeypatch.setenv("TOOL_KEY", value)
+    with pytest.raises(ToolError, match="the secret TOOL_KEY cannot be sent") as told:
+        get(url=f"{base}/v1/a")
+    assert "s3cret" not in str(told.value)
+    assert seen == []
+
+
 def test_each_redirect_is_checked_and_they_are_bounded(tmp_path: Path, site: tuple[str, list[Any]]) -> None:
     base, seen = site
     get = tools(tmp_path, "redirects = 2\n" + rule(base))["http_get"].function
