@@ -114,6 +114,7 @@ class Topics:
             self._client.tls_set(site.ca_file or None)
         self._client.on_connect, self._client.on_message = self._heard.connected, self._heard.message
         self._client.reconnect_delay_set(1, 30)
+        self._client.max_inflight_messages = 0  # no limit: paho would count those that are dropped
         self._client.connect_async(parts.hostname or "", parts.port or (8883 if parts.scheme == "mqtts" else 1883))
         self._client.loop_start()
         weakref.finalize(self, _end, self._client)
@@ -138,6 +139,9 @@ class Topics:
             sent.wait_for_publish(CONFIRM_S)
         except (RuntimeError, ValueError) as error:
             raise ToolError(f"the message to {name} is not sent: {error}") from error
+        finally:  # paho would send it again on the next connection, after the call was told as failed
+            with self._client._out_message_mutex:
+                self._client._out_messages.pop(sent.mid, None)
         if not sent.is_published():
             raise ToolError(f"the broker did not confirm the message to {name} within {CONFIRM_S:g} s: it may have it")
         return f"sent to {to.topic}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -140,6 +141,49 @@ def test_a_broker_that_is_away_is_told_nothing_is_queued_and_it_comes_back(
     soon(lambda: ("site/1/speed", b"41") in site.heard)
     site.say("site/1/state", "again")
     soon(lambda: site.made["read_topic"].function(name="states")["messages"][0]["text"] == "again")
+
+
+def test_a_message_that_is_told_as_failed_is_not_sent_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker is a socket: no real one keeps its confirmations back and breaks the link on command."""
+    monkeypatch.setattr(mqtt, "CONFIRM_S", 0.1)
+    heard = list[tuple[int, bytes]]()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        (tmp_path / "mqtt.toml").write_text(
+            f'[site]\nbroker = "mqtt://127.0.0.1:{port}"\n[publish.valve]\ntopic = "v"\n'
+        )
+        publish = load("tools.mqtt", tmp_path, {})[0].function
+        answers = False
+        for link in range(2):
+            peer, _ = server.accept()
+
+            def serve(peer: socket.socket = peer, link: int = link) -> None:
+                with peer, peer.makefile("rb") as stream:
+                    while head := stream.read(2):
+                        rest = stream.read(head[1])
+                        if head[0] >> 4 == 1:
+                            peer.sendall(b"\x20\x02\x00\x00")
+                        elif head[0] >> 4 == 3:
+                            heard.append((link, rest[5:]))
+                            if answers:
+                                peer.sendall(b"\x40\x02" + rest[3:5])
+
+            thread = threading.Thread(target=serve, daemon=True)
+            thread.start()
+            if link == 0:
+                for _ in range(25):  # more than a client has under way by itself
+                    with pytest.raises(ToolError, match="did not confirm the message to valve"):
+                        publish(name="valve", text="open")
+                soon(lambda: heard == [(0, b"open")] * 25, 2)
+                answers = True
+                monkeypatch.setattr(mqtt, "CONFIRM_S", 5.0)
+            else:
+                assert soon(lambda: publish(name="valve", text="shut")) == "sent to v"
+                assert heard[25:] == [(1, b"shut")]
+            peer.shutdown(socket.SHUT_RDWR)
+            thread.join(5)
+    del publish
+    gc.collect()
 
 
 def test_a_pack_that_is_gone_leaves_no_connection(site: Site) -> None:
