@@ -460,7 +460,7 @@ def main(settings: Settings) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if settings.proxy:
         Proxy.parse(settings.proxy)
-        os.environ |= {"HTTP_PROXY": settings.proxy, "HTTPS_PROXY": settings.proxy}
+        os.environ |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), settings.proxy)
     identity = enrol.load(settings.state)
     if identity is None:
         identity = enrol.enrol(settings.state, settings.hub, settings.token, settings.name, ca=settings.ca)

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.config import Settings
+from edge_agent.sync.proxy import Proxy
 
 LINES, WIDTH = 3000, 500
 _SECRET = re.compile(
@@ -49,6 +50,8 @@ def hide(text: str) -> str:
 def settings_shown(settings: Settings) -> dict[str, Any]:
     """The settings but the enrolment token."""
     shown: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(settings, token=""), enc_hook=str)
+    if settings.proxy:  # with no user and password
+        shown["proxy"] = str(Proxy.parse(settings.proxy))
     return shown
 
 

@@ -77,8 +77,7 @@ class Telemetry:
                 try:
                     await self._sample(bodies)
                 finally:
-                    drafts = [self._outbox.draft("telemetry", body, PRIORITY, self._ttl_s) for body in bodies]
-                    await self._outbox.append_many(drafts)
+                    await self._outbox.append_many([each for body in bodies for each in self._draft(body)])
                     if self._history:
                         await self._history.keep(bodies)
             except OutriderError as error:
@@ -88,6 +87,14 @@ class Telemetry:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(rest(self._interval_s)):
                     await self._changed.wait()
+
+    def _draft(self, body: dict[str, Any]) -> list[Any]:
+        """None of what cannot be a record: the others are kept."""
+        try:
+            return [self._outbox.draft("telemetry", body, PRIORITY, self._ttl_s)]
+        except Refused as error:
+            self._fails(Call(body["tool"], body["args"]), error)
+            return []
 
     async def _sample(self, bodies: list[dict[str, Any]]) -> None:
         specs = await self._tools.specs()

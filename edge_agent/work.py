@@ -14,6 +14,7 @@ a job or at the local API, or when it waited too long.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -92,6 +93,7 @@ class Work:
         self._scheduled = Scheduled(transcripts.folder / "tools" / "schedule.db", self.scheduled, clock)
         self._triggered: dict[str, str] = {}  # the workflow of each run that a trigger started
         self._approvals, self._one, self._asked = approvals, asyncio.Lock(), asyncio.Event()
+        self._answering = asyncio.Lock()
         self._waiting: dict[str, tuple[Job, float]] = {}  # by id: what waits for an approval, and until when
         self._approved: set[str] = set()
         self.on_end: Callable[[Task], None] | None = None
@@ -124,8 +126,9 @@ class Work:
             await tick(LOOK_S)
             for job, until in list(self._waiting.values()):
                 if until <= self._clock() or job.id in self._approved or job.id in self._watch.ending:
-                    del self._waiting[job.id]
-                    self._approved.discard(job.id)
+                    async with self._answering:
+                        del self._waiting[job.id]
+                        self._approved.discard(job.id)
                     await self._job(job, again=True)
 
     async def approve(self, args: dict[str, Any], subject: Subject) -> None:
@@ -135,13 +138,15 @@ class Work:
             raise Refused("an approval names a task and its call", '{"id": "local-…", "call": "<digest>"}')
         if self._approvals is None or (task := await self._transcripts.get(id)) is None:
             raise Refused(f"there is no task {id}", "GET /v1/tasks shows which wait")
-        try:
-            step = self._approvals.give(task, told, given, subject, self._clock())
-        except policy.Forbidden as error:
-            raise Denied(error.message, error.hint) from error
-        await self._audit.append("approve" if given else "deny", subject.name, task=id, call=told)
-        await self._transcripts.append(task, step)
-        self._approved.add(id)
+        async with self._answering:  # one answer counts
+            task = await self._transcripts.get(id) or task
+            try:
+                step = self._approvals.give(task, told, given, subject, self._clock())
+            except policy.Forbidden as error:
+                raise Denied(error.message, error.hint) from error
+            await self._audit.append("approve" if given else "deny", subject.name, task=id, call=told)
+            await self._transcripts.append(task, step)
+            self._approved.add(id)
         await self._approval("given" if given else "denied", task, told, by=subject.name)
 
     async def undo(self, args: dict[str, Any], subject: Subject) -> dict[str, Any]:
@@ -164,14 +169,15 @@ class Work:
                 policy.check(specs[undo.tool], subject, self._allowed)
             except policy.Forbidden as error:
                 raise Denied(error.message, error.hint) from error
+            if specs[undo.tool].risk == "danger":
+                raise Refused(f"{undo.tool} is dangerous", "ask for it in a task: its call waits there for an approval")
         if not args.get("look"):
             await self._audit.append("undo", subject.name, task=id, steps=chosen)
-            async with self._one:
-                for n, shown in zip(chosen, done, strict=True):
-                    step = await self._agent.undo(task, n)
-                    shown |= {"by": render(step.call) if step.call else "", "ok": step.ok, "result": step.text}
-                    if not step.ok:
-                        break
+            for n, shown in zip(chosen, done, strict=True):
+                step = await self._agent.undo(task, n)
+                shown |= {"by": render(step.call) if step.call else "", "ok": step.ok, "result": step.text}
+                if not step.ok:
+                    break
         return {"id": id, "undone": done}
 
     async def submit(self, text: str, subject: Subject, conversation: str = "") -> str:
@@ -233,6 +239,9 @@ class Work:
             raise Retry("too many tasks wait on this device", "try again when some are done")
 
     async def _trigger(self, name: str, subject: Subject, id: str, inputs: dict[str, Any], event: Any) -> None:
+        for began in [each for each, of in self._triggered.items() if of == name]:
+            if (state := await self._inbox.state(began)) is None or state in TERMINAL:
+                self._triggered.pop(began, None)  # it was taken back, or ran out of time, while it waited
         if name in self._triggered.values() or await self._inbox.state(id) is not None:
             return
         await self._start(id, subject, {"name": name, "inputs": inputs, "event": event}, subject.issued_at)
@@ -257,7 +266,8 @@ class Work:
         if name == APPROVE:
             return await self.approve(args, subject)
         if name == UNDO:
-            return await self.undo(args, subject)
+            async with contextlib.nullcontext() if key else self._one:  # a job, which brings a key, has its turn
+                return await self.undo(args, subject)
         if name == SUPPORT and self.support:
             if not self._allowed(subject, "upload:blob", ""):
                 raise Denied(f"{subject.name} may not upload:blob on this device", "its grants do not say so")
@@ -312,6 +322,10 @@ class Work:
             self.current = ""
         if job.id in self._watch.ending and state is not JobState.SUCCEEDED:
             state, error = JobState.CANCELLED, f"{self._watch.ending[job.id]}: {error}"
+            self.asks.pop(job.id, None)
+            if (task := await self._transcripts.get(job.id)) is not None and task.state in ("running", "waiting"):
+                task.state, task.error, task.finished = "failed", error[:MAX_ERROR], self._clock()
+                await _until_stored(lambda: self._transcripts.save(task))
         if state is JobState.RUNNING:
             self._waiting[job.id] = job, result["until"]
             self._asked.set()
@@ -328,7 +342,8 @@ class Work:
         if job.body.get("tool") == RUN_WORKFLOW:
             kind, name = "workflow", str(args.get("name"))
         if kind == "workflow" or job.kind is JobKind.TASK:
-            depth = args["event"].get("depth", 0) if isinstance(args.get("event"), dict) else 0
+            depth = event.get("depth") if isinstance(event := args.get("event"), dict) else 0
+            depth = depth if isinstance(depth, int) else 0
             await self.triggers.event(f"{kind}.{state}", name, {"id": job.id, "error": error, "depth": depth + 1})
 
     async def _do(self, job: Job, again: bool) -> tuple[JobState, dict[str, Any], str]:
@@ -344,7 +359,11 @@ class Work:
                 args = {} if args is None else args
                 if name == RUN_WORKFLOW:
                     return await self._workflow(job.id, args, subject, again)
-                if again and name != APPROVE and not (await self._checked(name, args, subject))[0].repeatable:
+                if (
+                    again
+                    and name not in (APPROVE, UNDO)
+                    and not (await self._checked(name, args, subject))[0].repeatable
+                ):
                     raise Refused(f"interrupted: effect unknown of {name}", "look at the device before you ask again")
                 made = await self._watch.calling(job.id, self.call(name, args, subject, job.id))
                 return JobState.SUCCEEDED, {"result": bounded(made)}, ""

@@ -26,7 +26,7 @@ from edge_agent.agent.transcript import State, Step, Task, Transcripts
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.wire.grants import Subject
 
-LOOK_S = 0.2
+LOOK_S, INTERRUPTED = 0.2, "interrupted: effect unknown"
 
 
 class Tools(Protocol):
@@ -157,7 +157,7 @@ class Acts:
             raise Refused(said)
 
     async def _unknown(self, task: Task, call: Call, at: str) -> NoReturn:
-        reason = f"interrupted: effect unknown of {at}{at and ': '}{render(call)}"
+        reason = f"{INTERRUPTED} of {at}{at and ': '}{render(call)}"
         await self._transcripts.append(task, Step("tool", reason, call, ok=False, ts=self._clock(), at=at))
         raise Ended("failed", error=f"{reason} (look at the device before you ask again)")
 
@@ -165,7 +165,8 @@ class Acts:
 def undoable(task: Task, specs: Sequence[ToolSpec]) -> list[int]:
     """The steps of a task whose effects can still be taken back, the last first."""
     hooks = {spec.name for spec in specs if spec.undo}
-    gone = {step.at for step in task.steps if step.role == "tool" and step.ok}
+    over = [step for step in task.steps if step.role == "tool" and (step.ok or step.text.startswith(INTERRUPTED))]
+    gone = {step.at for step in over}
     made = [
         n
         for n, step in enumerate(task.steps)

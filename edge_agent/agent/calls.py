@@ -268,12 +268,14 @@ def _fields(where: str, param: Param, value: Mapping[str, Any]) -> dict[str, Any
     return {f.name: _value(where, f, value[f.name]) for f in param.fields if f.name in value}
 
 
-def _plain(where: str, value: Any) -> Any:
-    """Any JSON value, with its texts and numbers bounded."""
+def _plain(where: str, value: Any, depth: int = MAX_DEPTH + 1) -> Any:
+    """Any JSON value, with its depth, texts and numbers bounded."""
+    if not depth:
+        raise CallError(f"{where} is nested deeper than {MAX_DEPTH}")
     if isinstance(value, list):
-        return [_plain(where, item) for item in value]
+        return [_plain(where, item, depth - 1) for item in value]
     if isinstance(value, dict):
-        return {_plain(where, key): _plain(where, item) for key, item in value.items()}
+        return {_plain(where, key): _plain(where, item, depth - 1) for key, item in value.items()}
     kind: Kind = "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "str"
     return _value(where, Param("value", "float" if isinstance(value, float) else kind), value)
 

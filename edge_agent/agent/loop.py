@@ -109,6 +109,7 @@ class AgentLoop:
             task.joules += self._meter.since()
             task.finished = self._clock()
             await self._transcripts.save(task)
+        if task.state != "waiting":
             with contextlib.suppress(Retry):  # a full disk: what is remembered of a task is no part of its end
                 await self._remember(task)
         return task

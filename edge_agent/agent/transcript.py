@@ -8,7 +8,7 @@ crash it is decided or read again. Finished tasks beyond KEEP are removed, the o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,6 +139,7 @@ class Transcripts:
         self._store = store
         self._turn = asyncio.Lock()
         self._unsaved: dict[str, list[Step]] = {}
+        self._doing: set[asyncio.Task[None]] = set()
         self.beside: Callable[[Connection, Task, Step], None] | None = None  # in the transaction of a step
         self.on_step: Callable[[Task, Step], Awaitable[None]] | None = None  # after it
 
@@ -171,6 +172,22 @@ class Transcripts:
 
     async def append(self, task: Task, step: Step, later: bool = False) -> None:
         """Add a step; it is on disk when this returns, or `later`: with the next one that is, or with `save`."""
+        await self._whole(self._append(task, step, later))
+        if self.on_step:
+            await self.on_step(task, step)
+
+    async def save(self, task: Task) -> None:
+        """Save everything of a task, with the steps that were put off."""
+        await self._whole(self._save(task))
+
+    async def _whole(self, work: Coroutine[Any, Any, None]) -> None:
+        """A caller that is cancelled meanwhile leaves no transaction half told."""
+        doing = asyncio.create_task(work)
+        self._doing.add(doing)
+        doing.add_done_callback(self._doing.discard)
+        await asyncio.shield(doing)
+
+    async def _append(self, task: Task, step: Step, later: bool) -> None:
         async with self._turn:  # parallel steps of a task have an order
             waiting = [*self._unsaved.get(task.id, []), step]
             if later:
@@ -185,11 +202,8 @@ class Transcripts:
                 await self._store.write(work)
                 self._unsaved.pop(task.id, None)
             task.steps.append(step)
-        if self.on_step:
-            await self.on_step(task, step)
 
-    async def save(self, task: Task) -> None:
-        """Save everything of a task, with the steps that were put off."""
+    async def _save(self, task: Task) -> None:
         sql, row = "UPDATE tasks SET state = ?, head = ? WHERE id = ?", (task.state, _head(task), task.id)
         async with self._turn:
             waiting = self._unsaved.get(task.id, [])

@@ -220,7 +220,9 @@ class _Run:
         call = entries[0].call if entries else None  # what was meant stays what it was
         call = call or validate(Call(step.tool, fill(step.args, {**self._context, "item": item})), [spec])
         begun, error = bool(entries) and entries[-1].role == "intent", results[-1].text if results else ""
-        if results and len(entries) > 1 and entries[-2].role in ("ask", "approval"):
+        if results and results[-1].result is not None and not spec.repeatable:
+            raise ToolError(error)  # it was made, though not as it should be: it is not made again
+        if results and entries[-1] is results[-1] and len(entries) > 1 and entries[-2].role in ("ask", "approval"):
             raise Refused(error)  # denied, or nobody answered: it is not asked for again
         for attempt in range(len(results), 1 + (step.retry.times if step.retry else 0)):
             if attempt and step.retry and not begun:
@@ -229,6 +231,8 @@ class _Run:
             if made.ok:
                 return made.result
             begun, error = False, made.text
+            if made.result is not None and not spec.repeatable:
+                break
         raise ToolError(error)
 
 

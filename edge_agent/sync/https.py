@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import ssl
+import time
 from pathlib import Path
 
 import httpx
@@ -66,12 +67,19 @@ def first_contact(url: str, text: str, timeout_s: float = 20.0) -> str:
     if not url.startswith("https://"):
         raise Refused(f"{url} is not HTTPS, and the hub's CA is expected there", "write https://")
     try:
-        with httpx.Client(verify=False, timeout=timeout_s) as stranger:
-            answer = stranger.get(f"{url.rstrip('/')}/v1/ca")
+        shown, until = b"", time.monotonic() + timeout_s
+        with (
+            httpx.Client(verify=False, timeout=timeout_s) as stranger,
+            stranger.stream("GET", f"{url.rstrip('/')}/v1/ca") as answer,
+        ):
+            for piece in answer.iter_raw(4096):  # of somebody not known yet: not more than is wanted, nor for ever
+                shown += piece
+                if len(shown) > MAX_PEM or time.monotonic() > until:
+                    break
     except httpx.HTTPError as error:
         raise Retry(f"the hub at {url} does not answer: {error}", "is the address right, is it running?") from error
     try:
-        pem = first(answer.text[:MAX_PEM])
+        pem = first(shown[:MAX_PEM].decode(errors="replace"))
         found = fingerprint(pem)
     except ValueError:
         found = "none"

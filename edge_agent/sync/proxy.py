@@ -6,7 +6,9 @@ the first byte is the broker's; no error shows the proxy's password. Blocking, w
 
 from __future__ import annotations
 
+import logging
 import socket
+import time
 from base64 import b64encode
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
@@ -15,6 +17,7 @@ from urllib.request import getproxies_environment, proxy_bypass
 from edge_agent.errors import Refused
 
 MAX_HEAD = 8192
+log = logging.getLogger(__name__)
 
 
 class ProxyError(OSError):
@@ -54,19 +57,27 @@ class Proxy:
         known = getproxies_environment()
         url = known.get("https") or known.get("all") or ""
         near = host == "localhost" or host.startswith("127.") or host == "::1"
-        return None if not url or near or proxy_bypass(host) else Proxy.parse(url)
+        if not url or near or proxy_bypass(host):
+            return None
+        try:
+            return Proxy.parse(url)
+        except Refused as error:  # it may be right for others: a device does not stay down for it
+            log.warning("the proxy of the environment is not used: %s", error)
+            return None
 
     def dial(self, host: str, port: int, timeout: float) -> socket.socket:
         """A socket that speaks to `host`. Raises OSError, ProxyError, Refused (user or password)."""
         link = socket.create_connection((self.host, self.port), timeout)
         try:
-            self._connect(link, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            until = time.monotonic() + timeout
+            self._connect(link, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", until)
+            link.settimeout(timeout)
         except BaseException:
             link.close()
             raise
         return link
 
-    def _connect(self, link: socket.socket, at: str) -> None:
+    def _connect(self, link: socket.socket, at: str, until: float) -> None:
         head = [f"CONNECT {at} HTTP/1.1", f"Host: {at}"]
         if self.username:
             shown = b64encode(f"{self.username}:{self.password}".encode()).decode()
@@ -74,6 +85,7 @@ class Proxy:
         link.sendall("\r\n".join([*head, "", ""]).encode())
         answer = b""
         while not answer.endswith(b"\r\n\r\n"):
+            link.settimeout(max(0.001, until - time.monotonic()))
             answer += (piece := link.recv(1))
             if not piece or len(answer) > MAX_HEAD:
                 raise ProxyError(f"the proxy {self} hung up, or gave an endless answer")

@@ -27,6 +27,7 @@ from edge_agent.wire.messages import Job, JobKind, JobState
 from edge_agent.wire.signing import SigningKey, from_text, to_text
 from edge_agent.work import Work
 from tests.fakes import LocalTools, ScriptedModel
+from tests.sync.brokers import until
 
 
 class Before(TypedDict):
@@ -249,3 +250,46 @@ async def test_what_a_task_did_is_taken_back_by_who_may_do_that_from_the_last_on
             await made.work.call("undo_task", {"id": id}, OTTO)
         with pytest.raises(Refused, match="no task"):
             await made.work.call("undo_task", {"id": "other"}, OTTO)
+
+
+async def test_a_job_takes_back_what_a_task_did_and_two_who_ask_at_once_do_it_once(tmp_path: Path) -> None:
+    async with device(tmp_path, "set_speed(percent=40)", "none()", "set_speed(percent=70)", "none()") as made:
+        id = await made.work.submit("faster", OTTO)
+        await made.until(id, "succeeded")
+        body = {"tool": "undo_task", "args": {"id": id}}
+        await made.inbox.accept(Job("undo", JobKind.TOOL, body, "otto", ["operator"], 1.0, 9e9))
+        await until(lambda: made.speed == 10)
+        id = await made.work.submit("faster still", OTTO)
+        await made.until(id, "succeeded")
+        both = (made.work.call("undo_task", {"id": id}, OTTO) for _ in range(2))
+        ends = await asyncio.gather(*both, return_exceptions=True)
+        assert sorted(type(end) for end in ends if isinstance(end, Exception)) == [Refused]
+        assert made.speed == 10
+
+
+async def test_of_a_yes_and_a_no_at_once_one_counts(tmp_path: Path) -> None:
+    async with device(tmp_path, "purge(line=2)", "none()") as made:
+        id = await ask(made)
+        ends = await asyncio.gather(made.approve(id), made.approve(id, approve=False), return_exceptions=True)
+        assert [type(end) for end in ends if end is not None] == [Refused]
+        await made.until(id, "succeeded", "failed")
+        assert made.purged == [2]
+
+
+async def test_a_caller_cancelled_during_a_commit_leaves_the_transcript_whole(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.db", migrations)
+    transcripts = Transcripts(store)
+    task = await transcripts.add(Task("t", "x", OTTO, 1.0))
+    await transcripts.append(task, Step("model", "look()"), later=True)
+    for n in range(20):
+        writing = asyncio.create_task(transcripts.append(task, Step("tool", str(n))))
+        await asyncio.sleep(0.0005 * (n % 4))
+        writing.cancel()
+        await asyncio.wait([writing])
+    task.state = "failed"
+    await transcripts.save(task)
+    kept = await transcripts.get("t")
+    assert kept is not None
+    assert kept.state == "failed"
+    assert [step.text for step in kept.steps] == [step.text for step in task.steps]
+    store.close()

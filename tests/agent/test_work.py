@@ -133,3 +133,14 @@ async def test_a_conversation_goes_on_through_the_api_and_through_jobs(tmp_path:
         await device.end_of(await device.work.submit("alone", ann))
         known = {task.text: [each.text for each in task.before] for task in await device.transcripts.latest()}
     assert known == {"first": [], "second": ["first"], "third": ["first", "second"], "alone": []}
+
+
+@pytest.mark.parametrize("depth", ["x", None, [], {}])
+async def test_an_event_that_no_trigger_wrote_ends_its_job_and_not_the_daemon(tmp_path: Path, depth: Any) -> None:
+    async with rig(tmp_path / "s.db") as made:
+        event = {"name": "nope", "event": {"depth": depth}}
+        await made.inbox.accept(job("flow", {"tool": "run_workflow", "args": event}))
+        await made.inbox.accept(job("task", {"text": "x", "args": {"event": {"depth": depth}}}, JobKind.TASK))
+        await made.inbox.accept(job("good", {"tool": "double", "args": {"number": 4}}))
+        assert (await made.end_of("good")).state is JobState.SUCCEEDED
+        assert await made.inbox.state("flow") is JobState.FAILED

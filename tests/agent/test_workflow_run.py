@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edge_agent.agent.calls import Call
-from edge_agent.agent.tool import ToolError, tool
+from edge_agent.agent.tool import Check, ToolError, tool
 from edge_agent.agent.transcript import Step, Task, Transcripts, migrations
 from edge_agent.agent.workflow import Trigger
 from edge_agent.agent.workflow_run import Runner
@@ -358,3 +358,26 @@ async def test_a_tool_error_in_a_for_each_says_which_item(bench: Bench) -> None:
     bench.tools._fail = {"press": ToolError("stuck")}
     task = await bench.do("steps:\n  - {id: p, tool: press, for_each: '[7, 8]', args: {number: '${item}'}}\n")
     assert [step.at for step in task.steps if not step.ok] == ["p[0]"]
+
+
+async def test_what_was_done_though_not_as_it_should_be_is_not_done_again(tmp_path: Path) -> None:
+    moved = [0]
+
+    @tool()
+    def place() -> int:
+        """Where it is."""
+        return -1
+
+    @tool(risk="act", idempotent=False, check=Check("place", {}, equals="$by", value=""))
+    def move(by: int) -> int:
+        """Move on."""
+        moved[0] += by
+        return moved[0]
+
+    store = Store(tmp_path / "w.db", migrations)
+    runner = Runner(LocalTools(place, move), Transcripts(store), lambda *_: True)
+    steps = "steps:\n  - {id: p, tool: move, args: {by: 10}, retry: {times: 3, delay_s: 0}}\n"
+    await runner.accept("r", f'workflow: w\nversion: "1"\n{steps}', {}, Subject("ada", ["operator"], 1.0))
+    task = await runner.run("r")
+    assert (task.state, moved) == ("failed", [10])
+    store.close()

@@ -52,3 +52,12 @@ async def test_health_is_kept_when_the_tools_fail(outbox: Outbox, tmp_path: Path
     part = await outbox.batch(0)
     assert part is not None
     assert [b'"health"' in line for line in part.lines] == [True]
+
+
+async def test_a_reading_that_is_no_record_leaves_the_others(outbox: Outbox, tmp_path: Path) -> None:
+    class Large(Tools):
+        async def read(self, calls: Sequence[tuple[str, dict[str, Any]]], timeout_s: float) -> list[Any]:
+            return ["x" * 70_000, *(await super().read(calls, timeout_s))[1:]]
+
+    await sampled(outbox, Large(tmp_path), tmp_path)
+    assert outbox.last_seq == 3

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from edge_agent.errors import Refused, Retry
+from edge_agent.sync.proxy import Proxy
 from edge_agent.sync.transport import Address, Message, MqttSession, Publication
 from tests.sync.brokers import Embedded, Mosquitto, until
 from tests.sync.conftest import needs_mosquitto
@@ -274,3 +275,13 @@ async def test_tls_against_a_plain_port_is_refused(tmp_path: Path) -> None:
 def test_a_missing_ca_file_is_refused() -> None:
     with pytest.raises(Refused, match="CA file"):
         MqttSession("mqtts://h", "a", ca=Path("/nowhere/ca.pem"))
+
+
+def test_a_proxy_of_the_environment_that_cannot_be_used_keeps_no_device_down(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://proxy:1080")
+    assert Proxy.of("hub.example") is None
+    assert "not used" in caplog.text
+    with pytest.raises(Refused):
+        Proxy.of("hub.example", "socks5://proxy:1080")

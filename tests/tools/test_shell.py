@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 
@@ -56,7 +57,9 @@ def test_it_sees_nothing_of_the_device(shell: Shell, tmp_path: Path, monkeypatch
     seen = run(shell, "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; echo; done")
     assert "pytest" not in seen
     shared = Shell(Settings(read=[str(tmp_path)]))
-    for folder in [tmp_path, *tmp_path.parents][:3]:
+    for folder in [tmp_path, *tmp_path.parents]:
+        if folder == Path(gettempdir()):
+            break
         folder.chmod(0o755)
     assert run(shared, f"cat {tmp_path}/key") == "the device's key"
     assert shared.run_command(f"echo x > {tmp_path}/key")["status"] != 0
