@@ -84,10 +84,10 @@ class Later:
 
     def cancel_schedule(self, id: str, subject: dict[str, Any]) -> str:
         """Take something out of the schedule by its id."""
-        ids = [entry.id for entry in self._mine(subject)]
-        if id not in ids:
+        ids, by = [entry.id for entry in self._mine(subject)], msgspec.convert(subject, Subject).name
+        if id not in ids and not self._schedule.removed(id, by):
             raise ToolError(f"there is no {id!r:.60} in your schedule; there is {', '.join(ids) or 'nothing'}")
-        self._schedule.remove(id)
+        self._schedule.remove(id, by)
         return f"{id} is taken out"
 
     def _mine(self, asks: dict[str, Any]) -> list[Entry]:

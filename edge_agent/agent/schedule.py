@@ -1,7 +1,8 @@
 """What is to be done later: requests and workflows, kept on disk until they are due.
 
 Invariants: an entry carries who asked for it, and starts as that subject, by the grants of that time; each time it is
-due it starts under one id, so after a crash it starts once; a time that passed while the device was off is made up for
+due it starts under one id, so after a crash it starts once; one that started or was taken out stays known by its id
+(the last MAX_GONE), so the call that made it, made again after a crash, makes no second one; a time that passed while the device was off is made up for
 within LATE_S, once, and otherwise told and left out. The tool runner writes entries (tools/schedule.py), the daemon
 starts them.
 """
@@ -23,9 +24,12 @@ from edge_agent.errors import OutriderError, Refused
 from edge_agent.rhythm import tick
 from edge_agent.wire.grants import Subject
 
-MAX_ENTRIES = 100
+MAX_ENTRIES, MAX_GONE = 100, 1000
 LATE_S, TICK_S, AGAIN_S = 3600.0, 1.0, 10.0
-_SCHEMA = "CREATE TABLE IF NOT EXISTS entries (id TEXT PRIMARY KEY, due REAL NOT NULL, body BLOB NOT NULL) STRICT"
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS entries (id TEXT PRIMARY KEY, due REAL NOT NULL, body BLOB NOT NULL) STRICT",
+    "CREATE TABLE IF NOT EXISTS gone (id TEXT PRIMARY KEY, by TEXT NOT NULL, body BLOB NOT NULL) STRICT",
+)
 _log = logging.getLogger("outrider.schedule")
 
 
@@ -48,10 +52,11 @@ class Schedule:
         self._path = path
 
     def add(self, entry: Entry) -> Entry:
-        """The entry, or the one that has its id. Raises Refused when there are too many."""
+        """The entry, or the one that has or had its id. Raises Refused when there are too many."""
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
-            if found := db.execute("SELECT body FROM entries WHERE id = ?", (entry.id,)).fetchone():
+            known = "SELECT body FROM entries WHERE id = ?1 UNION ALL SELECT body FROM gone WHERE id = ?1"
+            if found := db.execute(known, (entry.id,)).fetchone():
                 return msgspec.json.decode(found[0], type=Entry)
             if db.execute("SELECT count(*) FROM entries").fetchone()[0] >= MAX_ENTRIES:
                 raise Refused(f"{MAX_ENTRIES} things are scheduled already", "take one out first")
@@ -73,10 +78,17 @@ class Schedule:
             rows = db.execute("SELECT body FROM entries ORDER BY due").fetchall()
         return [msgspec.json.decode(body, type=Entry) for (body,) in rows]
 
-    def remove(self, id: str) -> None:
-        """Safe to do again."""
+    def remove(self, id: str, by: str = "") -> None:
+        """Because it started, or because `by` took it out. Safe to do again."""
         with self._open() as db:
+            db.execute("INSERT OR IGNORE INTO gone SELECT id, ?, body FROM entries WHERE id = ?", (by, id))
             db.execute("DELETE FROM entries WHERE id = ?", (id,))
+            db.execute("DELETE FROM gone WHERE rowid <= (SELECT max(rowid) FROM gone) - ?", (MAX_GONE,))
+
+    def removed(self, id: str, by: str) -> bool:
+        """Whether `by` took it out."""
+        with self._open() as db:
+            return db.execute("SELECT 1 FROM gone WHERE id = ? AND by = ?", (id, by)).fetchone() is not None
 
     def started(self, entry: Entry, now: float) -> None:
         """Gone, or due again at its next time after `now`, if nobody took it out meanwhile."""
@@ -92,7 +104,8 @@ class Schedule:
     @contextlib.contextmanager
     def _open(self) -> Any:
         with contextlib.closing(sqlite3.connect(self._path, timeout=5.0)) as db, db:
-            db.execute(_SCHEMA)
+            for table in _SCHEMA:
+                db.execute(table)
             yield db
 
     def _put(self, db: sqlite3.Connection, entry: Entry) -> None:

@@ -120,6 +120,40 @@ async def test_a_request_in_some_minutes_becomes_a_task_of_who_asked_once(tmp_pa
         assert len(await last.transcripts.latest()) == 1
 
 
+async def test_a_call_made_again_after_its_entry_started_or_was_taken_out_makes_no_other(tmp_path: Path) -> None:
+    clock = Clock()
+    async with device(tmp_path, clock) as here:
+
+        async def call(tool: str, key: str, who: Subject = ADA, **args: Any) -> Any:
+            return await here.work.call(tool, args, who, key)
+
+        made = await call("schedule_request", "a", text="purge line 2", in_minutes=1)
+        clock.now += 61
+        assert await here.look() == []
+        assert await call("schedule_request", "a", text="purge line 2", in_minutes=1) == made
+        with pytest.raises(Refused, match="there is nothing"):
+            await call("cancel_schedule", "b", id=made["id"])
+        other = await call("schedule_request", "c", text="purge line 3", every_minutes=5)
+        for _ in range(2):
+            assert await call("cancel_schedule", "d", id=other["id"]) == f"{other['id']} is taken out"
+        with pytest.raises(Refused, match="there is nothing"):
+            await call("cancel_schedule", "e", EVE, id=other["id"])
+        assert await call("schedule_request", "c", text="purge line 3", every_minutes=5) == other
+        clock.now += 3000
+        assert await here.look() == []
+        ids = [f"{made['id']}-{START + 60:.0f}", f"{other['id']}-{START + 361:.0f}"]
+        assert [await here.inbox.state(id) for id in ids] == [JobState.DELIVERED, None]
+
+
+def test_what_is_gone_is_known_for_a_bounded_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "MAX_GONE", 3)
+    kept = schedule.Schedule(tmp_path / "schedule.db")
+    for n in range(5):
+        kept.add(schedule.Entry(f"{n}", ADA, START))
+        kept.remove(f"{n}", "ada")
+    assert [n for n in range(5) if kept.removed(f"{n}", "ada")] == [2, 3, 4]
+
+
 async def test_a_workflow_runs_again_and_again_until_it_is_taken_out(tmp_path: Path) -> None:
     clock = Clock()
     (tmp_path / "workflows").mkdir()
