@@ -146,14 +146,13 @@ def test_a_broker_that_is_away_is_told_nothing_is_queued_and_it_comes_back(
 def test_a_message_that_is_told_as_failed_is_not_sent_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker is a socket: no real one keeps its confirmations back and breaks the link on command."""
     monkeypatch.setattr(mqtt, "CONFIRM_S", 0.1)
-    heard = list[tuple[int, bytes]]()
+    heard: list[tuple[int, bytes]] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         (tmp_path / "mqtt.toml").write_text(
             f'[site]\nbroker = "mqtt://127.0.0.1:{port}"\n[publish.valve]\ntopic = "v"\n'
         )
-        publish = load("tools.mqtt", tmp_path, {})[0].function
-        answers = False
+        made, answers = load("tools.mqtt", tmp_path, {}), threading.Event()
         for link in range(2):
             peer, _ = server.accept()
 
@@ -165,7 +164,7 @@ def test_a_message_that_is_told_as_failed_is_not_sent_later(tmp_path: Path, monk
                             peer.sendall(b"\x20\x02\x00\x00")
                         elif head[0] >> 4 == 3:
                             heard.append((link, rest[5:]))
-                            if answers:
+                            if answers.is_set():
                                 peer.sendall(b"\x40\x02" + rest[3:5])
 
             thread = threading.Thread(target=serve, daemon=True)
@@ -173,16 +172,16 @@ def test_a_message_that_is_told_as_failed_is_not_sent_later(tmp_path: Path, monk
             if link == 0:
                 for _ in range(25):  # more than a client has under way by itself
                     with pytest.raises(ToolError, match="did not confirm the message to valve"):
-                        publish(name="valve", text="open")
+                        made[0].function(name="valve", text="open")
                 soon(lambda: heard == [(0, b"open")] * 25, 2)
-                answers = True
+                answers.set()
                 monkeypatch.setattr(mqtt, "CONFIRM_S", 5.0)
             else:
-                assert soon(lambda: publish(name="valve", text="shut")) == "sent to v"
+                assert soon(lambda: made[0].function(name="valve", text="shut")) == "sent to v"
                 assert heard[25:] == [(1, b"shut")]
             peer.shutdown(socket.SHUT_RDWR)
             thread.join(5)
-    del publish
+    made.clear()
     gc.collect()
 
 
