@@ -2,7 +2,8 @@
 
 Invariants: the children are made in one transaction, so a fan-out is whole or not there; the same idempotency key
 gives the same fan-out, and each child carries it, so no device does it twice; a child that is held counts no time; a
-child is sent when one that went before has ended, those of devices that are there first.
+child is sent when one that went before has ended or was cancelled, those of devices that are there first; no body is
+read more than once for all of them.
 """
 
 import secrets
@@ -21,6 +22,8 @@ from hub.jobs import MAX_FANOUT, MAX_OPEN, Jobs, Send, check, new, take_back, wi
 _OPEN = [state.value for state in (JobState.QUEUED, JobState.DELIVERED, JobState.RUNNING)]
 _SHOWN = ("id", "device", "state", "held", "progress", "error", "updated", "cancelled_by")
 _HELD = sa.and_(jobs.c.held, jobs.c.state == JobState.QUEUED.value)
+_OUT = sa.and_(jobs.c.held.is_(False), jobs.c.state.in_(_OPEN), jobs.c.cancelled_by.is_(None))
+_SMALL = [column for column in jobs.c if column.name not in ("body", "result")]
 
 
 class Fanouts:
@@ -76,11 +79,17 @@ class Fanouts:
             await self._send(child["device"], wire(child))
         return await self.get(made)
 
-    async def get(self, fanout: str, after: str = "", limit: int = 1000) -> dict[str, Any]:
-        """How its children fare: how many by state, and each by its device's name past `after`. Raises Refused 404."""
+    async def get(
+        self, fanout: str, after: str = "", limit: int = 1000, only: Collection[str] | None = None
+    ) -> dict[str, Any]:
+        """How its children fare: how many by state, and each by its device's name past `after`. Raises Refused 404.
+
+        `only` of these devices, if given.
+        """
         columns = [jobs.c[name] for name in _SHOWN]
-        page = sa.select(*columns).where(jobs.c.fanout == fanout, jobs.c.device > after)
-        counts = sa.select(jobs.c.state, jobs.c.held, sa.func.count().label("n")).where(jobs.c.fanout == fanout)
+        mine = sa.and_(jobs.c.fanout == fanout, sa.true() if only is None else jobs.c.device.in_(only))
+        page = sa.select(*columns).where(mine, jobs.c.device > after)
+        counts = sa.select(jobs.c.state, jobs.c.held, sa.func.count().label("n")).where(mine)
 
         def look(connection: sa.Connection) -> dict[str, Any]:
             whole = _row(connection, fanout)
@@ -93,22 +102,28 @@ class Fanouts:
 
         return await self._db.read(look)
 
-    async def cancel(self, fanout: str, by: str, may: Callable[[str], bool]) -> dict[str, Any]:
-        """Cancel every child that has not ended. Raises Refused 403, 404."""
+    async def cancel(
+        self, fanout: str, by: str, may: Callable[[str], bool], only: Collection[str] | None = None
+    ) -> dict[str, Any]:
+        """Cancel every child that has not ended; of these devices `only` the answer tells, if given.
+
+        Raises Refused 403 (a device of any child on which `by` may not), 404.
+        """
 
         def change(connection: sa.Connection) -> list[dict[str, Any]]:
             _row(connection, fanout)
-            rows = connection.execute(sa.select(jobs).where(jobs.c.fanout == fanout, jobs.c.state.in_(_OPEN))).all()
-            _require([row.device for row in rows], may)
+            mine = jobs.c.fanout == fanout
+            _require(connection.execute(sa.select(jobs.c.device).where(mine)).scalars().all(), may)
+            rows = connection.execute(sa.select(*_SMALL).where(mine, jobs.c.state.in_(_OPEN))).all()
             audit.append(connection, by, "cancel:fanout", {"fanout": fanout, "jobs": len(rows)})
             return [take_back(connection, row, by) for row in rows]
 
         for job in await self._db.write(change):
             await self._jobs.send_cancel(job)
-        return await self.get(fanout)
+        return await self.get(fanout, only=only)
 
     async def release(self, there: Collection[str]) -> int:
-        """Send held children in the place of those that ended. How many were sent."""
+        """Send held children in the place of those that ended or were cancelled. How many were sent."""
         if not self._holding:
             return 0
 
@@ -117,16 +132,18 @@ class Fanouts:
             wholes, released = connection.execute(holding).all(), list[dict[str, Any]]()
             for whole in wholes:
                 mine = jobs.c.fanout == whole.id
-                out = sa.select(sa.func.count()).select_from(jobs)
-                out = out.where(mine, jobs.c.held.is_(False), jobs.c.state.in_(_OPEN))
+                out = sa.select(sa.func.count()).select_from(jobs).where(mine, _OUT)
                 room = whole.at_once - (connection.execute(out).scalar() or 0)
                 if room <= 0:
                     continue
-                held = connection.execute(sa.select(jobs).where(mine, _HELD).order_by(jobs.c.device)).all()
+                held = connection.execute(
+                    sa.select(jobs.c.id, jobs.c.device, jobs.c.created).where(mine, _HELD).order_by(jobs.c.device)
+                ).all()
+                alike = row_dict(connection.execute(sa.select(jobs).where(mine, _HELD).limit(1)).one())
                 for row in sorted(held, key=lambda row: row.device not in there)[:room]:
                     values = {"held": False, "expires": time.time() + whole.ttl_s}
                     connection.execute(jobs.update().where(jobs.c.id == row.id).values(**values))
-                    released.append(row_dict(row) | values)
+                    released.append(alike | row._asdict() | values)
             return released if wholes else None
 
         released = await self._db.write(change)
@@ -171,7 +188,7 @@ def _members(connection: sa.Connection, group: str, may: Callable[[str], bool]) 
     return names
 
 
-def _require(names: list[str], may: Callable[[str], bool]) -> None:
-    if forbidden := [name for name in names if not may(name)]:
-        few = f"you may not run jobs on {', '.join(forbidden[:3])} ({len(forbidden)} devices)"
-        raise Refused(403, few, "ask an admin, or give a smaller group")
+def _require(names: Collection[str], may: Callable[[str], bool]) -> None:
+    if forbidden := sum(not may(name) for name in names):
+        said = f"you may not run jobs on {forbidden} of the {len(names)} devices"
+        raise Refused(403, said, "ask an admin, give a smaller group, or cancel the jobs one by one")

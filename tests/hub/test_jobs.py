@@ -1,14 +1,20 @@
 """Jobs taken back, jobs for a group, and who sees which."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
+import sqlalchemy as sa
 
 from edge_agent.wire.messages import Job, JobKind, JobReport, JobState, Progress
+from hub.db import Database, devices, jobs
+from hub.fanout import Fanouts
+from hub.jobs import Jobs
 from tests.hub.rig import Device, Hub, enrolled, until
 
 
@@ -159,3 +165,102 @@ async def test_a_role_for_a_group_is_answered_with_its_devices_and_no_others(hub
     assert (await ann.post("/v1/groups/line-2/jobs", json=body)).status_code == 201
     assert (await ann.post("/v1/groups/line-3/jobs", json=body)).status_code == 403
     assert (await ann.get("/v1/audit")).status_code == 403
+
+
+async def seen_as(hub: Hub, job: str, state: str) -> None:
+    async def there() -> bool:
+        return bool((await hub.services.jobs.get(job))["state"] == state)
+
+    await until(there)
+
+
+async def test_of_a_fan_out_a_scoped_subject_sees_and_takes_back_no_other_devices_jobs(hub: Hub) -> None:
+    admin = await hub.login()
+    a1, *_ = await labelled(hub, admin, "all", "a1", "a2", "b1")
+    for role, given in {
+        "runner": ["run:task:b*"],
+        "reader": ["read:job:b*"],
+        "stranger": ["read:job:c*"],
+        "half": ["run:task", "read:job:b*"],
+    }.items():
+        assert (await admin.put(f"/v1/roles/{role}", json={"permissions": given})).status_code == 204
+    work = {"kind": "task", "body": {"text": "stop"}}
+    made = (await admin.post("/v1/groups/all/jobs", json=work)).json()
+    at, jobs = f"/v1/fanouts/{made['id']}", {job["device"]: job["id"] for job in made["jobs"]}
+
+    reader, stranger, runner, half = [await hub.user(role) for role in ("reader", "stranger", "runner", "half")]
+    page = (await reader.get(at, params={"limit": 2})).json()
+    assert ([job["device"] for job in page["jobs"]], page["states"]) == (["b1"], {"queued": 1})
+    assert (await reader.get(at, params={"after": "b1"})).json()["jobs"] == []
+    assert (await stranger.get(at)).status_code == 403
+
+    async with a1.online():
+        await told(a1, jobs["a1"], JobState.FAILED, error="secret of a1")
+        await seen_as(hub, jobs["a1"], "failed")
+    for _ in range(2):  # while some are open, and when all have ended
+        refused = await runner.post(f"{at}/cancel")
+        assert refused.status_code == 403
+        assert not any(word in refused.text for word in ("secret", "a1", "a2"))
+        assert not [
+            each
+            for each in await hub.services.audit.newest()
+            if each["actor"] == "some-runner" and each["action"] == "cancel:fanout"
+        ]
+        await admin.post(f"{at}/cancel")
+    ended = (await half.post(f"{at}/cancel")).json()
+    assert ([job["device"] for job in ended["jobs"]], ended["states"]) == (["b1"], {"cancelled": 1})
+
+
+async def test_a_child_on_a_dead_device_gives_its_place_up_when_it_is_cancelled(hub: Hub) -> None:
+    admin = await hub.login()
+    dead, _ = await labelled(hub, admin, "line-2", "press-1", "press-2")
+    work = {"kind": "task", "body": {"text": "stop"}, "at_once": 1}
+    made = (await admin.post("/v1/groups/line-2/jobs", json=work)).json()
+    first = next(job["id"] for job in made["jobs"] if not job["held"])
+    async with dead.online():
+        await told(dead, first, JobState.RUNNING)
+        await seen_as(hub, first, "running")
+    assert await hub.services.fanouts.release(()) == 0
+    assert (await admin.post(f"/v1/jobs/{first}/cancel")).json()["state"] == "running"
+
+    async def released() -> bool:
+        return bool((await hub.services.fanouts.get(made["id"]))["states"] == {"running": 1, "queued": 1})
+
+    await until(released)
+
+
+async def test_releasing_reads_the_body_once_and_sends_each_device_its_own_job(tmp_path: Path) -> None:
+    database, sent, read = Database(f"sqlite:///{tmp_path / 'hub.db'}"), list[tuple[str, Job]](), list[str]()
+
+    def decode(text: str) -> Any:
+        read.append(text)
+        return msgspec.json.decode(text)
+
+    database.engine.dialect._json_deserializer = decode
+
+    async def send(device: str, job: Job) -> None:
+        sent.append((device, job))
+
+    def fleet(connection: sa.Connection) -> None:
+        for n in range(6):
+            labels = {"groups": ["all"]}
+            row = {"name": f"d{n}", "public_key": "k", "enrolled": 0.0, "desired": {}, "reported": {}}
+            connection.execute(devices.insert().values(labels=labels, **row))
+
+    await database.write(fleet)
+    fanouts = Fanouts(database, Jobs(database, send), send)
+    body = {"tool": "write", "args": {"text": "x" * 60_000}}
+    who: dict[str, Any] = {"subject": "ann", "roles": ["admin"], "may": lambda _: True}
+    made = await fanouts.create("all", JobKind.TOOL, body, at_once=2, ttl_s=9, **who)
+    for job in made["jobs"][:2]:
+        await database.write(
+            lambda c, id=job["id"]: c.execute(jobs.update().where(jobs.c.id == id).values(state="failed"))
+        )
+    read.clear()
+    assert await fanouts.release({"d5"}) == 2
+    assert len([text for text in read if len(text) > 60_000]) == 1
+    assert [device for device, _ in sent] == ["d0", "d1", "d5", "d2"]
+    own = {job["device"]: job["id"] for job in made["jobs"]}
+    assert all((job.id, job.body, job.subject) == (own[device], body, "ann") for device, job in sent)
+    assert all(job.expires > time.time() + 8 for _, job in sent[2:])
+    database.close()
