@@ -22,6 +22,7 @@ GENESIS = "0" * 64
 where: ContextVar[str] = ContextVar("where", default="")
 """The address of the client whose request is being served; it goes into every entry that comes of it."""
 QUIET_S = 60.0
+LAST_TS = 253402300799.0  # the end of the year 9999
 MAX_CAUSES = 1024
 
 
@@ -77,7 +78,7 @@ class Chains:
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, Any]] = {}
-        self._heads: dict[tuple[str, int], str] = {}
+        self._heads: dict[tuple[str, int], set[str]] = {}
 
     def take(self, device: str, text: str) -> None:
         body = msgspec.json.decode(text)
@@ -88,17 +89,25 @@ class Chains:
         if not again and not chain["wrong"] and body.get("prev") != chain["head"]:
             chain["wrong"] = f"entry {body['n']} does not follow from the one before it"
         chain["entries"] += 1
-        self._heads[device, body["n"]] = chain["head"] = _digest(text)
+        chain["head"] = _digest(text)
+        self._heads.setdefault((device, body["n"]), set()).add(chain["head"])
 
     def hold(self, anchor: Any) -> None:
         """Compare with a head that the hub took into its own chain."""
         name, n = anchor["device"], anchor["n"]
-        if self._heads.get((name, n)) != anchor["head"] and name in self.found:
-            self.found[name]["wrong"] = f"entry {n} is not the one that was anchored"
+        heads = self._heads.get((name, n), ())
+        if anchor["head"] not in heads:
+            chain = self.found.setdefault(name, {"entries": 0, "head": "", "wrong": ""})
+            chain["wrong"] = f"entry {n} " + (
+                "is not the one that was anchored" if heads else "was anchored and is gone"
+            )
 
 
-def check_export(lines: Iterable[bytes]) -> dict[str, Any]:
-    """`{first_broken, devices}` of an export as JSON Lines, checked with no hub. Raises msgspec.DecodeError."""
+def check_export(lines: Iterable[bytes], devices: bool = True) -> dict[str, Any]:
+    """`{first_broken, devices}` of an export as JSON Lines, checked with no hub. Raises msgspec.DecodeError.
+
+    One that was made without `devices` has none of what the anchors name.
+    """
     chains, anchors = Chains(), list[Any]()
 
     def own() -> Iterator[Any]:
@@ -116,7 +125,7 @@ def check_export(lines: Iterable[bytes]) -> dict[str, Any]:
 
     broken = first_broken(own())
     if broken is None:
-        for anchor in anchors if chains.found else ():
+        for anchor in anchors if devices else ():
             chains.hold(anchor)
     return {"first_broken": broken, "devices": chains.found}
 
@@ -140,13 +149,18 @@ def cef(entry: dict[str, Any], product: str = "hub") -> str:
     def field(text: object) -> str:
         return str(text).replace("\\", "\\\\").replace("=", "\\=").replace("\n", "\\n").replace("\r", "\\r")
 
-    action = str(entry["action"]).replace("\\", "\\\\").replace("|", "\\|")
+    action = " ".join(str(entry["action"]).split()).replace("\\", "\\\\").replace("|", "\\|")
     severity = 6 if action.startswith(("refuse:", "lock:", "reuse:", "dead:")) else 3
-    more = {"rt": int(entry["ts"] * 1000), "suser": entry["actor"], "externalId": entry["id"]}
+    more = {"rt": millis(entry["ts"]), "suser": entry["actor"], "externalId": entry["id"]}
     more |= {"cs1Label": "detail", "cs1": msgspec.json.encode(entry["detail"]).decode()}
     more |= {"cs2Label": "hash", "cs2": entry["hash"]}
     said = " ".join(f"{name}={field(value)}" for name, value in more.items())
     return f"CEF:0|Outrider|{product}|1|{action}|{action}|{severity}|{said}"
+
+
+def millis(ts: float) -> int:
+    """Milliseconds since the Unix epoch, held to the years 1970 to 9999, whatever a device's clock says."""
+    return round(min(max(ts, 0.0), LAST_TS) * 1000)
 
 
 def anchor(connection: sa.Connection) -> None:

@@ -279,6 +279,7 @@ def _twin_lines(seen: dict[str, Any]) -> str:
 @app.command("audit-verify")
 def audit_verify(
     file: Annotated[Path | None, typer.Argument(help="An export as JSON Lines, checked with no hub.")] = None,
+    devices: Annotated[bool, typer.Option(help="It has devices' entries: what was anchored must be there.")] = True,
     hub: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -289,7 +290,7 @@ def audit_verify(
         with _errors():
             try:
                 with file.open("rb") as lines:
-                    found: dict[str, Any] = check_export(lines)
+                    found: dict[str, Any] = check_export(lines, devices)
             except (OSError, ValueError) as error:
                 raise HubError(
                     f"{file} cannot be read: {error}", "give an export as JSON Lines, from its start"

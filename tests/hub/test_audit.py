@@ -1,7 +1,9 @@
 """The audit log at the hub: a changed or missing entry shows, its devices' too, and it leaves in forms others read."""
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -48,6 +50,44 @@ async def test_cef_escapes_what_would_end_a_field(database: Database) -> None:
     assert line.startswith(r"CEF:0|Outrider|hub|1|a\|b|a\|b|3|rt=")
     assert "\n" not in line
     assert r"a\=b|c" in line
+
+
+def test_no_device_splits_or_ends_an_export_for_a_siem() -> None:
+    body = json.dumps({"event": "call\nCEF:0|Outrider|hub|1|login:user\u2028x", "subject": "a\nb", "n": 1})
+    line = cef_device({"device": "press-1", "epoch": 1, "seq": 1, "ts": 1e308, "body": body})
+    assert len(line.splitlines()) == 1
+    assert line.startswith(r"CEF:0|Outrider|agent|1|call CEF:0\|Outrider\|hub\|1\|login:user x|")
+    assert "|rt=253402300799000 suser=a\\nb " in line
+    assert "|rt=0 " in cef_device({"device": "press-1", "epoch": 1, "seq": 1, "ts": -1e308, "body": "{}"})
+
+
+def chain(device: str, epoch: int, calls: list[str]) -> tuple[list[bytes], list[dict[str, Any]]]:
+    """The lines of an export that a device chained, and the anchor that each would be."""
+    prev, lines, anchors = "", list[bytes](), list[dict[str, Any]]()
+    for n, call in enumerate(calls, 1):
+        body = json.dumps({"event": "call", "call": call, "n": n, "prev": prev})
+        prev = hashlib.sha256(body.encode()).hexdigest()
+        anchors.append({"device": device, "n": n, "head": prev})
+        lines.append(msgspec.json.encode({"device": device, "epoch": epoch, "seq": n, "ts": 1.0, "body": body}))
+    return lines, anchors
+
+
+async def test_a_device_that_began_anew_has_two_sound_chains_and_one_that_is_gone_shows(database: Database) -> None:
+    (old, was), (new, now) = chain("press-1", 1, ["stop", "start"]), chain("press-1", 2, ["purge", "stop", "start"])
+    other, last = chain("press-2", 1, ["stop"])
+    log = Audit(database)
+    for anchor in (was[1], now[1], last[0]):
+        await log.add(anchor["device"], "anchor:device", anchor)
+    own = [msgspec.json.encode(entry) for entry in await log.entries()]
+    whole = [*own, *old, *new, *other]
+    assert {name: each["wrong"] for name, each in check_export(whole)["devices"].items()} == {
+        "press-1": "",
+        "press-2": "",
+    }
+    assert "was anchored and is gone" in check_export([*own, *old, *new])["devices"]["press-2"]["wrong"]
+    assert "is not the one that was anchored" in check_export([*own, *new, *other])["devices"]["press-1"]["wrong"]
+    assert set(check_export(own)["devices"]) == {"press-1", "press-2"}
+    assert check_export(own, devices=False) == {"first_broken": None, "devices": {}}
 
 
 async def test_a_devices_chain_is_followed_and_anchored(database: Database, tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ async def test_a_patch_is_merged_for_the_version_it_was_made_for(hub: Hub) -> No
         late = await admin.patch(at, json={"config": {"telemetry_s": 6}}, headers={"If-Match": '"0"'})
         assert late.status_code == 412
         assert '"1"' in late.json()["hint"]
+        for wrong in ("x", "-1", "1" * 20, "1" * 5000):
+            refused = await admin.patch(at, json={"config": {}}, headers={"If-Match": f'"{wrong}"'})
+            assert refused.status_code == 422, wrong[:20]
         await admin.patch(at, json={"config": {"log": "debug", "telemetry_s": None}})
         await soon(lambda: device.desired and device.desired[-1].version == 2)
         assert device.desired[-1].doc == {"config": {"log": "debug"}}
