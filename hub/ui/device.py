@@ -7,10 +7,11 @@ from nicegui import ui
 
 from edge_agent.wire.messages import JobKind
 from hub import approvals
+from hub.audit import millis
 from hub.errors import Refused
 from hub.jobs import MAX_TEXT
 from hub.ui import work
-from hub.ui.frame import DOTS, View, ago, e, empty, heading, number, offset, page, set_html
+from hub.ui.frame import DOTS, View, ago, e, empty, heading, measured, number, offset, page, set_html
 from hub.ui.overview import models_of
 
 JOBS = 12
@@ -209,7 +210,7 @@ def quantities(records: list[dict[str, Any]]) -> dict[str, dict[str, Line]]:
     found: dict[str, dict[str, Line]] = {}
     for record in records:
         for quantity, label, value in numbers(record["body"]):
-            point = (round(record["ts"] * 1000), value)
+            point = (millis(record["ts"]), value)
             found.setdefault(quantity, {}).setdefault(label, []).append(point)
     health = {quantity for quantity in found if quantity.startswith("health ")}
     ordered = sorted(found, key=lambda quantity: (quantity in health, quantity))
@@ -222,14 +223,14 @@ def numbers(body: dict[str, Any]) -> list[tuple[str, str, float]]:
         words = " ".join(str(value) for value in args.values() if isinstance(value, str)) or str(body["tool"])
         label = " ".join(f"{key} {value}" for key, value in args.items() if not isinstance(value, str))
         result = body.get("result")
-        value = result.get("value") if isinstance(result, dict) else result
-        return [(words, label, float(value))] if isinstance(value, int | float) else []
+        read = measured(result.get("value") if isinstance(result, dict) else result)
+        return [] if read is None else [(words, label, read)]
     pairs: list[tuple[str, str, float]] = []
     for key, value in body.items():
         if isinstance(value, dict):
             pairs += [(f"{key} {quantity}", label, read) for quantity, label, read in numbers(value)]
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            pairs.append((key.replace("_", " "), "", float(value)))
+        elif not isinstance(value, bool) and (read := measured(value)) is not None:
+            pairs.append((key.replace("_", " "), "", read))
     return pairs
 
 

@@ -287,6 +287,14 @@ def clock(ts: float) -> str:
     return when.strftime("%H:%M:%S" if today else "%d %b %H:%M")
 
 
+def measured(value: Any) -> float | None:
+    """What a device sent for a number; None where it is none, or past what a float holds."""
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:
+        return None
+
+
 def number(value: float) -> str:
     """Three figures at least, with thin spaces between thousands."""
     return f"{value:.3g}" if value % 1 and abs(value) < 1000 else f"{value:,.0f}".replace(",", "\u202f")

@@ -8,7 +8,7 @@ import msgspec
 
 from edge_agent.wire.messages import TERMINAL, JobState
 from hub.approvals import Ask
-from hub.ui.frame import clock, e, span
+from hub.ui.frame import clock, e, measured, span
 
 ENDED = frozenset(state.value for state in TERMINAL)
 PATH = (JobState.QUEUED, JobState.DELIVERED, JobState.RUNNING)
@@ -47,18 +47,16 @@ def calls(job: dict[str, Any]) -> list[Made]:
     found = []
     for each in listed if isinstance(listed, list) else []:
         if isinstance(each, dict):
-            ms = each.get("ms")
-            ms = float(ms) if isinstance(ms, int | float) else None
             result, ok = each.get("result"), bool(each.get("ok", True))
-            found.append(Made(_short(_text(each.get("call"))), _short(_text(result)), ok, ms))
+            found.append(Made(_short(_text(each.get("call"))), _short(_text(result)), ok, measured(each.get("ms"))))
     return found
 
 
 def decided_ms(job: dict[str, Any]) -> float:
     """How long the model took for all its decisions."""
     listed = job["result"].get("decisions")
-    times = [each.get("ms") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-    return sum(ms for ms in times if isinstance(ms, int | float))
+    times = [measured(each.get("ms")) for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    return sum(ms for ms in times if ms is not None)
 
 
 def summary(job: dict[str, Any]) -> str:
@@ -99,14 +97,15 @@ def transcript(job: dict[str, Any]) -> str:
 
 
 def _line(step: dict[str, Any], began: float) -> str:
-    role, ok, ts = str(step.get("role", "")), bool(step.get("ok", True)), step.get("ts")
-    since = f"{max(0.0, ts - began):,.2f} s" if isinstance(ts, int | float) else ""
+    role, ok, ts = str(step.get("role", "")), bool(step.get("ok", True)), measured(step.get("ts"))
+    since = "" if ts is None else f"{max(0.0, ts - began):,.2f} s"
     text, call = _text(step.get("text", "")), _text(step.get("call", ""))
     if role == "ask":
         text = f"May {call} be done? digest {text[:16]}"
     elif role == "approval":
         text = f"{text} {'approved' if ok else 'denied'} {call}"
-    notes = [f"{step['ms']:,.1f} ms"] if isinstance(step.get("ms"), int | float) else []
+    ms = measured(step.get("ms"))
+    notes = [] if ms is None else [f"{ms:,.1f} ms"]
     if isinstance(step.get("prompt_tokens"), int):
         notes.append(f"{step['prompt_tokens']} tokens read, {step.get('tokens', 0)} said")
     notes += [str(step[name])[:40] for name in ("adapter",) if step.get(name)]
