@@ -92,7 +92,7 @@ def pack(state: Path, options: dict[str, str]) -> Sequence[Tool]:
         check = Check("read_line", {"name": "$name"}, equals="$on", value="on")
         undo = Undo("set_line", {"name": "$name", "on": "$result.before"})
         returns = settings.fields(Param("on", "bool"), Param("before", "bool"))
-        made.append(
-            settings.choosing(declare(tools.set_line, risk="act", check=check, undo=undo), returns, name=outputs)
-        )
+        # not idempotent: made again, it would take what it set for what was before, which an undo sets
+        switch = declare(tools.set_line, risk="act", idempotent=False, check=check, undo=undo)
+        made.append(settings.choosing(switch, returns, name=outputs))
     return made

@@ -166,6 +166,7 @@ def pack(state: Path, options: dict[str, str]) -> Sequence[Tool]:
         write = declare(
             tools.write_register,
             risk="act",
+            idempotent=False,  # made again, it would take what it wrote for what was before, which an undo sets
             timeout_s=limit,
             check=Check("read_register", {"name": "$name"}, equals="$result.value", wait_s=1.0),
             undo=Undo("write_register", {"name": "$name", "value": "$result.before"}),

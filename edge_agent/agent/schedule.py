@@ -2,9 +2,9 @@
 
 Invariants: an entry carries who asked for it, and starts as that subject, by the grants of that time; each time it is
 due it starts under one id, so after a crash it starts once; one that started or was taken out stays known by its id
-(the last MAX_GONE), so the call that made it, made again after a crash, makes no second one; a time that passed while the device was off is made up for
-within LATE_S, once, and otherwise told and left out. The tool runner writes entries (tools/schedule.py), the daemon
-starts them.
+(the last MAX_GONE), so the call that made it, made again after a crash, makes no second one; a time that passed while
+the device was off is made up for within LATE_S, once, and otherwise told and left out. The tool runner writes entries
+(tools/schedule.py), the daemon starts them.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ def test_only_outputs_can_be_set_and_each_is_read_back(tmp_path: Path) -> None:
     made = tools(tmp_path, "[lines]\nguard = {line = 1}\nlamp = {line = 2, output = true}")
     spec = made["set_line"].spec
     assert (spec.risk, spec.check and spec.check.tool, spec.undo and spec.undo.tool) == ("act", "read_line", "set_line")
+    assert not spec.repeatable, "made again, it would take the value that it set for the one before"
     with pytest.raises(CallError, match="is one of lamp"):
         validate(Call("set_line", {"name": "guard", "on": True}), [spec])
     assert list(tools(tmp_path, "[lines]\nguard = {line = 1}")) == ["read_line"]

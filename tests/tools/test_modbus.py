@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.agent.act import Acts
+from edge_agent.agent.act import Acts, Ended
 from edge_agent.agent.calls import Call, CallError, validate
 from edge_agent.agent.tool import Tool, ToolError
 from edge_agent.agent.toolrunner import load
@@ -104,6 +104,30 @@ async def test_values_have_scale_and_unit_and_what_is_written_is_read_back(act: 
         assert act.task.steps[n].call.args["name"] == name
         assert (await act.undo(n)).result["value"] == 0.0
         assert (await act("read_register", name=name)).result["value"] == 0.0
+
+
+async def test_a_write_cut_short_after_its_effect_is_not_made_again(
+    tmp_path: Path, made: dict[str, Tool], act: Any
+) -> None:
+    """Made again, it would take the value that it wrote itself for the one before, and an undo would change nothing."""
+
+    class Dies(LocalTools):
+        async def call(self, name: str, args: dict[str, Any], timeout_s: float) -> Any:
+            await super().call(name, args, timeout_s)
+            raise EOFError
+
+    store = Store(tmp_path / "dies.db", migrations)
+    transcripts, spec = Transcripts(store), made["write_register"].spec
+    task = await transcripts.add(Task("t", "do", Subject("ada", ["operator"], 1.0), 1.0))
+    level = validate(Call("write_register", {"name": "level", "value": 40.0}), [spec])
+    with pytest.raises(EOFError):
+        await Acts(Dies(*made.values()), transcripts, lambda *_: True, time.time).act(task, spec, level, 5.0)
+    again = await transcripts.get("t")
+    assert again is not None
+    with pytest.raises(Ended, match="effect unknown"):
+        await Acts(LocalTools(*made.values()), transcripts, lambda *_: True, time.time).act(again, spec, level, 5.0)
+    store.close()
+    assert (await act("write_register", name="level", value=0.0)).result["before"] == 40.0
 
 
 async def test_a_register_that_does_not_take_the_value_is_an_error(act: Any) -> None:
