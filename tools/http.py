@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 import httpx
 import msgspec
@@ -25,6 +26,7 @@ from msgspec import Meta, field
 from edge_agent.agent.tool import Tool, ToolError, declare
 from tools import settings
 
+_UNICAST = ipaddress.IPv6Network("2000::/3")
 _EACH = httpx.Limits(max_keepalive_connections=0)  # one kept for an address would serve another host's name unchecked
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
@@ -67,8 +69,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def _path(url: httpx.URL) -> str:
     """Path and query. Raises ToolError for one that a server may read in another way than a rule."""
     text = url.raw_path.decode()
-    path = text.partition("?")[0].lower()
-    if any(part in (".", "..") for part in path.split("/")) or any(bad in path for bad in ("%2e", "%2f", "%5c", "\\")):
+    path = plain = text.partition("?")[0].lower()
+    while (decoded := unquote(plain)) != plain:
+        plain = decoded
+    dots = any(re.split(r"[;\0-\x20]", part)[0] in (".", "..") for part in re.split(r"[/\\]", plain))
+    if dots or any(bad in path for bad in ("%2e", "%2f", "%5c", "\\")):
         raise ToolError(f"the path {path[:100]} is not plain: no dots, slashes or backslashes in disguise")
     return text
 
@@ -163,6 +168,8 @@ def _addresses(host: str, port: int, private: bool) -> list[str]:
 def _public(address: str) -> bool:
     known = ipaddress.ip_address(address.partition("%")[0])
     known = getattr(known, "ipv4_mapped", None) or known
+    if isinstance(known, ipaddress.IPv6Address) and (known not in _UNICAST or known.sixtofour):
+        return False  # forms that a router may turn into any IPv4 address, and what is out of use
     return known.is_global and not known.is_multicast
 
 

@@ -22,6 +22,7 @@ from cryptography.x509.oid import NameOID
 from edge_agent.agent.tool import ToolError
 from edge_agent.agent.toolrunner import load
 from edge_agent.errors import Fatal
+from tools.http import _public
 
 
 class Site(BaseHTTPRequestHandler):
@@ -111,10 +112,15 @@ def test_an_allowed_address_is_read_and_no_other_method_path_host_or_port(
     ):
         with pytest.raises(ToolError, match="is not allowed here; allowed: GET http"):
             get(url=url)
-    for path in ("../admin", "%2e%2e/admin", "a/%2e%2e%2fadmin", "a%5cb"):
+    for path in (
+        *("../admin", "%2e%2e/admin", "a/%2e%2e%2fadmin", "a%5cb", "..;/admin", "..;a=1/admin", "..%3b/admin"),
+        *("..%3B/admin", "..%00/admin", ".;/admin", "%252e%252e/admin", "a/..%252fadmin", "..%20/admin"),
+    ):
         with pytest.raises(ToolError, match=r"is not (plain|allowed)"):
             get(url=f"{base}/v1/{path}")
     assert len(seen) == before
+    for path in ("..a/b", "a..b/c;d=1", "50%25", ".well-known/x"):
+        assert get(url=f"{base}/v1/{path}")["status"] == 200, "dots and semicolons that no server takes for a step up"
 
 
 def test_a_body_is_sent_by_its_rule_with_its_headers_and_secrets(
@@ -163,6 +169,18 @@ def test_each_redirect_is_checked_and_they_are_bounded(tmp_path: Path, site: tup
     with pytest.raises(ToolError, match="one redirect more than the 2"):
         get(url=f"{base}/v1/to/v1/to/v1/to/v1/a")
     assert "/secret" not in [path for _, path, _, _ in seen]
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        *((address, True) for address in ("1.1.1.1", "2606:4700::1111", "::ffff:1.1.1.1")),
+        *((address, False) for address in ("64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1", "fec0::1", "2001::1")),
+        *((address, False) for address in ("::ffff:127.0.0.1", "100.64.0.1", "ff02::1", "fe80::1%eth0", "fd00::1")),
+    ],
+)
+def test_an_address_that_may_lead_inside_by_another_form_is_private(address: str, public: bool) -> None:
+    assert _public(address) is public
 
 
 def test_a_private_address_is_refused_unless_its_rule_says_so(tmp_path: Path, site: tuple[str, list[Any]]) -> None:
