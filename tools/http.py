@@ -14,7 +14,8 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote
@@ -97,13 +98,17 @@ class Http:
     def _ask(self, method: str, url: str, body: str | None) -> dict[str, Any]:
         deadline = time.monotonic() + self._settings.timeout_s
         for _ in range(self._settings.redirects + 1):
-            status, headers, content = self._once(method, url, body, deadline)
-            if method != "GET" or not (300 <= status < 400 and "location" in headers):
+            status, headers, content, problem = self._once(method, url, body, deadline)
+            if method != "GET":
+                return _sent(status, headers.get("content-type", ""), content, problem)
+            if problem:
+                raise ToolError(f"{url} {problem}")
+            if not (300 <= status < 400 and "location" in headers):
                 return {"status": status, **_read(headers.get("content-type", ""), content)}
             url = str(httpx.URL(url).join(headers["location"]))
         raise ToolError(f"{url} would be one redirect more than the {self._settings.redirects} that are followed")
 
-    def _once(self, method: str, text: str, body: str | None, deadline: float) -> tuple[int, httpx.Headers, bytes]:
+    def _once(self, method: str, text: str, body: str | None, deadline: float) -> tuple[int, httpx.Headers, bytes, str]:
         try:
             url = httpx.URL(text).copy_with(fragment=None)
         except (httpx.InvalidURL, ValueError) as error:
@@ -130,28 +135,53 @@ class Http:
                 asked = self._client.build_request(method, url.copy_with(host=address), headers=headers, content=body)
                 asked.extensions["sni_hostname"] = url.host
                 asked.extensions["timeout"] = httpx.Timeout(max(0.1, deadline - time.monotonic())).as_dict()
+                asked.extensions["trace"] = _until(deadline)
                 answer = self._client.send(asked, stream=True)
                 try:
-                    return answer.status_code, answer.headers, self._content(answer, url, deadline)
+                    return answer.status_code, answer.headers, *self._content(answer)
                 finally:
                     answer.close()
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 tried = error
             except httpx.HTTPError as error:
-                raise ToolError(f"{url}: {type(error).__name__}: {error}") from error
+                effect = "" if method == "GET" else ": it may have had an effect"
+                raise ToolError(f"{url} {self._told(error)}{effect}") from error
         raise ToolError(f"{url}: {type(tried).__name__}: {tried}") from tried
 
-    def _content(self, answer: httpx.Response, url: httpx.URL, deadline: float) -> bytes:
-        content = b""
+    def _content(self, answer: httpx.Response) -> tuple[bytes, str]:
+        """What came, and what is wrong with it; empty when nothing is."""
         if packed := answer.headers.get("content-encoding"):
-            raise ToolError(f"{url} gives {packed}, which was not asked for")
-        for piece in answer.iter_raw():
-            content += piece
-            if len(content) > self._settings.max_bytes:
-                raise ToolError(f"{url} gives more than {self._settings.max_bytes} bytes")
-            if time.monotonic() > deadline:
-                raise ToolError(f"{url} is not read after {self._settings.timeout_s:g} s")
-        return content
+            return b"", f"gives {packed}, which was not asked for"
+        content = b""
+        try:
+            for piece in answer.iter_raw():
+                content += piece
+                if len(content) > self._settings.max_bytes:
+                    return content[: self._settings.max_bytes], f"gives more than {self._settings.max_bytes} bytes"
+        except httpx.HTTPError as error:
+            return content, self._told(error)
+        return content, ""
+
+    def _told(self, error: httpx.HTTPError) -> str:
+        if isinstance(error, httpx.TimeoutException):
+            return f"is not read after {self._settings.timeout_s:g} s"
+        return f"fails: {type(error).__name__}: {error}"
+
+
+def _until(deadline: float) -> Callable[[str, dict[str, Any]], None]:
+    """A trace of httpcore that holds all reads of a connection to one deadline; its own timeouts begin anew at each."""
+
+    def trace(event: str, about: dict[str, Any]) -> None:
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            stream = about["return_value"]
+            stream.read = partial(read, stream.read)
+
+    def read(plain: Callable[[int, float], bytes], size: int, timeout: float | None = None) -> bytes:
+        if (left := deadline - time.monotonic()) <= 0:
+            raise httpx.ReadTimeout("the time is over")
+        return plain(size, left)
+
+    return trace
 
 
 def _addresses(host: str, port: int, private: bool) -> list[str]:
@@ -182,6 +212,17 @@ def _read(kind: str, content: bytes) -> dict[str, Any]:
     if b"\0" in content:
         raise ToolError(f"the answer is {len(content)} bytes of {kind or 'no known type'}, not text")
     return {"text": content.decode(errors="replace")}
+
+
+def _sent(status: int, kind: str, content: bytes, problem: str) -> dict[str, Any]:
+    """The result of what was sent: a `problem` with the answer is no error, which would have it sent again."""
+    try:
+        read = _read("text/plain" if problem else kind, content)
+    except ToolError as error:
+        read, problem = {}, problem or str(error)
+    if len(msgspec.json.encode(read)) > settings.MAX_RESULT:
+        read, problem = {}, problem or "gives more than fits a result"
+    return {"status": status, **read, **({"problem": problem} if problem else {})}
 
 
 def pack(state: Path, options: dict[str, str]) -> Sequence[Tool]:

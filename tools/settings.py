@@ -20,6 +20,8 @@ from edge_agent.agent.tool import Param, Tool
 T = TypeVar("T")
 Secret = Annotated[str, Meta(pattern="^(TOOL_[A-Z0-9_]+)?$")]
 """A variable of the environment; of the daemon's, those that begin with TOOL_ reach the tools."""
+MAX_RESULT = 60 * 1024
+"""Bytes of JSON that a pack's tool gives at most: the tool runner refuses a result over 64 KiB."""
 
 
 def read(name: str, state: Path, options: dict[str, str], kind: type[T], needed: bool = True) -> T:

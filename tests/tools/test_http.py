@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import ssl
 import threading
@@ -22,6 +23,7 @@ from cryptography.x509.oid import NameOID
 from edge_agent.agent.tool import ToolError
 from edge_agent.agent.toolrunner import load
 from edge_agent.errors import Fatal
+from tools import settings
 from tools.http import _public
 
 
@@ -40,6 +42,14 @@ class Site(BaseHTTPRequestHandler):
     def answer(self, body: str) -> None:
         self.seen.append((self.command, self.path, dict(self.headers), body))
         path = self.path.partition("?")[0].removeprefix("/v1/")
+        if path in ("head", "early"):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: " if path == "head" else b"")
+            with contextlib.suppress(OSError):
+                for _ in range(60):
+                    time.sleep(0.05)
+                    self.wfile.write(b"a" if path == "head" else b"HTTP/1.1 103 Early Hints\r\n\r\n")
+            self.close_connection = True
+            return
         if path == "slow":
             self.send_response(200)
             self.send_header("Connection", "close")
@@ -55,10 +65,12 @@ class Site(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        large = {"large": b"x" * 5000, "binary": b"\0\1", "nojson": b"{"}
+        large = {"large": b"x" * 5000, "binary": b"\0\1", "nojson": b"{", "control": b"\1" * 3000}
         content = large.get(path, json.dumps({"path": self.path, "items": [1, 2]}).encode())
         self.send_response(404 if path == "gone" else 200)
-        self.send_header("Content-Type", "application/json" if path not in ("large", "binary") else "text/plain")
+        self.send_header(
+            "Content-Type", "application/json" if path not in ("large", "binary", "control") else "text/plain"
+        )
         if path == "packed":
             self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(content)))
@@ -211,6 +223,43 @@ def test_answers_are_bounded_in_bytes_and_time_and_are_text(tmp_path: Path, site
     closed = tools(tmp_path, rule("http://127.0.0.1:1"))["http_get"].function
     with pytest.raises(ToolError, match="ConnectError"):
         closed(url="http://127.0.0.1:1/v1/a")
+
+
+@pytest.mark.parametrize("path", ["head", "early", "slow"])
+def test_an_answer_that_trickles_ends_at_its_time_wherever_it_is(
+    tmp_path: Path, site: tuple[str, list[Any]], path: str
+) -> None:
+    base, _ = site
+    get = tools(tmp_path, "timeout_s = 0.5\n" + rule(base))["http_get"].function
+    began = time.monotonic()
+    with pytest.raises(ToolError, match=r"is not read after 0.5 s"):
+        get(url=f"{base}/v1/{path}")
+    assert time.monotonic() - began < 1.5
+
+
+def test_what_was_sent_is_no_error_for_what_its_answer_holds(
+    tmp_path: Path, site: tuple[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error would have it sent again."""
+    monkeypatch.setattr(settings, "MAX_RESULT", 10_000)
+    base, seen = site
+    more = 'private = true\nmethods = ["POST"]'
+    send = tools(tmp_path, "max_bytes = 4000\ntimeout_s = 0.5\n" + rule(base, more=more))["http_send"].function
+    for path, text, problem in (
+        ("large", "x" * 4000, "gives more than 4000 bytes"),
+        ("binary", "", "the answer is 2 bytes of text/plain, not text"),
+        ("nojson", "", "the answer says it is JSON and is not"),
+        ("packed", "", "gives gzip, which was not asked for"),
+        ("slow", "x", "is not read after 0.5 s"),
+        ("control", "", "gives more than fits a result"),
+    ):
+        got = send(method="POST", url=f"{base}/v1/{path}", body="{}")
+        assert (got["status"], got.get("text", "")[:4000].startswith(text)) == (200, True)
+        assert problem in got["problem"]
+    assert len(got) == 2
+    with pytest.raises(ToolError, match=r"is not read after 0.5 s: it may have had an effect"):
+        send(method="POST", url=f"{base}/v1/head", body="{}")
+    assert [each[0] for each in seen] == ["POST"] * 7
 
 
 @pytest.mark.parametrize(
