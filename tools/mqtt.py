@@ -1,8 +1,9 @@
 """Topics of the site's own broker as tools: the last messages of some, a message to others.
 
 Invariants: the pack's file says which topics are read and which are written, no others are; messages are kept in
-memory, the last one of at most MAX_TOPICS topics for each name, of at most MAX_PAYLOAD bytes; nothing is queued for a
-broker that is away: a message is confirmed by it (QoS 1) or the call fails. What others publish is untrusted.
+memory, the last one of at most MAX_TOPICS topics for each name, of at most MAX_PAYLOAD bytes, none whose topic has over
+MAX_TOPIC characters; nothing is queued for a broker that is away: a message is confirmed by it (QoS 1) or the call
+fails, and it is not sent later. What others publish is untrusted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from edge_agent.agent.tool import Tool, ToolError, declare
 from edge_agent.config import Site
 from tools import settings
 
-MAX_TOPICS, MAX_PAYLOAD, SHOWN = 200, 4096, 10
+MAX_TOPICS, MAX_TOPIC, MAX_PAYLOAD, SHOWN = 200, 1000, 4096, 10
 CONNECT_S, CONFIRM_S = 5.0, 5.0
 
 
@@ -85,6 +86,8 @@ class Heard:
 
     def message(self, _: Any, __: Any, message: MQTTMessage) -> None:
         """paho's on_message."""
+        if len(message.topic) > MAX_TOPIC:
+            return
         text = message.payload[:MAX_PAYLOAD].decode(errors="replace")
         with self._lock:
             for name, topic in self._filters.items():
@@ -126,7 +129,10 @@ class Topics:
             raise ToolError(f"nothing was heard on {name} ({self._given.read[name]}) yet")
         now = time.monotonic()
         newest = kept[: -SHOWN - 1 : -1]
-        return {"messages": [{"topic": t, "text": text, "age_s": round(now - at, 1)} for t, (text, at) in newest]}
+        told: list[Message] = [{"topic": t, "text": text, "age_s": round(now - at, 1)} for t, (text, at) in newest]
+        while len(msgspec.json.encode({"messages": told})) > settings.MAX_RESULT:
+            told.pop()
+        return {"messages": told}
 
     def publish_topic(self, name: str, text: str) -> str:
         """Send a message to a topic of the site's broker."""

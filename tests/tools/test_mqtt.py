@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion
@@ -109,6 +110,20 @@ def test_what_is_kept_is_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) ->
     soon(lambda: read(name="states")["messages"][0]["text"] == "19")
     assert [m["text"] for m in read(name="states")["messages"]] == [f"{n}" for n in range(19, 9, -1)]
     assert len(read.__self__._heard.last("states")) == 12
+
+
+def test_a_result_fits_whatever_the_messages_hold(site: Site) -> None:
+    read = site.made["read_topic"].function
+    site.say("site/" + "x" * 2000, "too long a topic")
+    for text, count in ((b"\1", 2), (b"\xff", 4), (b"x", mqtt.SHOWN)):
+        for n in range(mqtt.SHOWN):
+            site.say(f"site/{n}/state", text * 5000)
+        soon(lambda text=text: read(name="states")["messages"][0]["text"][0] == text.decode(errors="replace"))
+        soon(lambda: read(name="all")["messages"][0]["topic"] == "site/9/state")
+        found = read(name="states")["messages"]
+        assert [m["topic"] for m in found] == [f"site/{n}/state" for n in range(9, 9 - count, -1)]
+        assert len(msgspec.json.encode(found)) <= 60 * 1024
+    assert all(len(topic) < 100 for topic, _ in read.__self__._heard.last("all"))
 
 
 def test_a_message_is_sent_where_the_file_says_and_says_what_it_allows(site: Site) -> None:
