@@ -112,16 +112,16 @@ class Later:
 
 def _time(text: str, now: float) -> float:
     """The next such time, seconds since the Unix epoch. Raises ToolError."""
-    here = datetime.fromtimestamp(now).astimezone()
+    here = datetime.fromtimestamp(now)  # without an offset, which a night in which the clock is set would change
     try:
         if len(text) <= 5:
             clock = datetime.strptime(text, "%H:%M")
             due = here.replace(hour=clock.hour, minute=clock.minute, second=0, microsecond=0)
             return (due if due > here else due + timedelta(days=1)).timestamp()
-        due = datetime.fromisoformat(text).astimezone()
+        due = datetime.fromisoformat(text)
     except ValueError as error:
         raise ToolError(f"{text!r:.40} is no time: 07:30, or 2027-01-31 07:30") from error
-    if due <= here:
+    if due.timestamp() <= now:
         raise ToolError(f"{text} has passed: it is {here:%Y-%m-%d %H:%M}")
     return due.timestamp()
 

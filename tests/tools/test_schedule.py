@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -29,6 +30,7 @@ from edge_agent.work import Work
 from tests.agent import plant
 from tests.fakes import LocalTools, ScriptedModel
 from tests.tools.conftest import EngineContext
+from tools.schedule import _time
 
 ADA, EVE = Subject("ada", ["operator"], 100.0), Subject("eve", ["operator"], 100.0)
 START = datetime(2027, 1, 15, 12, 0, 0).timestamp()
@@ -152,6 +154,31 @@ def test_what_is_gone_is_known_for_a_bounded_number(tmp_path: Path, monkeypatch:
         kept.add(schedule.Entry(f"{n}", ADA, START))
         kept.remove(f"{n}", "ada")
     assert [n for n in range(5) if kept.removed(f"{n}", "ada")] == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("asked", "text", "due"),
+    [
+        ("2027-03-27 20:00", "07:30", "2027-03-28 07:30"),
+        ("2027-10-30 20:00", "07:30", "2027-10-31 07:30"),
+        ("2027-03-28 01:50", "07:30", "2027-03-28 07:30"),
+        ("2027-03-28 01:50", "02:30", "2027-03-28 03:30"),
+        ("2027-06-01 07:30", "07:30", "2027-06-02 07:30"),
+        ("2027-03-27 20:00", "2027-03-28 07:30", "2027-03-28 07:30"),
+    ],
+)
+def test_a_time_is_the_clocks_also_over_a_night_in_which_it_is_set(
+    monkeypatch: pytest.MonkeyPatch, asked: str, text: str, due: str
+) -> None:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        now = datetime.fromisoformat(asked).timestamp()
+        assert f"{datetime.fromtimestamp(_time(text, now)):%Y-%m-%d %H:%M}" == due
+        assert _time(text, now) > now
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 async def test_a_workflow_runs_again_and_again_until_it_is_taken_out(tmp_path: Path) -> None:
