@@ -57,11 +57,15 @@ class Watch:
         if again and job.id not in self.ending and await self._inbox.cancelled(job.id):
             self.ending[job.id] = "cancelled before a restart"
         if job.id in self.ending:
-            task = await self._transcripts.get(job.id)
-            if task is not None and task.state in ("running", "waiting"):
-                task.state, task.error, task.finished = "failed", self.ending[job.id], now
-                await self._transcripts.save(task)
+            await self.settle(job.id, self.ending[job.id], now)
             raise Refused("it went no further")
+
+    async def settle(self, id: str, error: str, now: float) -> None:
+        """The task of a job that ends before its time has failed, if it has not ended. Raises Retry."""
+        task = await self._transcripts.get(id)
+        if task is not None and task.state in ("running", "waiting"):
+            task.state, task.error, task.finished = "failed", error, now
+            await self._transcripts.save(task)
 
     async def calling(self, id: str, call: Coroutine[Any, Any, T]) -> T:
         """The result of a tool call. Raises Refused when it was broken off."""

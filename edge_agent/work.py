@@ -136,10 +136,9 @@ class Work:
         id, told, given = args.get("id"), args.get("call"), args.get("approve", True)
         if not isinstance(id, str) or not isinstance(told, str) or not isinstance(given, bool):
             raise Refused("an approval names a task and its call", '{"id": "local-…", "call": "<digest>"}')
-        if self._approvals is None or (task := await self._transcripts.get(id)) is None:
-            raise Refused(f"there is no task {id}", "GET /v1/tasks shows which wait")
         async with self._answering:  # one answer counts
-            task = await self._transcripts.get(id) or task
+            if self._approvals is None or (task := await self._transcripts.get(id)) is None:
+                raise Refused(f"there is no task {id}", "GET /v1/tasks shows which wait")
             try:
                 step = self._approvals.give(task, told, given, subject, self._clock())
             except policy.Forbidden as error:
@@ -165,10 +164,7 @@ class Work:
             raise Refused(f"nothing of that in {id} can be taken back", f"steps that can: {left or 'none'}")
         done = [{"step": n, "call": render(call)} for n in chosen if (call := task.steps[n].call)]
         for undo in [spec.undo for n in chosen if (made := task.steps[n].call) and (spec := specs[made.name]).undo]:
-            try:
-                policy.check(specs[undo.tool], subject, self._allowed)
-            except policy.Forbidden as error:
-                raise Denied(error.message, error.hint) from error
+            self._may_call(specs[undo.tool], subject)
             if specs[undo.tool].risk == "danger":
                 raise Refused(f"{undo.tool} is dangerous", "ask for it in a task: its call waits there for an approval")
         if not args.get("look"):
@@ -261,6 +257,13 @@ class Work:
         if not self._allowed(subject, "run:task", ""):
             raise Denied(f"{subject.name} may not run:task on this device", "its grants do not say so")
 
+    def _may_call(self, spec: ToolSpec, subject: Subject) -> None:
+        """Raises Denied."""
+        try:
+            policy.check(spec, subject, self._allowed)
+        except policy.Forbidden as error:
+            raise Denied(error.message, error.hint) from error
+
     async def call(self, name: str, args: dict[str, Any], subject: Subject, key: str = "") -> Any:
         """Call one tool for a subject, or start a workflow. Raises Denied, Refused, Retry; a ToolError is Refused."""
         if name == APPROVE:
@@ -294,10 +297,7 @@ class Work:
         except CallError as error:
             raise Refused(str(error), "see GET /v1/status for the tools") from error
         spec = next(spec for spec in specs if spec.name == name)
-        try:
-            policy.check(spec, subject, self._allowed)
-        except policy.Forbidden as error:
-            raise Denied(error.message, error.hint) from error
+        self._may_call(spec, subject)
         if spec.risk == "danger":
             hint = "ask for it in a task or a workflow: its call waits there until it is approved"
             raise Refused(f"{name} is dangerous and needs an approval", hint)
@@ -323,9 +323,7 @@ class Work:
         if job.id in self._watch.ending and state is not JobState.SUCCEEDED:
             state, error = JobState.CANCELLED, f"{self._watch.ending[job.id]}: {error}"
             self.asks.pop(job.id, None)
-            if (task := await self._transcripts.get(job.id)) is not None and task.state in ("running", "waiting"):
-                task.state, task.error, task.finished = "failed", error[:MAX_ERROR], self._clock()
-                await _until_stored(lambda: self._transcripts.save(task))
+            await _until_stored(lambda: self._watch.settle(job.id, error[:MAX_ERROR], self._clock()))
         if state is JobState.RUNNING:
             self._waiting[job.id] = job, result["until"]
             self._asked.set()
