@@ -9,6 +9,7 @@ import sys
 from typing import Annotated, Any
 
 import litserve
+import litserve.server
 import numpy as np
 import onnxruntime
 from fastapi import Depends, Request, Response
@@ -64,6 +65,7 @@ class Network(litserve.LitAPI):  # type: ignore[misc, unused-ignore]
 
 def main(path: str, *numbers: str) -> None:
     planes, height, threads, workers, batch, port = map(int, numbers)
+    litserve.server._MCP_AVAILABLE = False  # 0.2.19 takes the package `mcp` for `fastmcp`, and does not start without
     api: Any = Network(path, planes, height, threads, batch)
     litserve.LitServer(api, accelerator="cpu", workers_per_device=workers).run(
         host="127.0.0.1", port=port, generate_client_file=False, log_level="error"

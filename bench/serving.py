@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -290,14 +291,18 @@ def _litserve(case: _Case, setting: tuple[int, int], threads: int) -> Iterator[_
         str, (next(case.folder.glob("*.onnx")), *case.xs[0].shape[1:3], threads // workers, workers, batch, port)
     )
     argv = [sys.executable, "-m", "bench.litserve_peer", *given]
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        requests = [(x.tobytes(), {"Content-Type": "application/octet-stream"}) for x in case.xs]
-        yield _Target(port, "/predict", requests)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait(20)
+    requests = [(x.tobytes(), {"Content-Type": "application/octet-stream"}) for x in case.xs]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(argv, stdout=said, stderr=said, start_new_session=True)
+        try:
+            yield _Target(port, "/predict", requests)
+        except Fatal as error:
+            said.seek(max(0, said.tell() - 500))
+            raise Fatal(f"{error}; it said: {said.read().decode(errors='replace')}") from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait(20)
 
 
 @contextlib.contextmanager
