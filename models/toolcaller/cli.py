@@ -53,6 +53,7 @@ def train(
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     rows: Annotated[int, typer.Option(min=1, help="Rows of 768 tokens a step.")] = 3,
     calls: Annotated[Path | None, typer.Option(help="A file of a site's own tools, requests and calls.")] = None,
+    focus: Annotated[list[str], typer.Option(help="A file of `data/written` that half of what it reads is of.")] = [],  # noqa: B006
     start: Annotated[str, typer.Option(help="An adapter to start from: a folder, or one that ships by name.")] = "",
     full: Annotated[bool, typer.Option(help="Train every weight but the embeddings, for comparison.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: CUDA where there is one.")] = "",
@@ -68,7 +69,7 @@ def train(
     from models.fetch import default_cache, fetch
     from models.package import build
     from models.toolcaller.adapter import write_adapter
-    from models.toolcaller.data.written import of_site
+    from models.toolcaller.data.written import groups, of_site
     from models.toolcaller.packing import bunches
 
     try:
@@ -79,10 +80,12 @@ def train(
     where = cache or default_cache()
     try:
         site = of_site(calls) if calls else ()
+        if unknown := set(focus) - {group.domain for group in groups()}:
+            raise ValueError(f"{', '.join(sorted(unknown))}: no such file in models/toolcaller/data/written")
         first = read_arrays(shipped().get(start, Path(start)) / "adapter.npz") if start else None
         base = build("smollm2", where)
         plan = Plan(seed=seed, steps=steps, rank=rank, rate=rate, rows_per_step=rows, full=full)
-        run = Run(fetch("smollm2", where), out, plan, bunches(base, site), device, first)
+        run = Run(fetch("smollm2", where), out, plan, bunches(base, site, focus), device, first)
     except DAMAGED as error:
         typer.echo(f"error: {error}\nhint: docs/toolcaller.md says how a file of calls is written", err=True)
         raise typer.Exit(1) from error

@@ -9,7 +9,7 @@ with an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -50,8 +50,8 @@ Bunch = Sequence[Conversation]
 """Conversations that begin alike: what they share is read once."""
 
 
-def bunches(folder: Path, site: Sequence[Group] = ()) -> Callable[[int], Iterator[Bunch]]:
-    """Generated bunches of a seed, without end, in the tokens of a built model folder; `site` as of `data.bunches`."""
+def bunches(folder: Path, site: Sequence[Group] = (), focus: Collection[str] = ()) -> Callable[[int], Iterator[Bunch]]:
+    """Generated bunches of a seed, without end, in the tokens of a built model folder; `site` and `focus` as there."""
     from llguidance import LLTokenizer
 
     from models.toolcaller.data.bunches import bunches as generated
@@ -63,7 +63,7 @@ def bunches(folder: Path, site: Sequence[Group] = ()) -> Callable[[int], Iterato
         return tokens
 
     return lambda seed: (
-        [conversation(e.prompt + e.completion, encode) for e in bunch] for bunch in generated(seed, site)
+        [conversation(e.prompt + e.completion, encode) for e in bunch] for bunch in generated(seed, site, focus)
     )
 
 

@@ -9,7 +9,7 @@ against the tools shown. A request of a group whose tool is not shown asks for w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from random import Random
 
 import msgspec
@@ -28,6 +28,7 @@ from models.toolcaller.data.written import Group, Request, groups
 
 WRITTEN = 0.78  # share of bunches of written groups
 SITE = 0.5  # and of a site's own
+FOCUS = 0.5  # and of files that training looks at more than at the others
 SIZE = 9  # examples of a bunch, at most
 MIXED = 0.25  # bunches that serve two groups
 JOINED, JOINED_MIXED = 0.12, 0.5  # requests that are said in one breath with others of the bunch
@@ -36,18 +37,22 @@ MAX_STRANGERS = 24
 Said = tuple[str, list[Call]]  # a request, and its calls as the bunch shows them
 
 
-def bunches(seed: int, site: Sequence[Group] = ()) -> Iterator[list[Example]]:
+def bunches(seed: int, site: Sequence[Group] = (), focus: Collection[str] = ()) -> Iterator[list[Example]]:
     """Bunches without end; every written request comes once in a pass.
 
     With the groups of a `site`, half of the bunches are its own: its tools as they are named there, all of a group.
+    With `focus`, files of `written`, half are of those and the other half keeps the rest known.
     """
     rng = Random(seed)
-    written = _passes(Random(rng.getrandbits(64)), groups())
+    written = _passes(Random(rng.getrandbits(64)), [g for g in groups() if g.domain not in focus])
     of_site = _passes(Random(rng.getrandbits(64)), site) if site else None
+    focused = _passes(Random(rng.getrandbits(64)), [g for g in groups() if g.domain in focus]) if focus else None
     while True:
         own = Random(rng.getrandbits(64))
         if of_site and own.random() < SITE:
             bunch = _of_site(*next(of_site), own)
+        elif focused and own.random() < FOCUS:
+            bunch = _written(*next(focused), own)
         else:
             bunch = _written(*next(written), own) if own.random() < WRITTEN else _composed(own)
         if bunch:
