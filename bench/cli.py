@@ -9,6 +9,7 @@ import asyncio
 import importlib
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -51,6 +52,7 @@ def bench(
     """
     from bench.rows import show
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or what it started outlives it
     module: Any = importlib.import_module(f"bench.{name}")
     given = {"minutes": minutes, "devices": devices}
     show(module.run(**{name: value for name, value in given.items() if value is not None}), as_json)

@@ -266,6 +266,7 @@ class Database:
         self._reading = self.engine.execution_options(read_only=True)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="db-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="db-write")
+        self.failing = ""  # why the last write could not be made: a full disk, a lost server
 
     async def read(self, query: Callable[[sa.Connection], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._call, self._reading, query)
@@ -273,7 +274,13 @@ class Database:
     async def write(self, change: Callable[[sa.Connection], T]) -> T:
         """Commits when `change` returns, rolls back when it raises."""
         work = partial(copy_context().run, self._call, self.engine, change)  # who asked, and where, goes along
-        return await asyncio.get_running_loop().run_in_executor(self._writer, work)
+        try:
+            made = await asyncio.get_running_loop().run_in_executor(self._writer, work)
+        except sa.exc.OperationalError as error:
+            self.failing = str(error.orig)
+            raise
+        self.failing = ""
+        return made
 
     def close(self) -> None:
         self._readers.shutdown()

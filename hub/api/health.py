@@ -17,6 +17,8 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz", summary="Can it do its work: database and broker?")
 async def readyz(hub: Hub) -> JSONResponse:
     await hub.auth.users()
+    if hub.db.failing:
+        return problem(503, f"the database takes nothing: {hub.db.failing}", "is the disk full or read-only?")
     if not hub.session.connected:
         reason = str(hub.session.error or "connecting")
         return problem(503, f"no connection to the broker at {hub.address.url}: {reason}", "check --broker")

@@ -111,6 +111,7 @@ async def test_a_hub_whose_disk_turns_read_only_acks_nothing_and_loses_nothing(
         hub.process.check()
         log = hub.process.log.read_text()
         assert "the database cannot commit" in log
+        assert "the database takes nothing" in (await hub.client.get("/readyz")).text
         await hub.process.kill()
         disk.unmount()
         disk.mount()
