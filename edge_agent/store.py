@@ -8,6 +8,7 @@ nothing. The schema grows by append-only migrations: a released one is never edi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlite_utils import Database, Migrations
 
@@ -107,12 +108,11 @@ class Store:
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` as one transaction, durable when this returns. Raises Retry when the disk is full."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._transact, work, loop)
+        return await self._run(self._transact, work)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, which only reads."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, work)
+        return await self._run(self._read, work)
 
     def close(self) -> None:
         """Ends after what was begun; safe to call twice."""
@@ -121,6 +121,32 @@ class Store:
             self._thread.shutdown()
             os.close(self._lock)
             self._lock = -1
+
+    async def _run(self, how: Callable[..., T], work: Callable[[Connection], T]) -> T:
+        """As `run_in_executor`, but the event loop is woken once, for the result and what is to follow a commit."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def settle(answer: Callable[[Any], None], value: Any, committed: list[Callable[[], None]]) -> None:
+            for call in committed:
+                loop.call_soon(call)
+            if not future.done():
+                answer(value)
+
+        def run() -> None:
+            if future.cancelled():
+                return
+            answer: Callable[[Any], None] = future.set_result
+            try:
+                value: Any = how(work)
+            except BaseException as error:  # noqa: BLE001 - the caller gets it
+                answer, value = future.set_exception, error
+            committed, self._db.committed = self._db.committed, []
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(settle, answer, value, committed)
+
+        self._thread.submit(run)
+        return await future
 
     def _open(self, more: tuple[Migrations, ...]) -> Connection:
         db: Connection | None = None
@@ -141,7 +167,7 @@ class Store:
             raise self._explain(error) from error
         return db
 
-    def _transact(self, work: Callable[[Connection], T], loop: asyncio.AbstractEventLoop) -> T:
+    def _transact(self, work: Callable[[Connection], T]) -> T:
         db = self._db
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -158,9 +184,6 @@ class Store:
             raise
         finally:
             db.undone.clear()
-        for call in db.committed:
-            loop.call_soon_threadsafe(call)
-        db.committed.clear()
         return result
 
     def _read(self, work: Callable[[Connection], T]) -> T:

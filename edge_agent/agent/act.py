@@ -1,7 +1,7 @@
 """From a call to its effect: the one way for the loop and for workflows.
 
 Invariants: policy is asked right before each call; the intent of a call that does more than read is on disk before its
-effect, and every result before what follows; a call whose effect is unknown, after a crash or because the tool runner
+effect, and its result before what follows; a call whose effect is unknown, after a crash or because the tool runner
 died, is made again only when its tool is idempotent or takes the call's key (the same both times), and never otherwise;
 a dangerous call waits for its approval before its intent, and one that was refused ends the task, or the step of a
 workflow. A tool is held to what it declares: its rate, whoever calls it, also over restarts; types, ranges and units of
@@ -82,7 +82,7 @@ class Acts:
 
         Raises Refused when policy or a person forbids it, Ended when its effect is unknown, or it waits.
         """
-        mine = [step for step in task.steps if step.at == at]
+        mine, later = [step for step in task.steps if step.at == at], spec.risk == "read" and spec.repeatable
         begun = bool(mine) and mine[-1].role == "intent"
         if begun and not spec.repeatable:
             await self._unknown(task, call, at)
@@ -94,9 +94,8 @@ class Acts:
             try:
                 await within_rate(self._transcripts, spec, self._clock())
             except Limited as error:
-                return await self._over(task, Step("tool", str(error), call, ok=False, at=at))
-            intent = Step("intent", call=call, ts=self._clock(), at=at)
-            await self._transcripts.append(task, intent, later=spec.risk == "read" and spec.repeatable)
+                return await self._over(task, Step("tool", str(error), call, ok=False, at=at), later)
+            await self._transcripts.append(task, Step("intent", call=call, ts=self._clock(), at=at), later)
         key = f"{task.id}:{at or sum(step.role == 'intent' for step in task.steps)}"
         began, value, text, ok = time.monotonic(), None, "", True
         try:
@@ -109,7 +108,7 @@ class Acts:
                 await self._unknown(task, call, at)
             text, ok = f"{call.name} did not finish: {error}", False
         ms = (time.monotonic() - began) * 1e3
-        return await self._over(task, Step("tool", text, call, value, ok, ms=ms, at=at))
+        return await self._over(task, Step("tool", text, call, value, ok, ms=ms, at=at), later)
 
     async def undo(self, task: Task, n: int) -> Step:
         """Take the effect of step `n` back, once, however often this is asked for; the step that says so.
@@ -133,9 +132,9 @@ class Acts:
             ) from None
         return await self.act(task, specs[back.name], back, specs[back.name].timeout_s, at)
 
-    async def _over(self, task: Task, step: Step) -> Step:
+    async def _over(self, task: Task, step: Step, later: bool) -> Step:
         step = msgspec.structs.replace(step, ts=self._clock())
-        await self._transcripts.append(task, step)
+        await self._transcripts.append(task, step, later)
         return step
 
     async def _approved(self, task: Task, call: Call, at: str, last: Step | None, why: str) -> None:

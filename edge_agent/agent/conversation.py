@@ -42,16 +42,17 @@ class Conversations:
     def __init__(self, store: Store, model: Model, speakers: Callable[[], Sequence[Speaker]]) -> None:
         self._store, self._model, self._speakers = store, model, speakers
 
-    async def get(self, subject: str, name: str) -> Conversation:
-        """Empty when it is new. Raises Retry."""
-        return await self._store.read(lambda db: _get(db, subject, name))
+    def begin(self, db: Connection, task: Task) -> None:
+        """Tell a task that begins what was said before it."""
+        if task.conversation and not task.steps:
+            task.before = _get(db, task).read()
 
     async def add(self, task: Task) -> None:
         """Take in a task that is over, once. Raises Retry when the disk is full."""
         said = Exchange(task.id, task.text[:MAX_ANSWER], (task.answer or task.error)[:MAX_ANSWER])
 
         def work(db: Connection) -> None:
-            had = _get(db, task.subject.name, task.conversation)
+            had = _get(db, task)
             if task.id not in [each.id for each in had.exchanges]:
                 _put(db, task, msgspec.structs.replace(had, exchanges=[*had.exchanges, said]))
 
@@ -59,7 +60,7 @@ class Conversations:
 
     async def fold(self, task: Task, tokens: int) -> None:
         """Sum up what no longer fits the window. Raises Retry when the disk is full."""
-        had = await self.get(task.subject.name, task.conversation)
+        had = await self._store.read(lambda db: _get(db, task))
         if (out := fallen(had.exchanges, tokens)) == 0:
             return
         summary = await self._summary(Conversation(had.summary, had.exchanges[:out]))
@@ -98,9 +99,9 @@ def extract(old: Conversation) -> str:
     return "; ".join([old.summary, *lines] if old.summary else lines)[-MAX_SUMMARY:]
 
 
-def _get(db: Connection, subject: str, name: str) -> Conversation:
+def _get(db: Connection, task: Task) -> Conversation:
     sql = "SELECT body FROM conversations WHERE subject = ? AND name = ?"
-    row = db.execute(sql, (subject, name)).fetchone()
+    row = db.execute(sql, (task.subject.name, task.conversation)).fetchone()
     return msgspec.json.decode(row[0], type=Conversation) if row else Conversation()
 
 

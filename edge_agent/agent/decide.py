@@ -13,6 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import msgspec
@@ -85,25 +86,21 @@ class Decider:
 
     async def decide(self, task: Task, specs: Sequence[ToolSpec], deadline: float) -> Decided:
         """What the model says next, or has said and is not yet carried out. Raises Ended."""
-        known, k = {spec.name: spec for spec in specs}, undone(task.steps)
+        known, k, rules = {spec.name: spec for spec in specs}, undone(task.steps), self._rules()
         if k is None:
-            await self._ask(task, specs, taint.turns(task, known), "model", deadline)
+            await self._ask(task, specs, taint.turns(task, known), "model", deadline, rules)
             k = len(task.steps) - 1
         said = task.steps[k]
         if said.role == "model":
             if len(task.steps) > k + 1 or not taint.steers(said.text, task, known):
-                return Decided(k, said.text, self._unsure(said))
+                return Decided(k, said.text, _unsure(said, rules))
             self._counts["checks"] += 1
-            await self._ask(task, specs, taint.turns(task, known, hide=True), "check", deadline)
+            await self._ask(task, specs, taint.turns(task, known, hide=True), "check", deadline, rules)
             k += 1
         proposed, checked = task.steps[k - 1], task.steps[k]
-        if self._rules().untrusted == "ask" and _gives_up(checked.text) and len(taint.decisions(proposed.text)) == 1:
+        if rules.untrusted == "ask" and _gives_up(checked.text) and len(taint.decisions(proposed.text)) == 1:
             return Decided(k, proposed.text, LURED)
-        return Decided(k, checked.text, self._unsure(checked))
-
-    def _unsure(self, step: Step) -> str:
-        sure = step.confidence
-        return "" if sure is None or sure >= self._rules().confidence.route else f"the model is only {sure:.0%} sure"
+        return Decided(k, checked.text, _unsure(checked, rules))
 
     async def _ask(
         self,
@@ -112,17 +109,18 @@ class Decider:
         read: Sequence[prompt.Turn],
         role: Literal["model", "check"],
         deadline: float,
+        rules: Policy,
     ) -> None:
         """Append what the surest of the models says. Raises Ended."""
-        check_budget(task, self._rules().budget, time.monotonic() >= deadline)
-        pause, least = 0.1, self._rules().confidence.route
+        check_budget(task, rules.budget, time.monotonic() >= deadline)
+        pause = 0.1
         while True:
             answers, tried, errors = list[Step](), list[str](), list[OutriderError]()
             for speaker in self._order(errors):  # asked anew each time: what answers later may be another
                 name = f"{speaker.model}: " if speaker.model else ""
                 try:
                     async with asyncio.timeout(speaker.latency_s or None):
-                        answers.append(await self._hear(task, specs, read, role, deadline, speaker))
+                        answers.append(await self._hear(task, specs, read, role, deadline, rules, speaker))
                 except TimeoutError:
                     errors.append(Retry(f"{name}it takes longer than {speaker.latency_s:g} s"))
                 except OutriderError as error:
@@ -130,7 +128,7 @@ class Decider:
                     errors.append(kind(f"{name}{error.message}", error.hint))
                 else:
                     sure = answers[-1].confidence
-                    if sure is None or sure >= least:
+                    if sure is None or sure >= rules.confidence.route:
                         break
                     tried.append(f"{name}{sure:.0%} sure")
             tried += [str(error)[:200] for error in errors]
@@ -162,10 +160,10 @@ class Decider:
         read: Sequence[prompt.Turn],
         role: Literal["model", "check"],
         deadline: float,
+        policy: Policy,
         speaker: Speaker,
     ) -> Step:
         """What one model says; below the threshold, what most of its samples say. Raises OutriderError."""
-        policy = self._rules()
         like = await self.recall.like(task, specs) if speaker.endpoint else []
         request = next_call(speaker, specs, [*like, *read], calls=policy.calls, priority=task.priority)
         pieces = [await self._model.generate(request, max(0.1, deadline - time.monotonic()))]
@@ -210,14 +208,23 @@ def next_call(
         asked = chat.chat(specs, turns, calls > 1, prompt.form(request))
         return msgspec.structs.replace(to, max_tokens=4 * max_tokens, chat=asked)
     plan = speaker.several and calls > 1 and prompt.joined(request)
+    prefix, allowed = _form(tuple(specs), speaker.shots, calls if plan else 1)
     return msgspec.structs.replace(
         to,
-        prefix=prompt.preamble(specs, prompt.SYSTEM_ALL if plan else prompt.SYSTEM, shots=speaker.shots),
+        prefix=prefix,
         prompt=prompt.suffix(turns),
-        grammar=grammar.build(specs, several=calls if plan else 1, refs=plan),
+        grammar=allowed,
         max_tokens=2 * max_tokens if plan else max_tokens,
         adapter=speaker.adapter,
     )
+
+
+@lru_cache(16)
+def _form(specs: tuple[ToolSpec, ...], shots: bool, several: int) -> tuple[str, str]:
+    """Preamble and grammar, the same for every request with these tools."""
+    plan = several > 1
+    head = prompt.preamble(specs, prompt.SYSTEM_ALL if plan else prompt.SYSTEM, shots=shots)
+    return head, grammar.build(specs, several=several, refs=plan)
 
 
 def undone(steps: Sequence[Step]) -> int | None:
@@ -243,6 +250,11 @@ def check_budget(task: Task, budget: Budget, late: bool) -> None:
     for name, (spent, limit, unit) in used.items():
         if spent >= limit:
             raise Ended("failed", error=f"out of {name}: {limit:g}{unit}")
+
+
+def _unsure(step: Step, rules: Policy) -> str:
+    sure = step.confidence
+    return "" if sure is None or sure >= rules.confidence.route else f"the model is only {sure:.0%} sure"
 
 
 def _gives_up(said: str) -> bool:

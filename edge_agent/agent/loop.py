@@ -1,8 +1,8 @@
 """The agent: one request, one linear transcript, one step at a time: decide → policy → act → validate → finish.
 
-Invariants: every step is saved before the next begins; whatever the model says becomes effects (see plan.py, act.py), a
-text for the model, or an `Ended`, never a crash; budgets, wrong calls and repeats always end a task. Nothing here picks
-a tool: the calls are the model's or there are none.
+Invariants: every step is on disk before what follows it changes anything (transcript.py); whatever the model says
+becomes effects (see plan.py, act.py), a text for the model, or an `Ended`, never a crash; budgets, wrong calls and
+repeats always end a task. Nothing here picks a tool: the calls are the model's or there are none.
 """
 
 from __future__ import annotations
@@ -84,15 +84,10 @@ class AgentLoop:
 
         Raises Refused for an unknown id.
         """
-        task = await self._transcripts.get(id)
+        task = await self._transcripts.begin(id, self._conversations.begin)
         if task is None:
             raise Refused(f"there is no task {id}", "accept it first")
-        if task.state in ("running", "waiting"):
-            task.runs += task.state == "running"
-            task.state = "running"
-            if task.conversation and not task.steps:
-                task.before = (await self._conversations.get(task.subject.name, task.conversation)).read()
-            await self._transcripts.save(task)
+        if task.state == "running":
             self._meter.since()
             deadline = time.monotonic() + self._rules().budget.seconds
             try:
@@ -142,8 +137,10 @@ class AgentLoop:
         while ready := plan.ready(task.steps):
             if time.monotonic() >= deadline:
                 raise Ended("failed", error=f"out of time: {self._rules().budget.seconds:g} s")
-            calls = [self._call(task, plan, n, why, deadline) for n in ready]
-            for problem in await asyncio.gather(*calls, return_exceptions=True):
+            first, *beside = [self._call(task, plan, n, why, deadline) for n in ready]
+            if not beside:
+                await first  # no tasks of their own for the most frequent case
+            for problem in await asyncio.gather(first, *beside, return_exceptions=True) if beside else ():
                 if problem is not None:
                     raise problem
 
@@ -165,7 +162,7 @@ class AgentLoop:
     async def _wrong(self, task: Task, error: CallError, at: str = "") -> None:
         """Tell the model. Raises Ended when it was wrong too often."""
         self.counts["unknown_tools" if isinstance(error, UnknownTool) else "wrong_calls"] += 1
-        await self._transcripts.append(task, Step("tool", str(error), ok=False, ts=self._clock(), at=at))
+        await self._transcripts.append(task, Step("tool", str(error), ok=False, ts=self._clock(), at=at), later=True)
         wrong = sum(step.role == "tool" and step.call is None for step in task.steps)
         if wrong >= self._rules().wrong_calls:
             raise Ended("failed", error=f"given up after {wrong} wrong calls, the last one: {error}")

@@ -7,6 +7,7 @@ Invariants: it need not be there, and is read again when it changes; a file that
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -111,7 +112,7 @@ class PolicyFile:
     def read(self) -> Policy:
         """What it says now. Raises Refused when it cannot be used."""
         try:
-            stat = self._path.stat()
+            stat = os.stat(self._path)  # noqa: PTH116 - each step asks, and a Path takes twice as long
             stamp = stat.st_mtime_ns, stat.st_size
         except FileNotFoundError:
             self._stamp, self._read, self._good = None, self._default, self._default

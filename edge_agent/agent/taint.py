@@ -11,6 +11,7 @@ What the model said since it read such text, and what an error repeats of that, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from edge_agent.agent import prompt
@@ -90,12 +91,13 @@ def steers(said: str, task: Task, known: Mapping[str, ToolSpec]) -> bool:
     )
 
 
-def decisions(text: str) -> list[Decision]:
+@lru_cache(128)  # each step reads the decisions of all steps before
+def decisions(text: str) -> Sequence[Decision]:
     """What a text says; nothing when it is no usable call."""
     try:
-        return parse_all(text)
+        return tuple(parse_all(text))
     except CallError:
-        return []
+        return ()
 
 
 def _before(task: Task, hide: bool) -> list[prompt.Turn]:

@@ -148,6 +148,9 @@ class ToolSpec(msgspec.Struct, frozen=True):
                         f"tool {self.name}: {text} is no argument of it: {', '.join(names) or 'it has none'}"
                     )
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.description))
+
     @property
     def limit(self) -> tuple[int, float] | None:
         """So many calls in so many seconds."""

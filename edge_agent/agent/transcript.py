@@ -1,13 +1,15 @@
 """Tasks and their steps, kept in SQLite so that a crash at any moment loses no decision and repeats no effect.
 
 Invariants: steps are only appended, in durable transactions of the device's store, and are on disk before what follows
-them changes anything: what was only decided or read waits for the next step that matters, or the task's end, as after a
-crash it is decided or read again. Finished tasks beyond KEEP are removed, the oldest first.
+them changes anything. What was only decided waits for what comes of it; what was read is written while the next thing
+is decided, one transaction of a task at a time: after a crash it is decided or read again. A caller that is cancelled
+leaves each transaction whole. Of the KEEP newest tasks those that have ended are kept, older ones only until they end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,8 @@ from edge_agent.wire.grants import Subject
 KEEP = 2000
 State = Literal["running", "waiting", "succeeded", "failed"]
 migrations = Migrations("agent")
+_UPDATE = "UPDATE tasks SET state = ?, head = ? WHERE id = ?"
+_log = logging.getLogger("outrider.transcript")
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -132,15 +136,21 @@ def m004_examples(db: Database) -> None:
     )
 
 
+class _Tail:
+    """The last steps of a task, which are not on disk; the first of them is its `first`."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.steps, self.turn = first, list[Step](), asyncio.Lock()
+
+
 class Transcripts:
     """Tasks in a store that was opened with these `migrations`. Every method raises Retry when the disk is full."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._turn = asyncio.Lock()
-        self._unsaved: dict[str, list[Step]] = {}
+        self._tails: dict[str, _Tail] = {}
         self._doing: set[asyncio.Task[None]] = set()
-        self.beside: Callable[[Connection, Task, Step], None] | None = None  # in the transaction of a step
+        self.beside: Callable[[Connection, Task, Step], None] = lambda *_: None  # in the transaction of a step
         self.on_step: Callable[[Task, Step], Awaitable[None]] | None = None  # after it
 
     @property
@@ -159,10 +169,21 @@ class Transcripts:
 
     async def get(self, id: str) -> Task | None:
         """A task with its steps."""
-        task = await self._store.read(lambda db: _get(db, id))
-        if task is not None:
-            task.steps += self._unsaved.get(id, [])
-        return task
+        return self._whole(await self._store.read(lambda db: _get(db, id)))
+
+    async def begin(self, id: str, prepare: Callable[[Connection, Task], None]) -> Task | None:
+        """A task, which runs from here on if it is not over; `prepare` may refuse that, or add to it, just before."""
+
+        def work(db: Connection) -> Task | None:
+            task = _get(db, id)
+            if task is not None and task.state in ("running", "waiting"):
+                prepare(db, task)
+                task.runs += task.state == "running"
+                task.state = "running"
+                db.execute(_UPDATE, (task.state, _head(task), task.id))
+            return task
+
+        return self._whole(await self._store.write(work))
 
     async def latest(self, limit: int = 50) -> list[Task]:
         """The newest tasks, with no steps."""
@@ -171,49 +192,60 @@ class Transcripts:
         return await self._store.read(lambda db: [decode(head) for (head,) in db.execute(rows, (limit,))])
 
     async def append(self, task: Task, step: Step, later: bool = False) -> None:
-        """Add a step; it is on disk when this returns, or `later`: with the next one that is, or with `save`."""
-        await self._whole(self._append(task, step, later))
+        """Add a step; it is on disk when this returns, or `later`: with the next one that is, or with `save`.
+
+        A result that may come later is begun to be written at once.
+        """
+        tail = self._tails.setdefault(task.id, _Tail(len(task.steps)))
+        tail.steps.append(step)
+        task.steps.append(step)
+        if not later:
+            await asyncio.shield(self._begun(self._write(task, tail, step)))
+        elif step.role == "tool":
+            self._begun(self._write(task, tail)).add_done_callback(_put_off)
         if self.on_step:
             await self.on_step(task, step)
 
     async def save(self, task: Task) -> None:
         """Save everything of a task, with the steps that were put off."""
-        await self._whole(self._save(task))
+        tail = self._tails.setdefault(task.id, _Tail(len(task.steps)))
+        await asyncio.shield(self._begun(self._write(task, tail, head=_head(task))))
 
-    async def _whole(self, work: Coroutine[Any, Any, None]) -> None:
-        """A caller that is cancelled meanwhile leaves no transaction half told."""
+    def _whole(self, task: Task | None) -> Task | None:
+        if task is not None and (tail := self._tails.get(task.id)):
+            task.steps[tail.first :] = tail.steps
+        return task
+
+    def _begun(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         doing = asyncio.create_task(work)
         self._doing.add(doing)
         doing.add_done_callback(self._doing.discard)
-        await asyncio.shield(doing)
+        return doing
 
-    async def _append(self, task: Task, step: Step, later: bool) -> None:
-        async with self._turn:  # parallel steps of a task have an order
-            waiting = [*self._unsaved.get(task.id, []), step]
-            if later:
-                self._unsaved[task.id] = waiting
-            else:
-
-                def work(db: Connection) -> None:
-                    _put(db, task, waiting, len(task.steps) + 1)
-                    if self.beside:
-                        self.beside(db, task, step)
-
-                await self._store.write(work)
-                self._unsaved.pop(task.id, None)
-            task.steps.append(step)
-
-    async def _save(self, task: Task) -> None:
-        sql, row = "UPDATE tasks SET state = ?, head = ? WHERE id = ?", (task.state, _head(task), task.id)
-        async with self._turn:
-            waiting = self._unsaved.get(task.id, [])
+    async def _write(self, task: Task, tail: _Tail, last: Step | None = None, head: bytes = b"") -> None:
+        """Write what is not on disk yet; a `last` step that cannot be is taken back."""
+        async with tail.turn:
+            steps, first, state = list(tail.steps), tail.first, task.state
 
             def work(db: Connection) -> None:
-                _put(db, task, waiting, len(task.steps))
-                db.execute(sql, row)
+                rows = [(task.id, n, msgspec.json.encode(step)) for n, step in enumerate(steps, first)]
+                db.executemany("INSERT INTO task_steps VALUES (?, ?, ?)", rows)
+                for step in steps:
+                    self.beside(db, task, step)
+                if head:
+                    db.execute(_UPDATE, (state, head, task.id))
 
-            await self._store.write(work)
-            self._unsaved.pop(task.id, None)
+            try:
+                if steps or head:
+                    await self._store.write(work)
+            except BaseException:
+                for kept in (tail.steps, task.steps) if last else ():
+                    del kept[next(n for n, step in enumerate(kept) if step is last)]
+                raise
+            tail.first += len(steps)
+            del tail.steps[: len(steps)]
+            if not tail.steps and self._tails.get(task.id) is tail:
+                del self._tails[task.id]
 
     async def take(self, tool: str, count: int, seconds: float, now: float) -> float:
         """Count a call of a tool at `now`; if it was called `count` times within `seconds`, when it may be again."""
@@ -232,17 +264,12 @@ class Transcripts:
 
 def _add(db: Connection, task: Task) -> Task:
     row = (task.id, task.created, task.state, _head(task))
-    db.execute("INSERT INTO tasks VALUES (?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", row)
-    old = "SELECT id FROM tasks WHERE state NOT IN ('running', 'waiting') ORDER BY created DESC LIMIT -1 OFFSET ?"
-    db.execute(f"DELETE FROM task_steps WHERE task IN ({old})", (KEEP,))
-    db.execute(f"DELETE FROM tasks WHERE id IN ({old})", (KEEP,))
-    return _get(db, task.id) or task
-
-
-def _put(db: Connection, task: Task, steps: list[Step], count: int) -> None:
-    """The last steps of `count`."""
-    rows = [(task.id, n, msgspec.json.encode(step)) for n, step in enumerate(steps, count - len(steps))]
-    db.executemany("INSERT INTO task_steps VALUES (?, ?, ?)", rows)
+    if not db.execute("INSERT INTO tasks VALUES (?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", row).rowcount:
+        return _get(db, task.id) or task
+    old = "rowid < (SELECT max(rowid) FROM tasks) - ? AND state NOT IN ('running', 'waiting')"
+    db.execute(f"DELETE FROM task_steps WHERE task IN (SELECT id FROM tasks WHERE {old})", (KEEP,))
+    db.execute(f"DELETE FROM tasks WHERE {old}", (KEEP,))
+    return task
 
 
 def _get(db: Connection, id: str) -> Task | None:
@@ -257,3 +284,8 @@ def _get(db: Connection, id: str) -> Task | None:
 
 def _head(task: Task) -> bytes:
     return msgspec.json.encode(msgspec.structs.replace(task, steps=[]))
+
+
+def _put_off(written: asyncio.Task[None]) -> None:
+    if not written.cancelled() and (error := written.exception()):
+        _log.warning("a result goes to disk with what comes next: %s", error)

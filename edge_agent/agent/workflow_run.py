@@ -30,6 +30,7 @@ from edge_agent.agent.transcript import Task, Transcripts
 from edge_agent.agent.workflow import Broken, Step, Workflow, evaluate, fill, read
 from edge_agent.agent.workflow_check import check
 from edge_agent.errors import OutriderError, Refused
+from edge_agent.store import Connection
 from edge_agent.wire.grants import Subject
 
 MAX_ITEMS = 1000
@@ -79,13 +80,10 @@ class Runner:
 
     async def run(self, id: str) -> Task:
         """Run an accepted run until it is over or waits. Raises Refused for an unknown id."""
-        task = await self._transcripts.get(id)
-        if task is None or not task.steps or task.steps[0].role != "plan":
+        task = await self._transcripts.begin(id, _planned)
+        if task is None:
             raise Refused(f"there is no run {id}", "accept it first")
-        if task.state in ("running", "waiting"):
-            task.runs += task.state == "running"
-            task.state = "running"
-            await self._transcripts.save(task)
+        if task.state == "running":
             run = _Run(self, task)
             try:
                 if task.runs > MAX_RUNS:
@@ -234,6 +232,11 @@ class _Run:
             if made.result is not None and not spec.repeatable:
                 break
         raise ToolError(error)
+
+
+def _planned(_: Connection, task: Task) -> None:
+    if not task.steps or task.steps[0].role != "plan":
+        raise Refused(f"{task.id} is no run of a workflow", "run it as a task")
 
 
 def begins(

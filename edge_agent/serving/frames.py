@@ -240,19 +240,22 @@ _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _ENCODER = msgspec.msgpack.Encoder()
 
 
-def encode(message: Message) -> bytes:
-    """The payload of a frame, without its length. Raises Refused when it is larger than MAX_FRAME."""
-    payload = _ENCODER.encode(message)
-    if len(payload) > MAX_FRAME:
+def encode(message: Message) -> bytearray:
+    """A whole frame, so that it is sent at once and wakes its reader once. Raises Refused when it is too large."""
+    frame = bytearray(_LENGTH.size)
+    _ENCODER.encode_into(message, frame, _LENGTH.size)
+    size = len(frame) - _LENGTH.size
+    if size > MAX_FRAME:
         raise Refused(
-            f"{type(message).__name__} of {len(payload)} bytes does not fit a frame of {MAX_FRAME}",
+            f"{type(message).__name__} of {size} bytes does not fit a frame of {MAX_FRAME}",
             "send smaller inputs, for example a smaller image",
         )
-    return payload
+    _LENGTH.pack_into(frame, 0, size)
+    return frame
 
 
 def decode(payload: bytes | bytearray) -> Message:
-    """Raises BadFrame."""
+    """The message of a frame's payload. Raises BadFrame."""
     try:
         return _DECODER.decode(payload)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
@@ -350,10 +353,9 @@ class Channel:
 
     def send(self, message: Message) -> None:
         """Raises Refused (too big, nothing sent) or OSError (the daemon is gone)."""
-        payload = encode(message)
+        frame = encode(message)
         with self._sending:
-            self._sock.sendall(_LENGTH.pack(len(payload)))
-            self._sock.sendall(payload)
+            self._sock.sendall(frame)
 
     def receive(self) -> Message | None:
         """The next message, or None when the daemon is gone. Raises BadFrame."""
@@ -390,10 +392,9 @@ class AsyncChannel:
 
     async def send(self, message: Message) -> None:
         """Raises Refused (too big, nothing sent) or Retry (the child is gone)."""
-        payload = encode(message)
+        frame = encode(message)
         try:
-            self._writer.write(_LENGTH.pack(len(payload)))
-            self._writer.write(payload)
+            self._writer.write(frame)
             await self._writer.drain()
         except (ConnectionError, RuntimeError) as error:
             raise Retry("the child process is gone") from error

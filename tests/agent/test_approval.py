@@ -281,8 +281,8 @@ async def test_a_caller_cancelled_during_a_commit_leaves_the_transcript_whole(tm
     transcripts = Transcripts(store)
     task = await transcripts.add(Task("t", "x", OTTO, 1.0))
     await transcripts.append(task, Step("model", "look()"), later=True)
-    for n in range(20):
-        writing = asyncio.create_task(transcripts.append(task, Step("tool", str(n))))
+    for n in range(40):
+        writing = asyncio.create_task(transcripts.append(task, Step("tool", str(n)), later=n % 3 == 0))
         await asyncio.sleep(0.0005 * (n % 4))
         writing.cancel()
         await asyncio.wait([writing])

@@ -48,7 +48,7 @@ messages: Any = st.one_of(
 
 @given(messages)
 def test_a_message_survives_the_round_trip(message: frames.Message) -> None:
-    assert frames.decode(frames.encode(message)) == message
+    assert frames.decode(frames.encode(message)[4:]) == message
 
 
 @given(st.binary(max_size=64))
