@@ -16,11 +16,14 @@ import msgspec
 
 from edge_agent.errors import Refused
 
+HUB = "hub"
+
 
 class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A language model behind an OpenAI-compatible server: `url` up to and with `/v1`, `model` as that server names it.
 
     The key is read from `key_file`, again for each request, or from the variable `key_env`; it stands nowhere else.
+    With `url = "hub"` it is the fleet's own model (`outrider hub run --models`), by the device's own token.
     """
 
     url: str
@@ -32,8 +35,13 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-            raise ValueError(f"url {self.url!r} is not like http://127.0.0.1:8080/v1, with no user and no query")
+        if self.url == HUB:
+            if self.key_file or self.key_env or self.ca_file:
+                raise ValueError("url 'hub' goes with the device's own token: leave key_file, key_env and ca_file out")
+        elif parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+            raise ValueError(
+                f"url {self.url!r} is not like http://127.0.0.1:8080/v1, with no user and no query, or hub"
+            )
         if not self.model or (self.key_file and self.key_env) or not 0 < self.timeout_s <= 3600:
             raise ValueError("give a model, at most one of key_file and key_env, a timeout_s of up to 3600")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import platform
 import signal
@@ -35,11 +36,11 @@ from edge_agent.agent.workflow_topics import Topics
 from edge_agent.api.app import LocalApi
 from edge_agent.audit import Audit
 from edge_agent.bundled import Bundled
-from edge_agent.config import Settings
+from edge_agent.config import HUB, Settings
 from edge_agent.engines.base import ACCELERATOR, ENGINES
 from edge_agent.errors import Fatal, OutriderError, Retry
 from edge_agent.history import History
-from edge_agent.hosting import ENDPOINT, ROLES, Hosting, endpoint
+from edge_agent.hosting import ENDPOINT, ROLES, Hosting, endpoint, key_at_hub
 from edge_agent.notify import notify, watchdog
 from edge_agent.rhythm import tick
 from edge_agent.serving.supervisor import WorkerProcess
@@ -67,6 +68,7 @@ from edge_agent.work import Work
 MAX_ASKS = 8  # that the hub is shown: the reported document has a bound
 RECENT = support.Recent()
 SETTLE_S = 1.0
+HUB_TOKEN_S = 3600.0  # of the endpoint at the hub; a new one each half of it
 """A switch is followed by the switch of what depends on it: the preamble is read when both are done."""
 _log = logging.getLogger("outrider")
 
@@ -280,10 +282,10 @@ class Daemon:
         where = ["--pack", packs, "--state", str(self._settings.state / "tools")]
         return [sys.executable, "-m", "edge_agent.agent.toolrunner", *where, *options]
 
-    def _token(self) -> str:
+    def _token(self, lifetime_s: float = 300) -> str:
         enrolled, grants = self._identity.enrolled, self._cache.grants
         now = max(time.time(), grants.issued_at if grants else 0.0)
-        return issue_device_token(self._key, enrolled.fleet, enrolled.device, now=now)
+        return issue_device_token(self._key, enrolled.fleet, enrolled.device, now=now, lifetime_s=lifetime_s)
 
     async def _switch(self, name: str, installed: Installed) -> None:
         await self._bundled.switch(name, installed)
@@ -291,12 +293,17 @@ class Daemon:
             self._cold.set()
 
     async def _set_up(self) -> None:
-        """Switch the endpoints in; one whose key is not there may come later."""
-        left = dict(self._settings.endpoints)
+        """Switch the endpoints in; one whose key is not there may come later. The hub's gets a token, again in time."""
+        left, told = dict(self._settings.endpoints), -math.inf
+        at_hub = [name for name, settings in left.items() if settings.url == HUB]
         while True:
+            if at_hub and time.monotonic() - told > HUB_TOKEN_S / 2:
+                told = time.monotonic()
+                for name in at_hub:
+                    await asyncio.to_thread(key_at_hub, name, self._token(HUB_TOKEN_S), self._settings.state)
             for name, settings in list(left.items()):
                 try:
-                    made = await asyncio.to_thread(endpoint, name, settings, self._settings.state)
+                    made = await asyncio.to_thread(endpoint, name, settings, self._settings.state, self._identity)
                     await self._switch(name, made)
                     del left[name]
                 except (OutriderError, OSError, ValueError) as error:

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from edge_agent.agent.confidence import Calibration
 from edge_agent.agent.decide import Speaker
 from edge_agent.agent.ports import WorkerModel
-from edge_agent.config import Endpoint, Route
+from edge_agent.config import HUB, Endpoint, Route
 from edge_agent.engines.base import Generate, Piece
+from edge_agent.enrol import Identity
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.serving.limits import available_memory
 from edge_agent.serving.schedule import LOWEST, Serving
@@ -308,12 +310,24 @@ class Hosting:
         await _loading(worker, adapter, lambda: worker.adapt(model, _alias(adapter), adapter.folder, LOAD_S))
 
 
-def endpoint(name: str, settings: Endpoint, state: Path) -> Installed:
-    """An endpoint of the settings, as a model in a folder below `state`."""
+def endpoint(name: str, settings: Endpoint, state: Path, identity: Identity) -> Installed:
+    """An endpoint of the settings, as a model in a folder below `state`; the hub's is where the device enrolled."""
     folder = state / "endpoints" / name
     folder.mkdir(parents=True, exist_ok=True)
+    if settings.url == HUB:
+        ca = folder.with_suffix(".pem")
+        durable.write(ca, identity.ca.encode())
+        url, key = f"{identity.hub.rstrip('/')}/v1", str(folder.with_suffix(".key"))
+        settings = replace(settings, url=url, key_file=key, ca_file=str(ca) if identity.ca else "")
     durable.write(folder / "endpoint.json", msgspec.json.encode(settings))
     return Installed(ENDPOINT, folder, Manifest(name, "1", BundleKind.LLM, scan(folder)))
+
+
+def key_at_hub(name: str, token: str, state: Path) -> None:
+    """What the hub's endpoint is asked with from now on."""
+    folder = state / "endpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    durable.write((folder / name).with_suffix(".key"), token.encode(), 0o600)
 
 
 def _role(installed: Installed) -> str:

@@ -25,7 +25,7 @@ from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import check_name
 from hub import db as tables
 from hub import objects
-from hub.api import blobs, bundles, deadletters, devices, health, jobs, people, problems, rollouts
+from hub.api import blobs, bundles, deadletters, devices, health, jobs, models, people, problems, rollouts
 from hub.api.guard import declare_actions
 from hub.audit import Audit
 from hub.auth import GRANTS_RENEWAL_S, Auth, TokenKeys
@@ -45,6 +45,7 @@ from hub.rollout_runner import Rollouts
 from hub.services import BrokerAddress, Services
 from hub.telemetry import Telemetry
 from hub.twin import Twin
+from hub.upstream import Upstream
 
 log = logging.getLogger(__name__)
 JOB_TICK_S = 15.0
@@ -70,6 +71,8 @@ class Settings:
     longest_outage_days: float = 30.0
     database: str = ""
     blobs: str = ""  # an object store's URL; `data/blobs` if not given
+    models: str = ""  # URL of an OpenAI-compatible server that devices may ask through the hub
+    models_key: str = ""
     admin_password: str | None = None
     on_generated_password: Callable[[str], None] = lambda password: print(f"admin password (shown once): {password}")
     dashboard: bool = True
@@ -93,7 +96,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     problems.install(app)
-    for each in (people, devices, jobs, deadletters, bundles, rollouts, blobs):
+    for each in (people, devices, jobs, deadletters, bundles, rollouts, blobs, models):
         declare_actions(each.router)
         app.include_router(each.router)
     app.include_router(health.router)
@@ -140,6 +143,9 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
     )
     repository = await asyncio.to_thread(_repository, settings.data)
     registry = Registry(database, settings.data, repository, objects.at(settings.blobs, settings.data / "blobs"))
+    upstream = Upstream(settings.models, settings.models_key) if settings.models else None
+    if upstream:
+        stack.push_async_callback(upstream.close)
     ingest = Ingest(database, session, devices_, downlink, work.send_queued)
     services = Services(
         fleet=settings.fleet,
@@ -161,6 +167,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         uploads=Uploads(settings.data),
         audit=Audit(database),
         authority=authority,
+        models=upstream,
     )
     await stack.enter_async_context(session)
     await stack.enter_async_context(_running(services, ingest, connected))

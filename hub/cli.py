@@ -108,6 +108,9 @@ def run(
     longest_outage_days: Annotated[float, typer.Option(help="A device's certificate outlives this in any case.")] = 30,
     database: Annotated[str, typer.Option(help="SQLAlchemy URL; SQLite in --data if not given.")] = "",
     blobs: Annotated[str, typer.Option(help="s3://BUCKET/PREFIX, with AWS_*; a folder in --data if not given.")] = "",
+    models: Annotated[
+        str, typer.Option(help="OpenAI-compatible server that devices may ask through the hub; OUTRIDER_MODELS_KEY.")
+    ] = "",
     fleet: Annotated[str, typer.Option(help="Name of the fleet.")] = "main",
     dashboard: Annotated[bool, typer.Option(help="Serve the dashboard at /.")] = True,
     https: Annotated[
@@ -136,6 +139,8 @@ def run(
             longest_outage_days=longest_outage_days,
             database=database,
             blobs=blobs,
+            models=models,
+            models_key=os.environ.get("OUTRIDER_MODELS_KEY", ""),
             admin_password=os.environ.get("OUTRIDER_ADMIN_PASSWORD"),
             on_generated_password=lambda password: typer.echo(f"user admin, password {password} (shown once)"),
             dashboard=dashboard,

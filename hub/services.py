@@ -20,6 +20,7 @@ from hub.registry import Registry
 from hub.rollout_runner import Rollouts
 from hub.telemetry import Telemetry
 from hub.twin import Twin, direction
+from hub.upstream import Upstream
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Services:
     uploads: Uploads
     audit: Audit
     authority: Authority
+    models: Upstream | None = None
 
     async def assign_bundle(self, device: str, name: str, version: str, by: str) -> Desired:
         """Direct the device to install a published bundle. Raises Refused 404, 409 (made for other hardware)."""

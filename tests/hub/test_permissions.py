@@ -80,13 +80,15 @@ async def test_a_token_of_another_key_type_or_age_is_refused(hub: Hub) -> None:
         assert answer.json()["hint"]
 
 
-async def test_a_devices_own_token_opens_blobs_bundles_uploads_and_grants_only(hub: Hub) -> None:
+async def test_a_devices_own_token_opens_blobs_bundles_uploads_models_and_grants_only(hub: Hub) -> None:
     device = await enrolled(hub, "press-1")
     client = hub.client(tokens.issue_device_token(device.key, "main", "press-1", now=time.time()))
     forged = hub.client(tokens.issue_device_token(SigningKey.generate(), "main", "press-1", now=time.time()))
     for method, path, action in await routes(hub):
         if action:
-            own = path == "/v1/devices/{device}/certificate" or path.startswith("/v1/uploads")
+            own = path == "/v1/devices/{device}/certificate" or path.startswith(
+                ("/v1/uploads", "/v1/chat", "/v1/models")
+            )
             shared = ("/v1/grants", "/v1/blobs/{sha256}", "/v1/trust", "/v1/trust/{file}")
             opens = own or (method in ("GET", "HEAD") and path in shared)
             assert (await call(client, method, path) != 401) is opens, (method, path)

@@ -1,0 +1,29 @@
+"""The fleet's own language model, where the hub has one: OpenAI's chat completions, passed on."""
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+
+from hub.api.guard import Hub, May
+from hub.errors import Refused
+from hub.upstream import Upstream
+
+router = APIRouter(prefix="/v1", tags=["models"])
+MayRun = Depends(May("run:model", device=True))
+
+
+def _upstream(hub: Hub) -> Upstream:
+    if hub.models is None:
+        raise Refused(404, "this hub has no language model", "outrider hub run --models http://HOST:PORT/v1")
+    return hub.models
+
+
+@router.get("/models", summary="The language models that the hub passes requests on to", dependencies=[MayRun])
+async def models(hub: Hub) -> Response:
+    return await _upstream(hub).pass_on("GET", "models")
+
+
+@router.post("/chat/completions", summary="A chat completion of the fleet's own model", dependencies=[MayRun])
+async def completions(hub: Hub, request: Request) -> Response:
+    """Body and answer are OpenAI's, streamed where it asks for that."""
+    upstream = _upstream(hub)
+    return await upstream.pass_on("POST", "chat/completions", await request.body())

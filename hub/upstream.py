@@ -1,0 +1,82 @@
+"""The fleet's own language model: an OpenAI-compatible server that devices reach through the hub by their own tokens.
+
+Invariants: the server's key stays here, and what it says of that key too; at most CONCURRENT requests go at a time, one
+more is 429; an answer is passed on as it comes, at most MAX_BYTES of it; redirects are not followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from hub.errors import Fatal, Refused
+
+CONCURRENT = 16
+MAX_BYTES = 4 << 20
+TIMEOUT = httpx.Timeout(120.0, connect=5.0)
+
+
+class Upstream:
+    """The server at `url`, up to and with `/v1`. Raises Fatal for one that is no URL."""
+
+    def __init__(self, url: str, key: str = "") -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        parsed = httpx.URL(url)
+        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
+            raise Fatal(f"--models {url!r} is no URL", "like http://127.0.0.1:11434/v1, the key in OUTRIDER_MODELS_KEY")
+        self._client = httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT, trust_env=False)
+        self._active = 0
+
+    async def pass_on(self, method: str, path: str, body: bytes = b"") -> StreamingResponse:
+        """The server's answer. Raises Refused: 429 too many at once, 502 no server or not our key, 504 too slow."""
+        if self._active >= CONCURRENT:
+            raise Refused(429, f"{CONCURRENT} requests are with the fleet's model", "try again", retry_after_s=2)
+        self._active += 1
+        try:
+            asked = self._client.build_request(method, path, content=body, headers={"Content-Type": "application/json"})
+            answer = await self._client.send(asked, stream=True)
+        except BaseException as error:
+            self._active -= 1
+            if isinstance(error, httpx.TimeoutException):
+                raise Refused(504, "the fleet's model does not answer in time", "ask less, or look at it") from error
+            if isinstance(error, httpx.HTTPError):
+                raise Refused(502, "the fleet's model cannot be reached", "does it run where --models says?") from error
+            raise
+        if answer.status_code in (401, 403) or answer.is_redirect:
+            await self._done(answer)
+            raise Refused(502, f"the fleet's model refuses the hub: {answer.status_code}", "see OUTRIDER_MODELS_KEY")
+        return _Passed(self, answer)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _done(self, answer: httpx.Response) -> None:
+        self._active -= 1
+        await answer.aclose()
+
+
+class _Passed(StreamingResponse):
+    """An answer on its way; its place is free again when it is told, or nobody listens any more."""
+
+    def __init__(self, upstream: Upstream, answer: httpx.Response) -> None:
+        kept = {name: answer.headers[name] for name in ("content-type", "retry-after") if name in answer.headers}
+        super().__init__(_bounded(answer), answer.status_code, kept)
+        self._upstream, self._answer = upstream, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._upstream._done(self._answer)
+
+
+async def _bounded(answer: httpx.Response) -> AsyncIterator[bytes]:
+    told = 0
+    async for chunk in answer.aiter_bytes():
+        told += len(chunk)
+        if told > MAX_BYTES:
+            return  # cut off: whoever reads it sees no end
+        yield chunk

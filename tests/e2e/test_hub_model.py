@@ -1,0 +1,128 @@
+"""The fleet's own model behind the hub: a device asks it by its own token, the server's key stays at the hub."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from bench.fleet import Hub, running, until
+from hub.upstream import CONCURRENT
+from tests.e2e.test_daemon_hub import enrolled
+from tests.engines.endpoints import DONE, Handler, Scripted, says, server, stream, whole
+
+KEY = "the-key-of-the-fleet"
+
+
+def caller(handler: Handler) -> None:
+    """Reads line 1 for whoever has the hub's key, then says what it read; talks when there is no tool."""
+    if handler.headers.get("authorization") != f"Bearer {KEY}":
+        whole(401, {"error": {"message": f"not {KEY}"}})(handler)
+    elif handler.body["messages"][-1]["role"] == "tool":
+        stream(says(f"Line 1: {handler.body['messages'][-1]['content']}"), says("", "stop"), DONE)(handler)
+    elif "tools" in handler.body:
+        function = {"name": "read_sensor", "arguments": '{"sensor": "speed", "line": 1}'}
+        call = {"index": 0, "id": "x", "type": "function", "function": function}
+        stream(says(tool_calls=[call]), says("", "tool_calls"), DONE)(handler)
+    else:
+        stream(says("Good "), says("day"), says("", "stop"), DONE)(handler)
+
+
+@pytest.fixture
+def model() -> Iterator[Scripted]:
+    with server(caller) as made:
+        yield made
+
+
+@pytest.fixture
+async def hub(tmp_path: Path, model: Scripted, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hub]:
+    monkeypatch.setenv("OUTRIDER_MODELS_KEY", KEY)
+    async with running(tmp_path, "--models", model.url) as made:
+        monkeypatch.delenv("OUTRIDER_MODELS_KEY")
+        yield made
+
+
+ASKED = {"model": "big", "messages": [{"role": "user", "content": "hello"}]}
+
+
+async def test_a_task_of_a_device_runs_on_the_fleets_model_and_the_key_never_comes_there(
+    hub: Hub, model: Scripted, tmp_path: Path
+) -> None:
+    config = tmp_path / "agent.toml"
+    config.write_text('model = "fleet"\n[endpoints.fleet]\nurl = "hub"\nmodel = "big"\n')
+    device = await enrolled(hub, tmp_path, "press-1", "--config", str(config))
+    try:
+        body = {"text": "how fast is line 1?"}
+        id = (await device.client.post("/v1/tasks", json=body)).json()["id"]
+
+        async def ended() -> dict[str, Any] | None:
+            task: dict[str, Any] = (await device.client.get(f"/v1/tasks/{id}")).json()
+            return task if task["state"] != "running" else None
+
+        task = await until("the end of the task", 60, ended)
+        assert (task["state"], task["answer"]) == ("succeeded", "Line 1: sensor: speed, line: 1, value: 7.5")
+        said = (await device.client.post("/v1/chat/completions", json=ASKED | {"model": "fleet"})).json()
+        assert said["choices"][0]["message"]["content"] == "Good day"
+        assert model.asked[-1][2]["model"] == "big"
+        model.answers = [whole(403, {"error": {"message": f"not {KEY}"}})]
+        refused = await device.client.post("/v1/chat/completions", json=ASKED | {"model": "fleet"})
+        assert "refuses the hub" in refused.text
+        files = [path.read_bytes() for path in device.state.rglob("*") if path.is_file()]
+        assert not [raw for raw in [*files, refused.content, device.process.log.read_bytes()] if KEY.encode() in raw]
+        token = device.state / "endpoints" / "fleet.key"
+        assert token.stat().st_mode & 0o077 == 0
+    finally:
+        await device.stop()
+
+
+async def test_the_model_is_for_those_who_may_and_for_so_many_at_a_time(hub: Hub, model: Scripted) -> None:
+    async with httpx.AsyncClient(base_url=hub.url, timeout=30) as stranger:
+        assert (await stranger.post("/v1/chat/completions", json=ASKED)).status_code == 401
+    await hub.post("/v1/users", {"name": "vera", "password": "a-long-password-of-vera", "roles": ["viewer"]})
+    token = (await hub.post("/v1/login", {"user": "vera", "password": "a-long-password-of-vera"}))["access_token"]
+    headers = {"Authorization": f"Bearer {token}"}
+    assert (await hub.client.post("/v1/chat/completions", json=ASKED, headers=headers)).status_code == 403
+    assert not model.asked, "nothing of theirs went on"
+    assert [each["id"] for each in (await hub.get("/v1/models"))["data"]] == ["one", "two"]
+
+    model.answers = [stream(says("wait"), stall=True)]
+
+    async def ask() -> httpx.Response:
+        return await hub.client.post("/v1/chat/completions", json=ASKED)
+
+    held = [asyncio.create_task(ask()) for _ in range(CONCURRENT)]
+
+    async def all_there() -> bool | None:
+        return len(model.asked) == CONCURRENT or None
+
+    await until("all of them", 30, all_there)
+    more = await ask()
+    assert (more.status_code, more.headers["retry-after"]) == (429, "2")
+    for task in held[1:]:
+        task.cancel()
+    await asyncio.gather(*held[1:], return_exceptions=True)
+    model.answers = [caller]
+
+    async def free() -> bool | None:
+        return (await ask()).status_code == 200 or None
+
+    await until("their places are free", 30, free)
+    model.let_go.set()
+    assert (await held[0]).status_code == 200
+
+
+async def test_a_server_that_is_away_and_a_hub_without_one_are_told(tmp_path: Path, hub: Hub, model: Scripted) -> None:
+    model.shutdown()
+    model.server_close()
+    away = await hub.client.post("/v1/chat/completions", json=ASKED)
+    assert away.status_code == 502
+    assert "--models" in away.text
+    (tmp_path / "other").mkdir()
+    async with running(tmp_path / "other") as without:
+        none = await without.client.post("/v1/chat/completions", json=ASKED)
+        assert none.status_code == 404
+        assert "outrider hub run --models" in none.text
