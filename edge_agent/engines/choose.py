@@ -116,6 +116,11 @@ class Upgrade:
         answer = self._sooner(inputs) if self._better is not None else None
         return self._first.infer(inputs) if answer is None else answer
 
+    def beside(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`infer` while other threads do."""
+        answer = self._sooner(inputs) if self._better is not None else None
+        return self._first.beside(inputs) if answer is None else answer
+
     def _sooner(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """TensorRT's answer; None where the first has to answer, or to say what is wrong with the inputs."""
         with self._one, contextlib.suppress(Refused, Retry):

@@ -2,8 +2,9 @@
 
 Invariants: inputs are checked against the model's own declaration before a byte reaches the runtime. The first provider
 asked for must run nodes of a real inference at load, or the load is Refused with what would make it run; nodes may run
-on the CPU beside it only when the CPU provider is named too. Inputs and outputs of a GPU are bound. Nothing is sent
-anywhere (the runtime's telemetry is off).
+on the CPU beside it only when the CPU provider is named too. Inputs and outputs of a GPU are bound. Runs that go at the
+same time on CPUs have a session with a thread each, where the model is small enough to be held twice: threads that many
+runs share wait for each other. Nothing is sent anywhere (the runtime's telemetry is off).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _DTYPES = {
 }  # fmt: skip
 _PROBE_SIZES = (1, 32, 64, 512)
 _ON_GPU = (CUDA, TENSORRT, RTX)
+_TWICE = 64 * 1024 * 1024  # bytes of a model's file that is held for runs alone and for runs beside others
 # as onnxruntime words it: its arena, CUDA's codes ("CUDA failure 700: …"; below 100 the context lives), its libraries
 _NO_MEMORY = re.compile(r"CUDA (?:failure|error) ?2\b|Failed to allocate memory|_STATUS_ALLOC_FAILED")
 _LOST = re.compile(r"CUDA (?:failure|error) ?\d{3}\b|_STATUS_(?:EXECUTION_FAILED|INTERNAL_ERROR|NOT_INITIALIZED)")
@@ -75,6 +77,10 @@ class OnnxNetwork:
             self._outputs = [o.name for o in self._session.get_outputs()]
             self._prove(probe)
             nodes = _nodes_by_provider(Path(self._session.end_profiling()))
+            self._single = self._session
+            if self.lanes > 1 and file.stat().st_size <= _TWICE:
+                self._single = _session(file, [CPU], 1, Path(scratch), None)
+                self._single.end_profiling()
         if not nodes.get(providers[0]):
             raise Refused(f"{file.name}: {providers[0]} ran no node of the probe, {dict(nodes)} did", fix(providers))
         entries = scan(path) if path.is_dir() else [FileEntry(file.name, file.stat().st_size, sha256_file(file))]
@@ -92,17 +98,26 @@ class OnnxNetwork:
 
         On a GPU also Retry: its memory is full, Fatal: it is lost.
         """
+        return self._infer(inputs, self._session)
+
+    def beside(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`infer` while other threads do: on one thread, so that each run has its own."""
+        return self._infer(inputs, self._single)
+
+    def close(self) -> None:
+        del self._session, self._single
+
+    def _infer(self, inputs: Mapping[str, Tensor], session: ort.InferenceSession) -> dict[str, Tensor]:
         if set(inputs) != set(self.inputs):
             raise Refused(f"inputs are {sorted(inputs)}, the model takes {self._takes()}")
         feeds = {name: self.inputs[name].array(tensor) for name, tensor in inputs.items()}
-        return {name: _tensor(name, value) for name, value in zip(self._outputs, self._run(feeds), strict=True)}
+        return {
+            name: _tensor(name, value) for name, value in zip(self._outputs, self._run(feeds, session), strict=True)
+        }
 
-    def close(self) -> None:
-        del self._session
-
-    def _run(self, feeds: dict[str, np.ndarray]) -> list[Any]:
+    def _run(self, feeds: dict[str, np.ndarray], session: ort.InferenceSession) -> list[Any]:
         try:
-            return self._run_bound(feeds) if self._bound else list(self._session.run(None, feeds))
+            return self._run_bound(feeds) if self._bound else list(session.run(None, feeds))
         except Exception as error:  # the runtime's exceptions share no base but Exception
             if self._on_gpu and _NO_MEMORY.search(str(error)):
                 raise Retry("the GPU's memory is full", "a smaller shape, or unload another model") from error
@@ -128,7 +143,7 @@ class OnnxNetwork:
         refused = Refused("not probed")
         for size in _PROBE_SIZES:
             try:
-                self._run({name: binding.zeros(size) for name, binding in self.inputs.items()})
+                self._run({name: binding.zeros(size) for name, binding in self.inputs.items()}, self._session)
                 return
             except Refused as error:
                 refused = error

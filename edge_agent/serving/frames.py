@@ -262,7 +262,7 @@ def decode(payload: bytes | bytearray) -> Message:
         raise BadFrame(f"a frame cannot be decoded: {error}") from error
 
 
-def _length(header: bytes | bytearray) -> int:
+def _length(header: bytes) -> int:
     (length,) = _LENGTH.unpack(header)
     if length > MAX_FRAME:
         raise BadFrame(f"a frame of {length} bytes is announced, the limit is {MAX_FRAME}")
@@ -337,10 +337,10 @@ def _size(tensors: Mapping[str, Tensor]) -> int:
 
 
 class Channel:
-    """The child's end: blocking; `send` from any thread, `receive` from one."""
+    """The child's end: blocking; `send` from any thread, `receive` from one at a time."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        self._sock, self._reader = sock, sock.makefile("rb", _INLINE)
         self._sending = threading.Lock()
 
     @classmethod
@@ -359,25 +359,18 @@ class Channel:
 
     def receive(self) -> Message | None:
         """The next message, or None when the daemon is gone. Raises BadFrame."""
-        header = self._exactly(_LENGTH.size)
-        payload = None if header is None else self._exactly(_length(header))
-        return None if payload is None else decode(payload)
+        try:
+            header = self._reader.read(_LENGTH.size)
+            if len(header) < _LENGTH.size:
+                return None
+            payload = self._reader.read(length := _length(header))
+        except ConnectionError:
+            return None
+        return decode(payload) if len(payload) == length else None
 
     def close(self) -> None:
+        self._reader.close()
         self._sock.close()
-
-    def _exactly(self, count: int) -> bytearray | None:
-        buffer = bytearray(count)
-        view, filled = memoryview(buffer), 0
-        while filled < count:
-            try:
-                got = self._sock.recv_into(view[filled:])
-            except ConnectionError:
-                return None
-            if not got:
-                return None
-            filled += got
-        return buffer
 
 
 class AsyncChannel:

@@ -22,8 +22,13 @@ from edge_agent.errors import Retry
 AGING_S = 1.0
 WAITING, WAITING_BYTES = 64, 256 * 1024 * 1024
 LOWEST = 3
-_WEIGHT = 0.2  # of the newest value in an average
-_SPELL, _REST = 8, 20.0  # runs of a way that is tried, and how many times as long the best one is kept then
+_WEIGHT = 0.1  # of the newest value in an average, once there are as many
+_SPELL, _LEAST, _REST = (
+    12,
+    4,
+    40.0,
+)  # rows and runs of a way that is tried, how many times as long the best is kept then
+_BETTER = 0.97  # the share of the best way's time that another must take less than: noise is no reason to change
 T = TypeVar("T")
 
 
@@ -64,6 +69,11 @@ class Lanes:
     _shares: float = 0.0
     _at: float = 0.0
 
+    @property
+    def full(self) -> bool:
+        """Whether nothing at all may begin."""
+        return self.active >= self._limit
+
     def free(self, lanes: int) -> bool:
         """Whether a run that goes beside at most `lanes - 1` others may begin."""
         return self.active < min(lanes, self._limit) or not self.active
@@ -93,51 +103,77 @@ Way = tuple[int, int]
 
 
 @dataclass
+class _Mean:
+    """An average of what came lately."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.value += max(_WEIGHT, 1 / self.count) * (value - self.value)
+
+
+@dataclass
 class Pace:
     """In which way a model runs while requests wait: a way beside the best one is tried for some runs, then again after
-    a rest, and what takes the least time a byte is kept; a way that is later than the target is none."""
+    a rest, and what takes clearly less time a byte is kept; a way that is later than the target is none."""
 
     serving: Serving = NORMAL
     lanes: int = 1  # runs at the same time that the engine allows
-    ewma_ms: float = 0.0
     way: Way = (1, 1)
     _best: Way = (1, 1)
-    _seen: dict[Way, tuple[float, float]] = field(default_factory=dict)  # averages of seconds a byte and of ms a run
-    _tried: list[Way] = field(default_factory=list)  # the last one at the end
+    _all: _Mean = field(default_factory=_Mean)  # milliseconds of a run
+    _seen: dict[Way, tuple[_Mean, _Mean]] = field(default_factory=dict)  # seconds a byte, milliseconds of a run
+    _tried: list[Way] = field(default_factory=lambda: [(1, 1)])  # the last one at the end
     _runs: int = 0
+    _rows: int = 0
     _spent: float = 0.0
     _rest: float = 0.0
 
-    def ran(self, rows: int, size: int, took_s: float, share_s: float, waiting: bool = True) -> None:
-        """Take a run into account; `waiting`: others did while it ran."""
-        self.ewma_ms = _average(self.ewma_ms, took_s * 1000)
+    @property
+    def ewma_ms(self) -> float:
+        return self._all.value
+
+    def ran(
+        self, rows: int, size: int, took_s: float, share_s: float, waiting: bool = True, company: bool = False
+    ) -> None:
+        """Take a run into account; `waiting`: others did while it ran; `company`: others could go at the same time."""
+        self._all.add(took_s * 1000)
         seen = round(took_s / share_s) if share_s else 1, rows
-        if seen[0] in (1, self.lanes):
-            cost, ms = self._seen.get(seen, (0.0, 0.0))
-            self._seen[seen] = _average(cost, share_s / max(1, size)), _average(ms, took_s * 1000)
+        if seen[0] == (self.lanes if company else 1):
+            cost, ms = self._seen.setdefault(seen, (_Mean(), _Mean()))
+            cost.add(share_s / max(1, size))
+            ms.add(took_s * 1000)
         if not (waiting or seen > (1, 1)):
             return
-        self._runs, self._spent = self._runs + 1, self._spent + share_s
-        if self._runs < _SPELL or (self.way == self._best and self._spent < self._rest):
+        self._runs, self._rows, self._spent = self._runs + 1, self._rows + rows, self._spent + share_s
+        if self._rows < _SPELL or self._runs < _LEAST or (self.way == self._best and self._spent < self._rest):
             return
         if self.way == self._best:
-            untried = [way for way in self._beside() if way not in self._tried]
-            self.way = next(iter(untried or [way for way in self._tried if way in self._beside()]), self._best)
+            beside = self._beside()
+            untried = [way for way in beside if way not in self._tried]
+            self.way = next(iter(untried or [way for way in self._tried if way in beside]), self._best)
             self._tried = [*(way for way in self._tried if way != self.way), self.way]
         else:
-            fit = {way: cost for way, (cost, ms) in self._seen.items() if ms <= (self.serving.target_ms or math.inf)}
-            self._best = self.way = min(fit, key=lambda way: fit[way], default=(1, 1))
+            best, other = self._cost(self._best), self._cost(self.way)
+            if min(best, other) == math.inf:
+                self._best = (1, 1)
+            elif other < _BETTER * best:
+                self._best = self.way
+            self.way = self._best
             self._rest = _REST * self._spent if set(self._beside()) <= set(self._tried) else 0.0
-        self._runs, self._spent = 0, 0.0
+        self._runs, self._rows, self._spent = 0, 0, 0.0
+
+    def _cost(self, way: Way) -> float:
+        """Seconds a byte; infinite for a way that is too late, or was never seen."""
+        cost, ms = self._seen.get(way, (_Mean(math.inf), _Mean()))
+        return math.inf if ms.value > (self.serving.target_ms or math.inf) else cost.value
 
     def _beside(self) -> list[Way]:
         lanes, rows = self._best
         ways = (1 if lanes > 1 else self.lanes, rows), (lanes, rows * 2), (lanes, rows // 2)
         return [way for way in ways if way != self._best and 1 <= way[1] <= self.serving.max_batch]
-
-
-def _average(before: float, now: float) -> float:
-    return before + _WEIGHT * (now - before) if before else now
 
 
 @dataclass(eq=False)

@@ -1,8 +1,9 @@
 """The worker process: `python -m edge_agent.serving.worker language|network|endpoint`.
 
-Invariants: the main thread only reads frames (ping, cancel, enqueue) and a loader thread makes new models beside those
-that serve; execution threads run one thing at a time, but for a network whose engine has lanes: that many of its runs
-go at the same time while its pace says so, and nothing else goes beside them; what waits is bounded and one too
+Invariants: one thread reads frames at any time (ping, cancel, enqueue), whatever the others do; what it read and may
+run at once it runs itself while another reads on, so a caller alone waits for no thread to wake; a loader thread makes
+new models beside those that serve. One thing runs at a time, but for a network whose engine has lanes: that many of its
+runs go at the same time while its pace says so, and nothing else goes beside them; what waits is bounded and one too
 many answers Retry at once; every request is answered exactly once with its last frame; requests that ran together are
 answered as if each had run alone, and a run that fails is repeated one by one, so nobody pays for a neighbour; a model
 that fails to load is an Error and the worker lives; an engine that is lost (Fatal: a GPU that is gone) is a Retry and
@@ -19,9 +20,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import msgspec
 
@@ -88,6 +90,14 @@ class _Switch:
 _Work = Load | Adapt | Infer | GenerateReq | _Switch
 
 
+class _Turn(NamedTuple):
+    """What runs together, when it began (see `Lanes`), and whether other runs go, or may, at the same time."""
+
+    batch: list[Entry[_Work]]
+    began: tuple[float, float]
+    company: bool
+
+
 class Worker:
     """Serves one channel with the models a loader makes."""
 
@@ -97,7 +107,8 @@ class Worker:
         self._wake = threading.Condition()
         self._loads: queue.Queue[Load] = queue.Queue()
         self._models: dict[str, _Hosted] = {}
-        self._threads = 0
+        self._threads, self._reading = 0, False
+        self._ended = Future[None]()
         self._lanes = Lanes()
         self._running: set[int] = set()
         self._cancelled: set[int] = set()
@@ -105,31 +116,46 @@ class Worker:
     def run(self) -> None:
         """Serve until the daemon closes the socket."""
         threading.Thread(target=self._load, name="load", daemon=True).start()
-        self._staff(1)
         self._channel.send(Hello(self._role, os.getpid()))
         self._channel.send(Ready())
-        while (message := self._channel.receive()) is not None:
-            match message:
-                case Ping(n):
-                    models = list(self._models.items())
-                    self._channel.send(Pong(n, len(self._schedule.waiting), {name: m.now for name, m in models}))
-                case Cancel(id):
-                    self._cancel(id)
-                case Load(beside=True):
-                    self._loads.put(message)
-                case Infer():
-                    self._infer(message)
-                case Load() | Adapt():
-                    self._enqueue(Entry(message, message.id, time.monotonic(), barrier=True))
-                case GenerateReq():
-                    self._enqueue(_entry(message))
-                case _:
-                    raise frames.BadFrame(f"a {self._role} worker takes no {type(message).__name__}")
+        self._staff(1)
+        self._ended.result()
 
     def _staff(self, lanes: int) -> None:
-        for number in range(self._threads, lanes):
-            threading.Thread(target=self._execute, name=f"execute-{number}", daemon=True).start()
-        self._threads = max(self._threads, lanes)
+        """A thread for each run that may go at the same time, and one that reads."""
+        for number in range(self._threads, lanes + 1):
+            threading.Thread(target=self._serve, name=f"serve-{number}", daemon=True).start()
+        self._threads = max(self._threads, lanes + 1)
+
+    def _serve(self) -> None:
+        try:
+            while (turn := self._next()) is not None:
+                self._execute(turn)
+            self._ended.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - the main thread raises it
+            self._ended.set_exception(error)
+
+    def _read(self) -> bool:
+        """Take in what comes next; False when the daemon is gone."""
+        match self._channel.receive():
+            case None:
+                return False
+            case Ping(n):
+                models = list(self._models.items())
+                self._channel.send(Pong(n, len(self._schedule.waiting), {name: m.now for name, m in models}))
+            case Cancel(id):
+                self._cancel(id)
+            case Load(beside=True) as load:
+                self._loads.put(load)
+            case Infer() as message:
+                self._infer(message)
+            case Load() | Adapt() as message:
+                self._enqueue(Entry(message, message.id, time.monotonic(), barrier=True))
+            case GenerateReq() as message:
+                self._enqueue(_entry(message))
+            case message:
+                raise frames.BadFrame(f"a {self._role} worker takes no {type(message).__name__}")
+        return True
 
     def _infer(self, message: Infer) -> None:
         if message.sizes and self._arena is not None:
@@ -152,7 +178,6 @@ class Worker:
         try:
             with self._wake:
                 self._schedule.add(entry, hosted.pace.serving if hosted else NORMAL)
-                self._wake.notify()
         except Retry as error:
             self._fail(entry, error)
 
@@ -174,54 +199,67 @@ class Worker:
             except Exception as error:  # noqa: BLE001 - whatever a loader raises is the answer
                 self._fail(Entry(load, load.id, 0.0), error)
                 continue
-            self._enqueue(Entry(made, load.id, time.monotonic(), barrier=True))
-
-    def _execute(self) -> None:
-        while True:
-            batch, began = self._next()
-            right = self._try(batch)
             with self._wake:
-                took, share = self._lanes.end(time.monotonic(), began)
-                ids = {entry.id for entry in batch}
-                self._running -= ids
-                self._cancelled -= ids
-                waiting = bool(self._schedule.waiting) or len(batch) > 1
+                self._enqueue(Entry(made, load.id, time.monotonic(), barrier=True))
+                self._wake.notify()
+
+    def _execute(self, turn: _Turn) -> None:
+        batch = turn.batch
+        right = self._try(batch, turn.company)
+        with self._wake:
+            took, share = self._lanes.end(time.monotonic(), turn.began)
+            ids = {entry.id for entry in batch}
+            self._running -= ids
+            self._cancelled -= ids
+            waiting = bool(self._schedule.waiting) or len(batch) > 1
             if right and isinstance(batch[0].request, Infer) and (hosted := self._models.get(batch[0].request.model)):
                 rows, size = sum(entry.rows for entry in batch), sum(entry.size for entry in batch)
-                hosted.pace.ran(rows, size, took, share, waiting)
+                hosted.pace.ran(rows, size, took, share, waiting, turn.company)
 
-    def _try(self, batch: list[Entry[_Work]]) -> bool:
+    def _try(self, batch: list[Entry[_Work]], company: bool) -> bool:
         try:
-            self._answer(batch)
+            self._answer(batch, company)
         except Exception as error:  # noqa: BLE001 - whatever an engine raises is the answer to its request
             if len(batch) == 1:
                 self._fail(batch[0], error)
                 return False
-            return all([self._try([entry]) for entry in batch])
+            return all([self._try([entry], company) for entry in batch])
         return True
 
-    def _next(self) -> tuple[list[Entry[_Work]], tuple[float, float]]:
+    def _next(self) -> _Turn | None:
+        """What this thread executes; until there is something it reads, if no other does, or waits. None: the end."""
         while True:
+            turn, wait, leads = None, None, False
             with self._wake:
                 now = time.monotonic()
-                late, wait = self._schedule.expired(now), None
-                head, batch = self._schedule.head(now), list[Entry[_Work]]()
+                late = self._schedule.expired(now)
+                head = None if self._lanes.full else self._schedule.head(now)
                 hosted = self._models.get(head.request.model) if head and isinstance(head.request, Infer) else None
                 pace = hosted.pace if hosted else Pace()
-                if head is not None and self._lanes.free(pace.way[0]):
+                lanes, batch = pace.way[0], list[Entry[_Work]]()
+                if head is not None and self._lanes.free(lanes):
                     batch, wait = self._schedule.take(now, pace)
                 if batch:
-                    began = self._lanes.begin(now, pace.way[0])
+                    company = lanes > 1 and bool(self._lanes.active or self._schedule.waiting)
+                    turn = _Turn(batch, self._lanes.begin(now, lanes), company)
                     self._running |= {entry.id for entry in batch}
-                    if self._schedule.waiting:
+                    if not self._reading or (self._schedule.waiting and self._lanes.free(lanes)):
                         self._wake.notify()
-                elif not late:
+                elif self._reading and not late:
                     self._wake.wait(wait)
+                elif not late:
+                    self._reading = leads = True
+                    if wait is not None:
+                        self._wake.notify_all()  # that they wait no longer than this
             for entry in late:
                 self._count(entry, expired=1)
                 self._fail(entry, Retry("its time was over before its turn came", "the device is busy: ask less often"))
-            if batch:
-                return batch, began
+            if turn is not None:
+                return turn
+            if leads:
+                if not self._read():
+                    return None
+                self._reading = False
 
     def _fail(self, entry: Entry[_Work], error: BaseException) -> None:
         if not isinstance(error, OutriderError):
@@ -241,7 +279,7 @@ class Worker:
         if isinstance(entry.request, Infer | GenerateReq) and entry.request.model in self._models:
             self._models[entry.request.model].count(**more)
 
-    def _answer(self, batch: list[Entry[_Work]]) -> None:
+    def _answer(self, batch: list[Entry[_Work]], company: bool) -> None:
         match batch[0].request:
             case Load(beside=False) as load:
                 if (before := self._models.pop(load.model, None)) is not None:
@@ -259,7 +297,7 @@ class Worker:
                     language.unload_adapter(adapter)
                 self._channel.send(Adapted(id))
             case Infer(model=name):
-                self._run(name, batch)
+                self._run(name, batch, company)
             case GenerateReq() as request:
                 self._generate(request)
 
@@ -273,7 +311,7 @@ class Worker:
             before.model.close()
         self._channel.send(frames.Loaded(switch.load.id, name, switch.model.info))
 
-    def _run(self, name: str, batch: list[Entry[_Work]]) -> None:
+    def _run(self, name: str, batch: list[Entry[_Work]], company: bool) -> None:
         hosted = self._hosted(name)
         network = hosted.model
         if not hasattr(network, "infer"):
@@ -284,7 +322,7 @@ class Worker:
             from edge_agent.engines.binding import check_finite  # numpy: workers of endpoints go without
 
             check_finite(inputs)
-        outputs = network.infer(inputs)
+        outputs = getattr(network, "beside", network.infer)(inputs) if company else network.infer(inputs)
         took = time.monotonic() - began
         try:
             answers = batching.parted(outputs, rows) if len(batch) > 1 else [outputs]

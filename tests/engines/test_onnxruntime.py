@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edge_agent.engines import onnxruntime as engine
 from edge_agent.engines.onnxruntime import OnnxNetwork
 from edge_agent.engines.providers import CPU
 from edge_agent.errors import Fatal, OutriderError, Refused, Retry
@@ -53,6 +55,25 @@ def test_the_answer_is_the_one_of_the_same_sum_in_numpy(adder: Path) -> None:
     assert (out.dtype, out.shape) == ("float32", [2, 3])
     assert np.frombuffer(out.data, np.float32).tolist() == [0, 2, 4, 6, 8, 10]
     network.close()
+
+
+def test_runs_beside_others_have_a_thread_each_and_give_the_same_answers(
+    adder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {"a": floats(2, 3), "b": floats(2, 3)}
+    for most, twice in ((64 << 20, True), (0, False)):
+        monkeypatch.setattr(engine, "_TWICE", most)
+        network = OnnxNetwork(adder, threads=2)
+        assert (network._single is not network._session) == twice
+        assert network._single.get_session_options().intra_op_num_threads == (1 if twice else 2)
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(network.beside, [inputs] * 20))
+        assert found == [network.infer(inputs)] * 20
+        with pytest.raises(Refused, match=r"inputs are \['a'\], the model takes a: "):
+            network.beside({"a": floats(2, 3)})
+        network.close()
+    alone = OnnxNetwork(adder, threads=1)
+    assert (alone.lanes, alone._single) == (1, alone._session)
 
 
 def test_info_tells_what_ran_and_the_digest_of_the_folder(adder: Path) -> None:

@@ -105,7 +105,7 @@ def settled(pace: Pace, took: Callable[[int, int], float], runs: int = 600) -> C
     for run in range(runs):
         lanes, rows = pace.way
         ways[pace.way] += run > runs / 2
-        pace.ran(rows, rows * 100, took(lanes, rows), took(lanes, rows) / lanes)
+        pace.ran(rows, rows * 100, took(lanes, rows), took(lanes, rows) / lanes, company=lanes > 1)
     return ways
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -54,21 +55,38 @@ async def test_requests_that_wait_together_run_together_and_get_their_own_rows(t
 
 
 async def test_runs_go_at_the_same_time_where_that_is_faster_and_a_switch_waits_for_them(tmp_path: Path) -> None:
-    paired, left = list[bytes](), False
+    paired, left, pair = list[tuple[bytes, bool]](), False, {"pair": Tensor("uint8", [1], b"n")}
 
     async def ask() -> None:
         while not left:
-            paired.append((await worker.infer("m", {"pair": Tensor("uint8", [1], b"n")}))["pair"].data)
+            answer = await worker.infer("m", pair)
+            paired.append((answer["pair"].data, "beside" in answer))
 
     async with child() as worker:
         await worker.load("m", twins(tmp_path))
         asking = [asyncio.create_task(ask()) for _ in range(4)]
-        await until(lambda: paired[-4:] == [b"y"] * 4, 60)
-        assert paired[:8].count(b"n") >= 7
+        await until(lambda: paired[-4:] == [(b"y", True)] * 4, 60)
+        assert paired[:8].count((b"n", False)) >= 7
+        left = True
+        await asyncio.gather(*asking)
+        assert sorted(await worker.infer("m", pair)) == ["pair"]  # a caller alone has all threads
+        left, asking = False, [asyncio.create_task(ask()) for _ in range(4)]
         await worker.load("m", tmp_path)  # one run at a time
         left = True
         await asyncio.gather(*asking)
-        assert (worker.starts, paired[-1]) == (1, b"n")
+        assert (worker.starts, paired[-1]) == (1, (b"n", False))
+
+
+async def test_the_first_of_a_batch_waits_for_others_and_no_longer_than_it_may(tmp_path: Path) -> None:
+    async with child() as worker:
+        await worker.load("m", tmp_path, serving=Serving(max_batch=4, max_delay_ms=400))
+        await batches(worker)
+        began = time.monotonic()
+        assert (await worker.infer("m", rows(1)))["together"].data == b"\x01"
+        assert 0.4 <= time.monotonic() - began < 5
+        began = time.monotonic()
+        answers = await asyncio.gather(*(worker.infer("m", rows(n)) for n in range(4)))
+        assert ([a["together"].data[0] for a in answers], time.monotonic() - began < 0.4) == ([4] * 4, True)
 
 
 async def test_one_bad_request_does_not_fail_its_neighbours(tmp_path: Path) -> None:
