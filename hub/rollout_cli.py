@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hub.cli import Json, Url, _errors, _hub, _print
 from hub.errors import HubError
+from hub.talk import Json, Url, errors, talking, tell
 
 app = typer.Typer(no_args_is_help=True, help="A version of a bundle in waves, over many devices.")
 Id = Annotated[str, typer.Argument(help="The rollout's id.")]
@@ -66,18 +66,18 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Make a rollout of a plan's file, or of options."""
-    with _hub(hub) as client:
+    with talking(hub) as client:
         document = read(plan, bundle=bundle, version=version, waves=waves(waves_))
         if group:
             document["select"] = document.get("select", {}) | {"groups": group}
-        _print(client.post("/v1/rollouts", {"plan": document, "draft": draft}), as_json, line)
+        tell(client.post("/v1/rollouts", {"plan": document, "draft": draft}), as_json, line)
 
 
 @app.command("list")
 def list_(limit: int = 20, hub: Url = None, as_json: Json = False) -> None:
     """List rollouts, newest first."""
-    with _hub(hub) as client:
-        _print(client.get("/v1/rollouts", limit=limit), as_json, line)
+    with talking(hub) as client:
+        tell(client.get("/v1/rollouts", limit=limit), as_json, line)
 
 
 @app.command()
@@ -89,16 +89,16 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a rollout, its waves, and its devices with the reasons."""
-    with _hub(hub) as client:
+    with talking(hub) as client:
         found = client.get(f"/v1/rollouts/{id}")
         found["devices"] = client.get(f"/v1/rollouts/{id}/devices", step=step, limit=limit)
-        _print(found, as_json, whole)
+        tell(found, as_json, whole)
 
 
 def _verb(name: str, words: str) -> None:
     def run(id: Id, hub: Url = None, as_json: Json = False) -> None:
-        with _hub(hub) as client:
-            _print(client.post(f"/v1/rollouts/{id}/{name}", {}), as_json, line)
+        with talking(hub) as client:
+            tell(client.post(f"/v1/rollouts/{id}/{name}", {}), as_json, line)
 
     app.command(name, help=words)(run)
 
@@ -120,9 +120,9 @@ def label(
     as_json: Json = False,
 ) -> None:
     """Set a device's groups, tags and time zone."""
-    with _hub(hub) as client:
+    with talking(hub) as client:
         said = client.put(f"/v1/devices/{device}/labels", {"groups": group or [], "tags": tag or [], "zone": zone})
-        _print(said, as_json, lambda labels: f"{device}: {json.dumps(labels)}")
+        tell(said, as_json, lambda labels: f"{device}: {json.dumps(labels)}")
 
 
 @app.command()
@@ -144,7 +144,7 @@ def simulate(
     from hub import rollout_sim
     from hub.rollout_plan import parse
 
-    with _errors():
+    with errors():
         parsed = parse({"bundle": "bundle", "version": "next"} | (read(plan) if plan else {}))
         model = rollout_sim.Model(
             failing=failure,
@@ -157,7 +157,7 @@ def simulate(
             size=size,
         )
         played = rollout_sim.play(parsed, devices, model, seed)
-        _print(rollout_sim.facts(played), as_json, lambda _: rollout_sim.show(played))
+        tell(rollout_sim.facts(played), as_json, lambda _: rollout_sim.show(played))
 
 
 def line(found: dict[str, Any]) -> str:

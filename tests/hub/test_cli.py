@@ -15,7 +15,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
-from hub.cli import _job_line, app
+from hub.cli import app
+from hub.devices_cli import _job_line
 from models.publish import kept_token
 
 COMMAND = [sys.executable, "-m", "hub"]
