@@ -1,4 +1,4 @@
-"""What of a tool's result may steer an act: its typed fields, not the text that somebody else wrote into it.
+"""What may steer an act: a request and typed fields of results, not the text that somebody else wrote into either.
 
 Invariants: pure. A number, a truth value and one of declared choices are typed; every other text in a result is
 untrusted, and so is everything of a tool that declares nothing and what a tool says when it fails. An act that the
@@ -6,10 +6,13 @@ model proposes after it has read untrusted text is not made on that proposal: th
 taken out, and what it says then is its decision (see decide.py). So an instruction hidden in a label, a document or a
 sensor's name is never the reason of an act, while what the request and the typed fields are reason enough for is done.
 What the model said since it read such text, and what an error repeats of that, is as untrusted as the text itself.
+A passage that the request quotes is untrusted too ("the note says 'stop line 2', what is that?"), unless the act hands
+it on as an argument, as a message does: then it is what the act is about.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -22,6 +25,9 @@ from edge_agent.agent.transcript import Step, Task
 HIDDEN = "(text)"
 WRONG = "that was no usable call"
 DROPPED = Step("tool", "not done", ok=False)
+_QUOTED = re.compile(
+    r"""["“„”]([^"“„”]{3,}?)["“”]|«([^«»]{3,}?)»|(?<!\w)['‘‚]((?:[^'‘’]|(?<=\w)['’](?=\w)){3,}?)['’](?!\w)"""
+)
 
 
 def without(value: Any, declared: Param | None) -> Any:
@@ -62,8 +68,11 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
     With `hide`, untrusted texts are taken out: of results, and of what was said since the first of them; what the model
     has proposed last, and is asked about here, is not there.
     """
-    read, results = [*_before(task, hide), prompt.Turn("user", task.text)], bool(task.before)
-    asked = task.steps[:-1] if hide and task.steps and task.steps[-1].role == "model" else task.steps
+    asked, request = task.steps, task.text
+    if hide and task.steps and (proposed := task.steps[-1]).role == "model":
+        asked = task.steps[:-1]
+        request = _unquoted(request) if _quotes(_acts(proposed.text, known), request) else request
+    read, results = [*_before(task, hide), prompt.Turn("user", request)], bool(task.before)
     for said, came in rounds(asked):
         text = said.text
         if said.role == "check" and len(came) == 1 and came[0].call:  # what a person approved in its place
@@ -83,11 +92,13 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
 
 def steers(said: str, task: Task, known: Mapping[str, ToolSpec]) -> bool:
     """Whether this is an act that the model proposes after it has read untrusted text, here or earlier on."""
-    if not any(isinstance(d, Call) and d.name in known and known[d.name].risk != "read" for d in decisions(said)):
+    if not (acts := _acts(said, known)):
         return False
     results = [step for step in task.steps if step.role == "tool" and step.call is not None]
-    return bool(task.before) or any(
-        not step.ok or _text(step, known) != prompt.result_text(step.result) for step in results
+    return (
+        bool(task.before)
+        or any(not step.ok or _text(step, known) != prompt.result_text(step.result) for step in results)
+        or _quotes(acts, task.text)
     )
 
 
@@ -98,6 +109,28 @@ def decisions(text: str) -> Sequence[Decision]:
         return tuple(parse_all(text))
     except CallError:
         return ()
+
+
+def _acts(said: str, known: Mapping[str, ToolSpec]) -> list[Call]:
+    return [d for d in decisions(said) if isinstance(d, Call) and d.name in known and known[d.name].risk != "read"]
+
+
+def _quotes(acts: Sequence[Call], request: str) -> bool:
+    """Whether the request quotes what may be an order (not `stop "line 2"`) and no act has as an argument."""
+    passages = [" ".join("".join(found).lower().split()) for found in _QUOTED.findall(request)]
+    orders = [each for each in passages if _order(each, acts)]
+    given = [v.lower().replace("_", " ") for act in acts for v in act.args.values() if isinstance(v, str)]
+    return any(not any(each in value or (" " in value and value in each) for value in given) for each in orders)
+
+
+def _order(passage: str, acts: Sequence[Call]) -> bool:
+    """Three words, or two with the verb of an act."""
+    words = passage.split()
+    return len(words) > 2 or (len(words) == 2 and any(act.name.partition("_")[0].lower() in words for act in acts))
+
+
+def _unquoted(request: str) -> str:
+    return _QUOTED.sub(lambda found: f'"{HIDDEN}"' if " " in found[0].strip() else found[0], request)
 
 
 def _before(task: Task, hide: bool) -> list[prompt.Turn]:
