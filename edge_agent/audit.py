@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -46,16 +47,20 @@ class Audit:
 
     async def append(self, event: str, subject: str, **detail: Any) -> None:
         """Enqueue one entry: `{event, subject, n, prev, …}`, `prev` the SHA-256 of the entry before. Raises Retry."""
+        await self._store.write(self.entry(event, subject, **detail))
 
+    def entry(self, event: str, subject: str, **detail: Any) -> Callable[[Connection], None]:
+        """What puts one into the caller's transaction, with the client that is served here."""
         if place := where.get():
             detail["where"] = place
-        await self._store.write(lambda db: self.put(db, event, subject, **detail))
+        return lambda db: self.put(db, event, subject, **detail)
 
     def put(self, db: Connection, event: str, subject: str, **detail: Any) -> None:
-        """The same inside the caller's transaction."""
+        """Enqueue one inside the caller's transaction."""
         row = db.execute("SELECT version, body FROM documents WHERE name = ?", [_HEAD]).fetchone()
         n, prev = row or (0, b"")
         body = {"event": event, "subject": subject, "n": n + 1, "prev": prev.decode(), **detail}
         head = hashlib.sha256(msgspec.json.encode(body)).hexdigest().encode()
-        db.execute("INSERT OR REPLACE INTO documents VALUES (?, ?, ?)", [_HEAD, n + 1, head])
+        keep = "INSERT INTO documents VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET version = ?2, body = ?3"
+        db.execute(keep, [_HEAD, n + 1, head])
         self._outbox.put(db, "audit", body, PRIORITY)

@@ -87,6 +87,18 @@ def undo(
         typer.echo(msgspec.json.encode(found))
 
 
+@task.command()
+def cancel(
+    id: Annotated[str, typer.Argument(help="The task, or run of a workflow, that waits or runs.")],
+    api: Api = API,
+    token: Token = "",
+    json: Json = False,
+) -> None:
+    """End a task before its time: one that runs stops after the step it is at, what it did stays done."""
+    found = _ask(api, token, "POST", "/v1/tools/cancel_task", {"args": {"id": id}})["result"]
+    typer.echo(msgspec.json.encode(found) if json else f"{id}: {found['state']}")
+
+
 @task.command("list")
 def list_(
     state: Annotated[str, typer.Option(help="Only those: running, waiting, succeeded or failed.")] = "",

@@ -13,29 +13,20 @@ import contextlib
 import time
 from collections.abc import Coroutine
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from edge_agent.agent.act import Ended
 from edge_agent.agent.calls import render
 from edge_agent.agent.transcript import Step, Task, Transcripts
 from edge_agent.agent.workflow import read
+from edge_agent.audit import Audit
 from edge_agent.errors import OutriderError, Refused
 from edge_agent.store import Connection
+from edge_agent.sync.inbox import Inbox
 from edge_agent.wire.messages import Job, Progress
 
 T = TypeVar("T")
 PROGRESS_S = 1.0
-
-
-class Inbox(Protocol):
-    """sync.inbox.Inbox."""
-
-    async def cancelled(self, id: str) -> bool: ...
-    async def progress(self, id: str, progress: Progress) -> None: ...
-
-
-class Audit(Protocol):
-    def put(self, db: Connection, event: str, subject: str, **detail: Any) -> None: ...
 
 
 class Watch:
@@ -95,8 +86,8 @@ class Watch:
         """After each step is on disk. Raises Ended when the task is to stop here."""
         if step.role not in ("model", "check", "tool"):
             return
-        if task.id in self.ending:
-            raise Ended("failed", error="stopped after a step")
+        if why := self.ending.get(task.id):
+            raise Ended("failed", error=f"{why}: stopped after a step")
         now = time.monotonic()
         if step.role == "tool" and not task.id.startswith("local-") and now - self._told.get(task.id, 0) >= PROGRESS_S:
             self._told[task.id] = now

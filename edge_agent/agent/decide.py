@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -60,6 +60,15 @@ class Speaker(msgspec.Struct, frozen=True):
     latency_s: float = 0.0
 
 
+class _Question(NamedTuple):
+    task: Task
+    specs: Sequence[ToolSpec]
+    read: Sequence[prompt.Turn]
+    role: Literal["model", "check"]
+    deadline: float
+    rules: Policy
+
+
 class Decided(msgspec.Struct, frozen=True):
     """What is to be done, as text, by the decision at place `k`; `why` a person has to approve the acts in it."""
 
@@ -88,30 +97,23 @@ class Decider:
         """What the model says next, or has said and is not yet carried out. Raises Ended."""
         known, k, rules = {spec.name: spec for spec in specs}, undone(task.steps), self._rules()
         if k is None:
-            await self._ask(task, specs, taint.turns(task, known), "model", deadline, rules)
+            await self._ask(_Question(task, specs, taint.turns(task, known), "model", deadline, rules))
             k = len(task.steps) - 1
         said = task.steps[k]
         if said.role == "model":
             if len(task.steps) > k + 1 or not taint.steers(said.text, task, known):
                 return Decided(k, said.text, _unsure(said, rules))
             self._counts["checks"] += 1
-            await self._ask(task, specs, taint.turns(task, known, hide=True), "check", deadline, rules)
+            await self._ask(_Question(task, specs, taint.turns(task, known, hide=True), "check", deadline, rules))
             k += 1
         proposed, checked = task.steps[k - 1], task.steps[k]
         if rules.untrusted == "ask" and _gives_up(checked.text) and len(taint.decisions(proposed.text)) == 1:
             return Decided(k, proposed.text, LURED)
         return Decided(k, checked.text, _unsure(checked, rules))
 
-    async def _ask(
-        self,
-        task: Task,
-        specs: Sequence[ToolSpec],
-        read: Sequence[prompt.Turn],
-        role: Literal["model", "check"],
-        deadline: float,
-        rules: Policy,
-    ) -> None:
+    async def _ask(self, asked: _Question) -> None:
         """Append what the surest of the models says. Raises Ended."""
+        task, deadline, rules = asked.task, asked.deadline, asked.rules
         check_budget(task, rules.budget, time.monotonic() >= deadline)
         pause = 0.1
         while True:
@@ -120,7 +122,7 @@ class Decider:
                 name = f"{speaker.model}: " if speaker.model else ""
                 try:
                     async with asyncio.timeout(speaker.latency_s or None):
-                        answers.append(await self._hear(task, specs, read, role, deadline, rules, speaker))
+                        answers.append(await self._hear(asked, speaker))
                 except TimeoutError:
                     errors.append(Retry(f"{name}it takes longer than {speaker.latency_s:g} s"))
                 except OutriderError as error:
@@ -153,17 +155,9 @@ class Decider:
             errors.append(error)
             return []
 
-    async def _hear(
-        self,
-        task: Task,
-        specs: Sequence[ToolSpec],
-        read: Sequence[prompt.Turn],
-        role: Literal["model", "check"],
-        deadline: float,
-        policy: Policy,
-        speaker: Speaker,
-    ) -> Step:
+    async def _hear(self, asked: _Question, speaker: Speaker) -> Step:
         """What one model says; below the threshold, what most of its samples say. Raises OutriderError."""
+        task, specs, read, role, deadline, policy = asked
         like = await self.recall.like(task, specs) if speaker.endpoint else []
         request = next_call(speaker, specs, [*like, *read], calls=policy.calls, priority=task.priority)
         pieces = [await self._model.generate(request, max(0.1, deadline - time.monotonic()))]

@@ -69,8 +69,11 @@ class AgentLoop:
 
     async def accept(self, id: str, text: str, subject: Subject, priority: int = 1, conversation: str = "") -> Task:
         """Save a new task; asking again with the same id gives the one there is. Raises Refused."""
-        text, now = request(text), self._clock()
-        return await self._transcripts.add(Task(id, text, subject, now, priority=priority, conversation=conversation))
+        return await self._transcripts.add(self.task(id, text, subject, priority, conversation))
+
+    def task(self, id: str, text: str, subject: Subject, priority: int = 1, conversation: str = "") -> Task:
+        """A new task, to be saved. Raises Refused."""
+        return Task(id, request(text), subject, self._clock(), priority=priority, conversation=conversation)
 
     async def undo(self, task: Task, n: int) -> Step:
         """Take the effect of an ended task's step back, once. Raises Refused, Retry."""
@@ -79,12 +82,12 @@ class AgentLoop:
         except Ended as end:
             raise Refused(end.error, "look at the device") from None
 
-    async def run(self, id: str) -> Task:
-        """Run an accepted task until it is over or waits, from wherever its transcript stands.
+    async def run(self, id: str, new: Task | None = None) -> Task:
+        """Run an accepted (or `new`) task until it is over or waits, from wherever its transcript stands.
 
         Raises Refused for an unknown id.
         """
-        task = await self._transcripts.begin(id, self._conversations.begin)
+        task = await self._transcripts.begin(id, self._conversations.begin, new)
         if task is None:
             raise Refused(f"there is no task {id}", "accept it first")
         if task.state == "running":

@@ -31,6 +31,12 @@ def needs(spec: ToolSpec) -> list[str]:
     return [action(spec), *([spec.permission] if spec.permission else [])]
 
 
+def must(subject: Subject, action: str, allowed: Allowed) -> None:
+    """Raises Forbidden when the subject may not do this on the device."""
+    if not allowed(subject, action, ""):
+        raise Forbidden(f"{subject.name} may not {action} on this device", "its grants do not say so")
+
+
 def usable(specs: Sequence[ToolSpec], subject: Subject, allowed: Allowed) -> list[ToolSpec]:
     """The tools that the subject's grants cover, in their order."""
     return [spec for spec in specs if all(allowed(subject, each, spec.name) for each in needs(spec))]

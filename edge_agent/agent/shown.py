@@ -18,6 +18,7 @@ from edge_agent.agent.transcript import Step, Task
 from edge_agent.wire.signing import from_text
 
 MAX_TEXT = 500  # characters of a step
+MAX_RESULT = 8 * 1024  # bytes
 MAX_BYTES = 24 * 1024  # of a transcript, encoded
 
 
@@ -47,6 +48,46 @@ def told_all(steps: list[Step]) -> list[dict[str, Any]]:
             return [*head, gap, *reversed(tail)]
         tail.append(made)
     return [*head, *reversed(tail)]
+
+
+def summary(task: Task) -> dict[str, Any]:
+    """What the hub is told of a task: the answer, each call with its outcome, each decision with its times in ms, and
+    the transcript, cut short."""
+    calls = [
+        {"call": render(step.call), "ok": step.ok, "result": step.text[:500], "ms": round(step.ms, 1)}
+        for step in task.steps
+        if step.role == "tool" and step.call is not None
+    ]
+    decisions = [
+        {
+            "text": step.text[:200],
+            "ms": round(step.ms, 1),
+            "first_token_ms": round(step.first_token_ms, 1),
+            "prompt_tokens": step.prompt_tokens,
+            "cached_tokens": step.cached_tokens,
+            "tokens": step.tokens,
+            "model": step.digest,
+            "adapter": step.adapter,
+        }
+        for step in task.steps
+        if step.role == "model"
+    ]
+    return {
+        "answer": task.answer[:2000],
+        "sources": task.sources,
+        "result": bounded(task.result),
+        "calls": calls[-20:],
+        "decisions": decisions[-20:],
+        "steps": told_all(task.steps),
+        "runs": task.runs,
+        "seconds": round(task.finished - task.created, 3),
+    }
+
+
+def bounded(value: Any) -> Any:
+    """The value, or its beginning as text when it is too large for a record."""
+    encoded = msgspec.json.encode(value)
+    return value if len(encoded) <= MAX_RESULT else encoded[:MAX_RESULT].decode(errors="ignore") + "…"
 
 
 def ask(task: Task, step: Step) -> dict[str, Any]:

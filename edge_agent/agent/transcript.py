@@ -165,17 +165,28 @@ class Transcripts:
 
     async def add(self, task: Task) -> Task:
         """Save a new task, or return the one that has its id."""
-        return await self._store.write(lambda db: _add(db, task))
+        return await self._store.write(lambda db: self.put(db, task))
+
+    def put(self, db: Connection, task: Task) -> Task:
+        """The same inside the caller's transaction."""
+        row = (task.id, task.created, task.state, _head(task))
+        if not db.execute("INSERT INTO tasks VALUES (?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", row).rowcount:
+            return _get(db, task.id) or task
+        old = "rowid < (SELECT max(rowid) FROM tasks) - ? AND state NOT IN ('running', 'waiting')"
+        db.execute(f"DELETE FROM task_steps WHERE task IN (SELECT id FROM tasks WHERE {old})", (KEEP,))
+        db.execute(f"DELETE FROM tasks WHERE {old}", (KEEP,))
+        return task
 
     async def get(self, id: str) -> Task | None:
         """A task with its steps."""
         return self._whole(await self._store.read(lambda db: _get(db, id)))
 
-    async def begin(self, id: str, prepare: Callable[[Connection, Task], None]) -> Task | None:
-        """A task, which runs from here on if it is not over; `prepare` may refuse that, or add to it, just before."""
+    async def begin(self, id: str, prepare: Callable[[Connection, Task], None], new: Task | None = None) -> Task | None:
+        """A task (a `new` one if there is none), which runs from here on if it is not over; `prepare` may refuse that,
+        or add to it, just before."""
 
         def work(db: Connection) -> Task | None:
-            task = _get(db, id)
+            task = self.put(db, new) if new else _get(db, id)
             if task is not None and task.state in ("running", "waiting"):
                 prepare(db, task)
                 task.runs += task.state == "running"
@@ -260,16 +271,6 @@ class Transcripts:
             return now
 
         return await self._store.write(work)
-
-
-def _add(db: Connection, task: Task) -> Task:
-    row = (task.id, task.created, task.state, _head(task))
-    if not db.execute("INSERT INTO tasks VALUES (?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", row).rowcount:
-        return _get(db, task.id) or task
-    old = "rowid < (SELECT max(rowid) FROM tasks) - ? AND state NOT IN ('running', 'waiting')"
-    db.execute(f"DELETE FROM task_steps WHERE task IN (SELECT id FROM tasks WHERE {old})", (KEEP,))
-    db.execute(f"DELETE FROM tasks WHERE {old}", (KEEP,))
-    return task
 
 
 def _get(db: Connection, id: str) -> Task | None:

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edge_agent import audit
+from edge_agent.agent.policy import Forbidden
 from edge_agent.api.metrics import Metrics, Worker
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
@@ -54,7 +55,7 @@ class Work(Protocol):
     async def tasks(self) -> Sequence[Any]: ...
     async def tools(self, subject: Subject) -> Sequence[Any]: ...
     async def call(self, name: str, args: dict[str, Any], subject: Subject) -> Any:
-        """The result. Raises Denied, Refused, Retry."""
+        """The result. Raises Forbidden, Refused, Retry."""
         ...
 
 
@@ -134,10 +135,6 @@ class Device(Protocol):
     async def status(self) -> dict[str, Any]: ...
 
 
-class Denied(Refused):
-    """Known, but not allowed."""
-
-
 class Problem(Exception):
     """An answer that is an error: a status, what is wrong, what to do about it."""
 
@@ -155,11 +152,11 @@ class Caller:
         self._gate, self._held = gate, 0
 
     def must(self, action: str, resource: str = "") -> None:
-        """Raises Denied unless the grants allow it."""
+        """Raises Forbidden unless the grants allow it."""
         gate, roles = self._gate, ", ".join(self.subject.roles) or "none"
         if not allowed(_grants(gate.device), self.subject, action, resource, now=self.now, device=gate.name):
             what = f"{action} {resource}".strip()
-            raise Denied(f"{self.subject.name} may not {what}", f"the roles of this token are {roles}")
+            raise Forbidden(f"{self.subject.name} may not {what}", f"the roles of this token are {roles}")
 
     async def body(self, limit: int) -> bytearray:
         """The whole body. Raises Problem when it is larger than the limit, or there is no room for it now."""
@@ -253,7 +250,7 @@ class Gate:
             except ClientDisconnect:
                 return Response(status_code=499)
             except (Problem, OutriderError) as error:
-                if self._refused and (isinstance(error, Denied) or getattr(error, "status", 0) == 401):
+                if self._refused and (isinstance(error, Forbidden) or getattr(error, "status", 0) == 401):
                     why = {"path": f"{request.method} {request.url.path[:200]}", "reason": str(error)[:300]}
                     with contextlib.suppress(OutriderError):  # a full disk: the answer is no all the same
                         await self._refused("refuse:request", subject.name, **why)
@@ -291,7 +288,7 @@ def problem(request: Request, error: Problem | OutriderError) -> Response:
     plain = not path.startswith(("/v2", *_OPENAI))
     if isinstance(error, OutriderError):
         refused = 422 if plain else 400
-        status = 403 if isinstance(error, Denied) else refused if isinstance(error, Refused) else 500
+        status = 403 if isinstance(error, Forbidden) else refused if isinstance(error, Refused) else 500
         error = Problem(503 if isinstance(error, Retry) else status, error.message, error.hint)
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}.get(error.status)
     if plain:

@@ -39,7 +39,7 @@ class Inbox:
 
     async def accept(self, job: Job) -> JobState | None:
         """Journal it: its state, or None when it is known by id already. Durable when this returns."""
-        return await self._store.write(lambda db: self._accept(db, job))
+        return await self._store.write(lambda db: self.put(db, job))
 
     async def next(self) -> Job:
         """The oldest job not begun, journaled as running; waits for one."""
@@ -55,10 +55,22 @@ class Inbox:
         rows = "SELECT job FROM jobs WHERE state = 'running' ORDER BY n"
         return await self._store.read(lambda db: [_job(line) for (line,) in db.execute(rows)])
 
-    async def report(self, id: str, state: JobState, result: dict[str, Any] | None = None, error: str = "") -> None:
+    async def report(
+        self,
+        id: str,
+        state: JobState,
+        result: dict[str, Any] | None = None,
+        error: str = "",
+        beside: Callable[[Connection], None] = lambda _: None,
+    ) -> None:
         """Change the state and tell the hub, both or neither. Raises Refused for a change the table forbids."""
         report = JobReport(id, state, self._clock(), result or {}, error)
-        await self._store.write(lambda db: self._report(db, report))
+
+        def work(db: Connection) -> None:
+            self._report(db, report)
+            beside(db)
+
+        await self._store.write(work)
 
     async def cancelled(self, id: str) -> bool:
         """Whether a job that runs was to be ended."""
@@ -92,7 +104,8 @@ class Inbox:
             db.execute("UPDATE jobs SET expires = 0 WHERE id = ?", [id])
             db.on_commit(lambda: self.on_cancel(id, why))
 
-    def _accept(self, db: Connection, job: Job) -> JobState | None:
+    def put(self, db: Connection, job: Job) -> JobState | None:
+        """The same inside the caller's transaction."""
         if job.kind is JobKind.CANCEL:
             self._cancel(db, str(job.body.get("job", ""))[:64], job)
             return None
@@ -100,7 +113,7 @@ class Inbox:
             return None
         now = self._clock()
         key = job.idempotency_key
-        twin = db.execute("SELECT id FROM jobs WHERE idempotency_key = ? AND ? != ''", [key, key]).fetchone()
+        twin = db.execute("SELECT id FROM jobs WHERE idempotency_key = ? AND idempotency_key != ''", [key]).fetchone()
         waiting = db.execute("SELECT count(*) FROM jobs WHERE state = 'delivered'").fetchone()[0]
         values = [job.id, key, JobState.QUEUED, job.expires, now, msgspec.json.encode(job)]
         db.execute(f"INSERT INTO jobs ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", values)

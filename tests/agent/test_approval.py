@@ -14,9 +14,9 @@ import pytest
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Call
 from edge_agent.agent.loop import AgentLoop
+from edge_agent.agent.policy import Forbidden
 from edge_agent.agent.tool import Undo, tool
 from edge_agent.agent.transcript import Step, Task, Transcripts, migrations
-from edge_agent.api.access import Denied
 from edge_agent.audit import Audit
 from edge_agent.errors import Refused
 from edge_agent.store import Store
@@ -118,7 +118,7 @@ async def test_the_call_is_shown_waits_and_is_made_once_while_other_work_goes_on
         assert (task.steps[-1].call, made.purged) == (Call("purge", {"line": 2}), [])
         other = await made.work.submit("look", OTTO)
         assert (await made.until(other, "succeeded", "failed")).state == "succeeded"
-        with pytest.raises(Denied, match="otto may not approve purge"):
+        with pytest.raises(Forbidden, match="otto may not approve purge"):
             await made.approve(id, OTTO)
         with pytest.raises(Refused, match="not the call which waits"):
             await made.approve(id, call="0" * 64)
@@ -137,7 +137,7 @@ async def test_an_ask_and_an_approval_outlive_a_reboot(tmp_path: Path) -> None:
         assert (await again.until(id, "waiting")).runs == 1
         await again.transcripts.append(
             task := await again.until(id, "waiting"),
-            again.work._approvals.give(task, task.steps[-1].text, True, ANN, again.now),  # type: ignore[union-attr]
+            again.work._verdicts._approvals.give(task, task.steps[-1].text, True, ANN, again.now),  # type: ignore[union-attr]
         )
     async with device(tmp_path) as third:
         assert (await third.until(id, "succeeded", "failed")).state == "succeeded"
@@ -238,7 +238,7 @@ async def test_what_a_task_did_is_taken_back_by_who_may_do_that_from_the_last_on
         id = await made.work.submit("faster", OTTO)
         await made.until(id, "succeeded")
         assert made.speed == 70
-        with pytest.raises(Denied):
+        with pytest.raises(Forbidden):
             await made.work.call("undo_task", {"id": id}, Subject("vic", ["viewer"], 1.0))
         seen = await made.work.call("undo_task", {"id": id, "look": True}, OTTO)
         assert [each["call"] for each in seen["undone"]] == ["set_speed(percent=70)", "set_speed(percent=40)"]

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 from starlette.routing import Route
 
-from edge_agent.api.access import MAX_BODY, Denied
+from edge_agent.agent.policy import Forbidden
+from edge_agent.api.access import MAX_BODY
 from edge_agent.api.app import create_app
 from edge_agent.errors import Refused, Retry
 from edge_agent.hosting import Hosting
@@ -62,7 +63,7 @@ class Plant:
 
     async def call(self, name: str, args: dict[str, Any], subject: Subject) -> Any:
         if "viewer" in subject.roles:
-            raise Denied(f"{subject.name} may not use {name}", "ask an operator")
+            raise Forbidden(f"{subject.name} may not use {name}", "ask an operator")
         if name == "odd":
             raise ZeroDivisionError
         return args

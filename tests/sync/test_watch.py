@@ -11,12 +11,15 @@ import pytest
 from bench.fleet import Device as FleetDevice
 from bench.fleet import Hub, running, until
 from edge_agent.agent.loop import AgentLoop
+from edge_agent.agent.policy import Forbidden
 from edge_agent.agent.tool import tool
 from edge_agent.agent.transcript import Transcripts, migrations
 from edge_agent.audit import Audit
+from edge_agent.errors import Refused
 from edge_agent.store import Store
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Outbox
+from edge_agent.wire.grants import Subject
 from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobReport, JobState
 from edge_agent.work import Work
 from tests.agent.test_approval import Device, device
@@ -107,6 +110,37 @@ async def test_a_task_stops_after_the_step_it_is_at(rig: Rig) -> None:
     task = await rig.transcripts.get("j")
     assert task is not None
     assert task.state == "failed"
+
+
+async def test_a_person_at_the_device_ends_a_task_that_runs_and_one_that_waits_its_turn(rig: Rig) -> None:
+    ann = Subject("ann", ["operator"], 1.0)
+    runs, waits = [await rig.work.submit("look", ann) for _ in range(2)]
+    await rig.called.wait()
+    assert (await rig.work.call("cancel_task", {"id": waits}, ann))["state"] == "cancelled"
+    assert (await rig.work.call("cancel_task", {"id": runs}, ann))["state"] == "running"
+    rig.let.set()
+    for id in (runs, waits):
+        await eventually(lambda id=id: _is_over(rig, id))
+        task = await rig.work.task(id)
+        assert task is not None
+        assert task.error.startswith("cancelled by ann")
+        assert len(task.steps) == (3 if id == runs else 0), "the step it was at was finished, and no other"
+    with pytest.raises(Refused, match="has cancelled already"):
+        await rig.work.call("cancel_task", {"id": runs}, ann)
+    with pytest.raises(Refused, match="no task"):
+        await rig.work.call("cancel_task", {"id": "local-9"}, ann)
+    assert [each["task"] for each in await bodies(rig.outbox, "audit") if each["event"] == "cancel"] == [waits, runs]
+
+
+async def _is_over(rig: Rig, id: str) -> bool:
+    return await rig.inbox.state(id) in TERMINAL
+
+
+async def test_who_may_give_no_tasks_ends_none(rig: Rig) -> None:
+    id = await rig.work.submit("look", Subject("ann", ["operator"], 1.0))
+    rig.work._verdicts._allowed = lambda _subject, action, _: action != "run:task"
+    with pytest.raises(Forbidden, match="eve may not run:task"):
+        await rig.work.call("cancel_task", {"id": id}, Subject("eve", ["viewer"], 1.0))
 
 
 async def test_a_workflow_tells_how_far_it_is_and_stops_after_its_step(rig: Rig) -> None:

@@ -15,10 +15,10 @@ import pytest
 
 from edge_agent.agent import schedule
 from edge_agent.agent.loop import AgentLoop
+from edge_agent.agent.policy import Forbidden
 from edge_agent.agent.tool import Tool, ToolError
 from edge_agent.agent.toolrunner import load
 from edge_agent.agent.transcript import Transcripts, migrations
-from edge_agent.api.access import Denied
 from edge_agent.audit import Audit
 from edge_agent.errors import Refused, Retry
 from edge_agent.store import Store
@@ -75,7 +75,7 @@ class Device:
 
     async def look(self) -> list[str]:
         """One round; the ids of all jobs there are."""
-        await self.work._scheduled.look()
+        await self.work._intake.schedule.look()
         return [entry.id for entry in self.schedule.all()]
 
     async def ends(self, id: str) -> JobState | None:
@@ -107,7 +107,7 @@ async def test_a_request_in_some_minutes_becomes_a_task_of_who_asked_once(tmp_pa
     id = f"{made['id']}-{START + 1800:.0f}"
     async with device(tmp_path, clock) as after:
         entry = after.schedule.all()[0]
-        await after.work.scheduled(id, entry)  # and the device ends before the entry is taken out
+        await after.work._intake.scheduled(id, entry)  # and the device ends before the entry is taken out
     async with device(tmp_path, clock) as last:
         assert await last.look() == []
         running = asyncio.create_task(last.work.run())
@@ -239,23 +239,19 @@ async def test_it_is_bounded_and_needs_the_permission_to_run_tasks(
             await here.work.call("schedule_request", {"text": "x", "in_minutes": 1}, ADA, f"{n}")
         with pytest.raises(Refused, match="2 things are scheduled already"):
             await here.work.call("schedule_request", {"text": "x", "in_minutes": 1}, ADA, "n")
-        with pytest.raises(Denied, match="may not use schedule_request"):
+        with pytest.raises(Forbidden, match="may not use schedule_request"):
             await here.work.call("schedule_request", {"text": "x", "in_minutes": 1}, Subject("a", ["auditor"], 1.0))
 
 
-async def test_a_full_queue_delays_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_queue_delays_and_loses_nothing(tmp_path: Path) -> None:
     async with device(tmp_path, Clock()) as here:
         await here.work.call("schedule_request", {"text": "x", "in_minutes": 1}, ADA, "n")
         here.clock.now += 60
-
-        async def full(job: Any) -> JobState:
-            return JobState.REJECTED
-
-        with monkeypatch.context() as patch:
-            patch.setattr(here.inbox, "accept", full)
-            with pytest.raises(Retry, match="too many tasks wait"):
-                await here.look()
+        here.inbox.limit = 0
+        with pytest.raises(Retry, match="too many tasks wait"):
+            await here.look()
         assert len(here.schedule.all()) == 1
+        here.inbox.limit = 9
         assert await here.look() == []
 
 
