@@ -133,7 +133,7 @@ class Demo:
 
     def _judge(self, number: int, task: DemoTask, device: Device, job: dict[str, Any], seconds: float) -> None:
         result = job.get("result") or {}
-        calls, decisions = result.get("calls", []), result.get("decisions", [])
+        calls, decisions = steps(job, "tool"), steps(job, "model")
         wanted = render(Call(task.tool, task.args))
         right = bool(calls) and all(call["ok"] and call["call"] == wanted for call in calls)
         row = {
@@ -145,7 +145,7 @@ class Demo:
         self.say(f"{device.name}  [bold]{task.text}[/bold]")
         for call in row["calls"]:
             self.say(
-                f"         {escape(call['call'])} → {escape(_brief(call['result']))}  [dim]{call['ms']:.0f} ms[/dim]"
+                f"         {escape(call['call'])} → {escape(_brief(call['text']))}  [dim]{call['ms']:.0f} ms[/dim]"
             )
         verdict = "[green]right[/green]" if right else "[yellow]wrong[/yellow]"
         if not right:
@@ -302,6 +302,13 @@ def _ms(value: float | None) -> str:
 def _brief(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 110 else text[:109] + "…"
+
+
+def steps(job: dict[str, Any], role: str) -> list[dict[str, Any]]:
+    """The calls that were made (`tool`) or the decisions (`model`) in the transcript that a device told of a job."""
+    told = (job.get("result") or {}).get("steps", [])
+    unsaid = {"call": "", "ok": True, "ms": 0.0, "first_token_ms": 0.0, "adapter": ""}
+    return [unsaid | step for step in told if step["role"] == role and (role == "model" or "call" in step)]
 
 
 async def finished(hub: Hub, id: str) -> dict[str, Any] | None:

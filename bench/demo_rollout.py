@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.demo import ADAPTER, BUNDLES, DEVICES, Demo, finished, fleet, packages
+from bench.demo import ADAPTER, BUNDLES, DEVICES, Demo, finished, fleet, packages, steps
 from bench.demo_tasks import DemoTask
 from bench.fleet import Device, Hub, until
 from bench.rollout_tasks import TASKS
@@ -209,7 +209,7 @@ async def ask(demo: Demo, hub: Hub, title: str) -> list[bool]:
 
 
 def _right(task: DemoTask, job: dict[str, Any]) -> bool:
-    calls = (job.get("result") or {}).get("calls", [])
+    calls = steps(job, "tool")
     return bool(calls) and all(call["call"] == render(Call(task.tool, task.args)) for call in calls)
 
 

@@ -205,9 +205,10 @@ def _job_line(job: dict[str, Any]) -> str:
     what = job["body"].get("text") or job["body"].get("tool") or ""
     line = f"{job['id']} {job['device']:20} {job['state']:10} {what}".rstrip() + _far(job)
     result = job["result"]
-    made = result.get("calls")
-    made = [each for each in made if isinstance(each, dict)] if isinstance(made, list) else []
-    calls = "; ".join(f"{each.get('call')} → {each.get('result')}" for each in made)
+    told = result.get("steps")
+    steps = [step for step in told if isinstance(step, dict)] if isinstance(told, list) else []
+    made = [step for step in steps if step.get("role") == "tool" and "call" in step]
+    calls = "; ".join(f"{step['call']} → {step.get('text')}" for step in made)
     ended = job["error"] or result.get("answer") or result.get("result") or ""
     ended = ended if isinstance(ended, str) else json.dumps(ended, ensure_ascii=False)
     return line + "".join(f"\n    {' '.join(more.split())[:200]}" for more in (calls, ended) if more)

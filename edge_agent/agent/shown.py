@@ -51,33 +51,11 @@ def told_all(steps: list[Step]) -> list[dict[str, Any]]:
 
 
 def summary(task: Task) -> dict[str, Any]:
-    """What the hub is told of a task: the answer, each call with its outcome, each decision with its times in ms, and
-    the transcript, cut short."""
-    calls = [
-        {"call": render(step.call), "ok": step.ok, "result": step.text[:500], "ms": round(step.ms, 1)}
-        for step in task.steps
-        if step.role == "tool" and step.call is not None
-    ]
-    decisions = [
-        {
-            "text": step.text[:200],
-            "ms": round(step.ms, 1),
-            "first_token_ms": round(step.first_token_ms, 1),
-            "prompt_tokens": step.prompt_tokens,
-            "cached_tokens": step.cached_tokens,
-            "tokens": step.tokens,
-            "model": step.digest,
-            "adapter": step.adapter,
-        }
-        for step in task.steps
-        if step.role == "model"
-    ]
+    """What the hub is told of a task that is over: its answer, and the transcript, cut short."""
     return {
         "answer": task.answer[:2000],
         "sources": task.sources,
         "result": bounded(task.result),
-        "calls": calls[-20:],
-        "decisions": decisions[-20:],
         "steps": told_all(task.steps),
         "runs": task.runs,
         "seconds": round(task.finished - task.created, 3),

@@ -43,20 +43,27 @@ class Made(msgspec.Struct):
 
 def calls(job: dict[str, Any]) -> list[Made]:
     """The tool calls in a job's result, whatever a device put there."""
-    listed = job["result"].get("calls")
-    found = []
-    for each in listed if isinstance(listed, list) else []:
-        if isinstance(each, dict):
-            result, ok = each.get("result"), bool(each.get("ok", True))
-            found.append(Made(_short(_text(each.get("call"))), _short(_text(result)), ok, measured(each.get("ms"))))
-    return found
+    return [
+        Made(_short(_text(step["call"])), _short(_text(step.get("text", ""))), _ok(step), measured(step.get("ms")))
+        for step in steps(job, "tool")
+        if "call" in step
+    ]
 
 
 def decided_ms(job: dict[str, Any]) -> float:
     """How long the model took for all its decisions."""
-    listed = job["result"].get("decisions")
-    times = [measured(each.get("ms")) for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-    return sum(ms for ms in times if ms is not None)
+    return sum(measured(step.get("ms")) or 0.0 for step in steps(job, "model", "check"))
+
+
+def steps(job: dict[str, Any], *roles: str) -> list[dict[str, Any]]:
+    """The steps of a job's transcript, of these roles or all."""
+    listed = job["result"].get("steps")
+    found = [step for step in listed if isinstance(step, dict)] if isinstance(listed, list) else []
+    return [step for step in found if not roles or step.get("role") in roles]
+
+
+def _ok(step: dict[str, Any]) -> bool:
+    return bool(step.get("ok", True))
 
 
 def summary(job: dict[str, Any]) -> str:
@@ -87,17 +94,15 @@ def ask_html(ask: Ask) -> str:
 
 def transcript(job: dict[str, Any]) -> str:
     """Every step as the device told it: what was said, checked, called, asked and approved, and how long it took."""
-    listed = job["result"].get("steps")
-    steps = [step for step in listed if isinstance(step, dict)] if isinstance(listed, list) else []
-    if not steps:
+    if not (told := steps(job)):
         return ""
-    rows = "".join(_line(step, job["created"]) for step in steps)
-    title = f"<b>Transcript</b><span>{len(steps)} steps</span>"
+    rows = "".join(_line(step, job["created"]) for step in told)
+    title = f"<b>Transcript</b><span>{len(told)} steps</span>"
     return f'<details class="transcript"><summary>{title}</summary><table>{rows}</table></details>'
 
 
 def _line(step: dict[str, Any], began: float) -> str:
-    role, ok, ts = str(step.get("role", "")), bool(step.get("ok", True)), measured(step.get("ts"))
+    role, ok, ts = str(step.get("role", "")), _ok(step), measured(step.get("ts"))
     since = "" if ts is None else f"{max(0.0, ts - began):,.2f} s"
     text, call = _text(step.get("text", "")), _text(step.get("call", ""))
     if role == "ask":

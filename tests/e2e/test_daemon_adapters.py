@@ -59,9 +59,9 @@ class Site:
     async def spoke(self) -> tuple[set[str], list[dict[str, Any]]]:
         """The adapters that a task spoke with, and its decisions as the hub has them."""
         done = await job(self.hub, self.device, {"text": "how fast is line 1?"}, "task")
-        decisions = done["result"]["decisions"]
+        decisions = [step for step in done["result"]["steps"] if step["role"] == "model"]
         assert decisions, done
-        return {decision["adapter"] for decision in decisions}, decisions
+        return {decision.get("adapter", "") for decision in decisions}, decisions
 
 
 @asynccontextmanager
@@ -93,7 +93,7 @@ async def test_an_adapter_is_installed_switched_and_kept_beside_the_model_that_i
         loaded = await it.model("smollm2")
         spoke, decisions = await it.spoke()
         assert spoke == {"site 1"}
-        assert {decision["model"] for decision in decisions} == {base.meta["content_digest"]}
+        assert {decision["digest"] for decision in decisions} == {base.meta["content_digest"]}
         assert max(decision["prompt_tokens"] for decision in decisions) < 600  # signatures, no examples
         assert (await it.device.status())["speaks"] == {"model": base.meta["content_digest"], "adapter": "site 1"}
 

@@ -130,9 +130,10 @@ def test_two_hubs_do_not_share_a_data_directory_or_a_port(served: tuple[str, str
 
 def test_a_job_is_listed_with_its_calls_and_how_it_ended() -> None:
     job = {"id": "1", "device": "press-1", "state": "succeeded", "body": {"text": "stop line 2"}, "error": ""}
-    result = {"calls": [{"call": "stop_line(line=2)", "result": {"stopped": 2}}, "rubbish"], "answer": "line 2 stands"}
+    step = {"role": "tool", "call": "stop_line(line=2)", "text": "stopped: 2"}
+    result = {"steps": [{"role": "model", "text": "stop_line(line=2)"}, step, "rubbish"], "answer": "line 2 stands"}
     assert _job_line(job | {"result": result}).split("\n    ")[1:] == [
-        "stop_line(line=2) → {'stopped': 2}",
+        "stop_line(line=2) → stopped: 2",
         "line 2 stands",
     ]
     assert _job_line(job | {"result": {}, "error": "no such line"}).endswith("\n    no such line")

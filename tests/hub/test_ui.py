@@ -128,8 +128,9 @@ async def test_a_task_is_asked_in_the_browser_and_its_way_and_result_appear(serv
         assert (job.body, job.subject, job.roles) == ({"text": "what is the vibration on line 2?"}, "admin", ["admin"])
         await report(device, job.id, JobState.RUNNING)
         await window.see("running", ".job .way .done:nth-child(3)")
-        call = {"call": 'read_sensor(sensor="vibration", line=2)', "ok": True, "result": "3.42 mm/s", "ms": 4.2}
-        result = {"answer": "<img src=x onerror='document.title=1'>", "calls": [call], "decisions": [{"ms": 101.0}]}
+        call = {"role": "tool", "call": 'read_sensor(sensor="vibration", line=2)', "text": "3.42 mm/s", "ms": 4.2}
+        said = {"role": "model", "text": call["call"], "ms": 101.0}
+        result = {"answer": "<img src=x onerror='document.title=1'>", "steps": [said, call]}
         await report(device, job.id, JobState.SUCCEEDED, result)
         await window.see('read_sensor(sensor="vibration", line=2)', ".job .step")
         await window.see("decided in 101 ms", ".job")
