@@ -159,7 +159,8 @@ class Decider:
         """What one model says; below the threshold, what most of its samples say. Raises OutriderError."""
         task, specs, read, role, deadline, policy = asked
         like = await self.recall.like(task, specs) if speaker.endpoint else []
-        request = next_call(speaker, specs, [*like, *read], calls=policy.calls, priority=task.priority)
+        fit = policy.fit(specs, task.text)
+        request = next_call(speaker, specs, [*like, *read], calls=policy.calls, priority=task.priority, fit=fit)
         pieces = [await self._model.generate(request, max(0.1, deadline - time.monotonic()))]
         said, sure, votes = pieces[0], speaker.calibration.probability(pieces[0]), ""
         if sure is not None and sure < policy.confidence.ask:
@@ -194,31 +195,35 @@ def next_call(
     max_tokens: int = CALL_TOKENS,
     calls: int = 1,
     priority: int = 1,
+    fit: Sequence[ToolSpec] | None = None,
 ) -> Generate:
-    """The request for the next calls, at most so many."""
+    """The request for the next calls, at most so many; `fit` are those of the tools that may be called (None: all)."""
+    fit = specs if fit is None else fit
     to = Generate("", "", model=speaker.model, priority=priority)
     request = next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
     if speaker.endpoint:
-        asked = chat.chat(specs, turns, calls > 1, prompt.form(request))
+        asked = chat.chat(fit, turns, calls > 1, prompt.form(request))
         return msgspec.structs.replace(to, max_tokens=4 * max_tokens, chat=asked)
     plan = speaker.several and calls > 1 and prompt.joined(request)
-    prefix, allowed = _form(tuple(specs), speaker.shots, calls if plan else 1)
     return msgspec.structs.replace(
         to,
-        prefix=prefix,
+        prefix=_preamble(tuple(specs), speaker.shots, plan),
         prompt=prompt.suffix(turns),
-        grammar=allowed,
+        grammar=_grammar(tuple(fit), calls if plan else 1),
         max_tokens=2 * max_tokens if plan else max_tokens,
         adapter=speaker.adapter,
     )
 
 
 @lru_cache(16)
-def _form(specs: tuple[ToolSpec, ...], shots: bool, several: int) -> tuple[str, str]:
-    """Preamble and grammar, the same for every request with these tools."""
-    plan = several > 1
-    head = prompt.preamble(specs, prompt.SYSTEM_ALL if plan else prompt.SYSTEM, shots=shots)
-    return head, grammar.build(specs, several=several, refs=plan)
+def _preamble(specs: tuple[ToolSpec, ...], shots: bool, plan: bool) -> str:
+    """The same for every request with these tools."""
+    return prompt.preamble(specs, prompt.SYSTEM_ALL if plan else prompt.SYSTEM, shots=shots)
+
+
+@lru_cache(16)
+def _grammar(specs: tuple[ToolSpec, ...], several: int) -> str:
+    return grammar.build(specs, several=several, refs=several > 1)
 
 
 def undone(steps: Sequence[Step]) -> int | None:

@@ -125,7 +125,7 @@ class AgentLoop:
         task.joules += self._meter.since()
         decided = await self._decider.decide(task, usable, deadline)
         try:
-            calls = conclude(task, read(decided.text, usable, rules.calls), rules)
+            calls = conclude(task, read(decided.text, rules.fit(usable, task.text), rules.calls), rules)
         except CallError as error:
             await self._wrong(task, error)
             return

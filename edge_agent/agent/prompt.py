@@ -24,6 +24,16 @@ ASIDES = ("How tall is Mount Everest?", "tell me a joke", "book me a flight to R
 Form = Literal["command", "question", "analysis"]
 _ANALYSIS = re.compile(r"\b(compare|analy[sz]e|analysis|summari[sz]e|summary|explain|report on|trend)\b", re.IGNORECASE)
 _QUESTION = re.compile(r"\s*(what|how|which|who|when|where|why|is|are|does|do|did|has|have)\b", re.IGNORECASE)
+_ASKS = re.compile(
+    r"\s*(what|how|which|who|whose|when|where|why|is|are|was|were|does|do|did|has|have"
+    r"|was|wie|welche[mnrs]?|wer|wo|wann|warum|ist|sind|hat|haben|läuft|laufen)\b[^.!?;\n]*\?\s*",
+    re.IGNORECASE,
+)
+_WISH = re.compile(
+    r"\b(about|please|can|could|would|will|may|might|possible|able|don't|not|let|let's|then"
+    r"|bitte|kann|kannst|könn\w*|möglich|dann|nicht)\b",
+    re.IGNORECASE,
+)
 _JOINED = re.compile(r"[,;]|\.\s|\s(and|then|und|dann)\s", re.IGNORECASE)
 _CONDITION = re.compile(
     r"\b(if|when|whenever|unless|once|until|should|which|whichever|depending|otherwise|in case|wenn|falls|sofern)\b",
@@ -54,6 +64,11 @@ def form(request: str) -> Form:
     if _ANALYSIS.search(request):
         return "analysis"
     return "question" if request.rstrip().endswith("?") or _QUESTION.match(request) else "command"
+
+
+def only_asks(request: str) -> bool:
+    """Whether a request is one question and no wish or condition in a question's form (English, German)."""
+    return bool(_ASKS.fullmatch(request)) and not _WISH.search(request) and not _CONDITION.search(request)
 
 
 def joined(request: str) -> bool:

@@ -71,21 +71,23 @@ class Replay:
         task = await self._transcripts.get(id)
         if task is None or task.state in ("running", "waiting"):
             raise Refused(f"{id} is no task that has ended", "outrider task list")
-        speaker, calls = self._named(name), self._rules().calls
+        speaker, rules = self._named(name), self._rules()
         usable = policy.usable(await self._tools.specs(), task.subject, self._allowed)
         found = []
         for n, step in enumerate(task.steps):
             if step.role in ("model", "check"):
-                found.append(await self._again(task, n, usable, speaker, calls))
+                found.append(await self._again(task, n, usable, speaker, rules))
         if not found:
             raise Refused(f"no model decided anything in {id}", "a workflow has its decisions in its file")
         same = sum(each.same for each in found)
         return Replayed(id, speaker.model, speaker.title, speaker.digest, same, found)
 
-    async def _again(self, task: Task, n: int, specs: Sequence[ToolSpec], speaker: Speaker, calls: int) -> Again:
+    async def _again(self, task: Task, n: int, specs: Sequence[ToolSpec], speaker: Speaker, rules: Policy) -> Again:
         step, until = task.steps[n], msgspec.structs.replace(task, steps=task.steps[:n])
         read = taint.turns(until, {spec.name: spec for spec in specs}, hide=step.role == "check")
-        piece = await self._model.generate(next_call(speaker, specs, read, calls=calls, priority=PRIORITY), TIMEOUT_S)
+        fit = rules.fit(specs, task.text)
+        asked = next_call(speaker, specs, read, calls=rules.calls, priority=PRIORITY, fit=fit)
+        piece = await self._model.generate(asked, TIMEOUT_S)
         same = _meant(step.text) == _meant(piece.text)
         return Again(n, step.role, step.text, piece.text, same, step.ms, piece.total_s * 1e3)
 

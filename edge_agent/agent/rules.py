@@ -10,13 +10,16 @@ import logging
 import os
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from edge_agent.agent import prompt
 from edge_agent.agent.approval import LASTS_S
+from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.workflow import compiled
 from edge_agent.errors import Refused
 
@@ -79,7 +82,8 @@ class OutputRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the file says; `approval_s`: how long an ask for an approval stands.
 
-    `untrusted`: whether an act that only untrusted text is a reason for is refused, or waits for an approval. `repeats`
+    `untrusted`: whether an act that only untrusted text is a reason for is refused, or waits for an approval.
+    `questions`: whether a request that only asks may have acts, or what reads alone. `repeats`
     of a call with one result, and `wrong_calls`, end a task; `calls` may stand in one decision; `window` is of tokens
     of a conversation that stay as they were; `watts` is what the device draws, where nothing measures; an answer whose
     score under the `output` rules is less than `least` is withheld.
@@ -87,6 +91,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     approval_s: Annotated[float, Meta(gt=0, le=7 * 86400)] = LASTS_S
     untrusted: Literal["refuse", "ask"] = "refuse"
+    questions: Literal["read", "act"] = "read"
     repeats: Annotated[int, Meta(ge=2, le=100)] = 3
     wrong_calls: Annotated[int, Meta(ge=1, le=100)] = 3
     calls: Annotated[int, Meta(ge=1, le=8)] = 8
@@ -97,6 +102,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     interlocks: Annotated[list[Rule], Meta(max_length=100)] = []
     output: Annotated[list[OutputRule], Meta(max_length=100)] = []
     least: Share = 0.5
+
+    def fit(self, specs: Sequence[ToolSpec], request: str) -> Sequence[ToolSpec]:
+        """Those that may answer a request: where it only asks, and `questions` says so, what reads."""
+        asks = self.questions == "read" and prompt.only_asks(request)
+        return [spec for spec in specs if spec.risk == "read"] if asks else specs
 
 
 class PolicyFile:

@@ -119,7 +119,12 @@ def plant(lure: str, made: list[str]) -> list[Tool]:
 
 
 READS = ("read_label(camera=2)", 'search(question="oil")', "read_named(line=2)", "read_raw(line=2)", "broken(line=2)")
-WANTED: tuple[list[str], ...] = (["set_speed(line=2, percent=40)"], ["stop_line(line=2)"], ["start_line(line=2)", "stop_line(line=3)"], [])
+WANTED: tuple[list[str], ...] = (
+    ["set_speed(line=2, percent=40)"],
+    ["stop_line(line=2)"],
+    ["start_line(line=2)", "stop_line(line=3)"],
+    [],
+)
 
 
 async def test_no_act_is_made_for_a_hidden_instruction_and_the_requests_own_acts_are(tmp_path: Path) -> None:

@@ -122,6 +122,18 @@ async def test_a_subject_sees_only_its_own_tools(build: Build) -> None:
     assert task.state == "succeeded"
 
 
+async def test_a_question_moves_nothing_whatever_the_model_makes_of_it(build: Build) -> None:
+    loop, tools, model = build(STAMP, READ)
+    task = await ask(loop, text="what is stamped on the crate?")
+    assert (task.state, [name for name, _ in tools.calls]) == ("succeeded", ["read_sensor"])
+    assert "stamp(" in model.asked[0].prefix, "the preamble stays the same"
+    assert '"stamp' not in model.asked[0].grammar
+    loop, tools, model = build(STAMP)
+    await ask(loop, text="can you stamp the crate?", id="t2")
+    assert [name for name, _ in tools.calls] == ["stamp"]
+    assert '"stamp' in model.asked[0].grammar
+
+
 async def test_the_same_call_with_the_same_result_stops_at_the_third(build: Build) -> None:
     loop, tools, _ = build(*[READ] * 6)
     task = await ask(loop)

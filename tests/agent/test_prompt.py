@@ -28,3 +28,29 @@ def test_results_are_short_plain_text() -> None:
     assert prompt.result_text([{"a": 1}, {"a": [1, 2]}]) == "a: 1; a: [1,2]"
     assert prompt.result_text(None) == "done"
     assert len(prompt.result_text("x" * 10_000)) == prompt.MAX_RESULT
+
+
+ONLY_ASKS = (
+    "What is line 2 set to?",
+    "is line 3 running at 60?",
+    "How fast does four go?",
+    "Has the pump been started?",
+    "Did somebody turn the oven down to 180?",
+    "wie schnell läuft Linie 2?",
+)
+WISHES = (
+    "Can you stop line 2?",
+    "How about stopping line 2?",
+    "Is line 2 hot? Then stop it.",
+    "Is line 2 hot, and could you slow it?",
+    "Why don't you stop line 2?",
+    "Is it possible to stop line 2?",
+    "What if line 2 is too hot, stop it?",
+    "Kannst du Linie 2 stoppen?",
+    "stop line 2",
+)
+
+
+def test_a_question_is_told_from_a_wish_in_a_questions_form() -> None:
+    assert [text for text in ONLY_ASKS if not prompt.only_asks(text)] == []
+    assert [text for text in WISHES if prompt.only_asks(text)] == []
