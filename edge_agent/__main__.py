@@ -6,12 +6,16 @@ command line imported is in this process, and what only workers may hold cannot 
 
 import os
 import sys
+from types import ModuleType
 
 import msgspec
 
 for _name in ("numpy", "pandas", "pydantic", "onnxruntime", "onnxruntime_genai"):
-    sys.modules[_name] = None  # type: ignore[assignment]  # sqlite-utils takes numpy and pandas where it finds them
-sys.modules["httpx._main"] = None  # type: ignore[assignment]  # its command line, which brings rich: 3 MiB
+    sys.modules[_name] = None  # type: ignore[assignment]
+for _name in ("httpx._main", "brotli", "brotlicffi", "watchfiles", "python_multipart", "multipart"):
+    sys.modules[_name] = None  # type: ignore[assignment]  # taken by httpx, uvicorn and starlette where it is found: 5 MiB
+_fetcher = sys.modules["tuf.ngclient.urllib3_fetcher"] = ModuleType("not used here: it brings urllib3")
+_fetcher.Urllib3Fetcher = type("Urllib3Fetcher", (), {})  # type: ignore[attr-defined]
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FREE_MB = 1024
 SKEW_S = 60.0
 BROKER_S = 5.0
-_EDGE = ("httpx", "numpy", "onnxruntime", "onnxruntime_genai", "paho", "sqlite_utils", "starlette", "uvicorn")
+_EDGE = ("httpx", "numpy", "onnxruntime", "onnxruntime_genai", "paho", "starlette", "uvicorn")
 
 
 class Check(msgspec.Struct, frozen=True):

@@ -1,8 +1,9 @@
 """The device's state: one SQLite file, one thread that touches it, one owner process.
 
-Invariants: WAL with synchronous=FULL, so a transaction that `write` has returned from survives power loss; SQLite never
-runs on the event loop; every `write` is one transaction, all of it or nothing; a full disk is a `Retry` that changed
-nothing. The schema grows by append-only migrations: a released one is never edited.
+Invariants: WAL with synchronous=FULL, so a transaction that `write` has returned from survives power loss (one that is
+not `durable` waits for the next that is); SQLite never runs on the event loop; every `write` is one transaction,
+all of it or nothing; a full disk is a `Retry` that changed nothing. The schema grows by append-only migrations: a
+released one is never edited.
 """
 
 from __future__ import annotations
@@ -20,18 +21,47 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlite_utils import Database, Migrations
-
 from edge_agent.errors import Fatal, OutriderError, Refused, Retry
 
 T = TypeVar("T")
+Change = Callable[[sqlite3.Connection], None]
 BUSY_TIMEOUT_S = 5.0
 SWITCH_S = 0.0005  # SQLite's thread gives the interpreter away at each statement: to wait 5 ms for it would cost more
+
+
+class Migrations:
+    """Changes of a schema: `@migrations` adds one, `apply` makes each once, with the note that it was made."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self._changes = name, list[Change]()
+
+    def __call__(self, change: Change) -> Change:
+        self._changes.append(change)
+        return change
+
+    def apply(self, db: sqlite3.Connection) -> None:
+        columns = "id INTEGER PRIMARY KEY, migration_set TEXT, name TEXT, applied_at TEXT"
+        db.execute(f"CREATE TABLE IF NOT EXISTS _sqlite_migrations ({columns})")
+        query = "SELECT name FROM _sqlite_migrations WHERE migration_set = ?"
+        made = {name for (name,) in db.execute(query, [self.name])}
+        for change in (each for each in self._changes if each.__name__ not in made):
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                change(db)
+                note = "INSERT INTO _sqlite_migrations (migration_set, name, applied_at) VALUES (?, ?, datetime())"
+                db.execute(note, [self.name, change.__name__])
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+
 migrations = Migrations("edge")
 
 
-@migrations()
-def m001_sync(db: Database) -> None:
+@migrations
+def m001_sync(db: sqlite3.Connection) -> None:
     """The outbox, jobs that came, and the documents shared with the hub."""
     for statement in (
         """CREATE TABLE outbox (
@@ -51,14 +81,14 @@ def m001_sync(db: Database) -> None:
     db.execute("INSERT INTO outbox_state VALUES (1, ?, 0, 0)", [int(time.time() * 1000)])
 
 
-@migrations()
-def m002_found(db: Database) -> None:
+@migrations
+def m002_found(db: sqlite3.Connection) -> None:
     """The last seq that was there when a life began that the hub has not answered yet."""
     db.execute("ALTER TABLE outbox_state ADD COLUMN found INTEGER")
 
 
-@migrations()
-def m003_blocks(db: Database) -> None:
+@migrations
+def m003_blocks(db: sqlite3.Connection) -> None:
     """The lines of consecutive records lie together."""
     db.execute("ALTER TABLE outbox RENAME TO records")
     db.execute("DROP INDEX outbox_expires")
@@ -106,9 +136,12 @@ class Store:
             os.close(self._lock)
             raise
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` as one transaction, durable when this returns. Raises Retry when the disk is full."""
-        return await self._run(self._transact, work)
+    async def write(self, work: Callable[[Connection], T], durable: bool = True) -> T:
+        """Run `work` as one transaction, durable when this returns, or else with the next one that is.
+
+        Raises Retry when the disk is full.
+        """
+        return await self._run(self._transact, work, durable)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, which only reads."""
@@ -122,7 +155,7 @@ class Store:
             os.close(self._lock)
             self._lock = -1
 
-    async def _run(self, how: Callable[..., T], work: Callable[[Connection], T]) -> T:
+    async def _run(self, how: Callable[..., T], *args: Any) -> T:
         """As `run_in_executor`, but the event loop is woken once, for the result and what is to follow a commit."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -138,7 +171,7 @@ class Store:
                 return
             answer: Callable[[Any], None] = future.set_result
             try:
-                value: Any = how(work)
+                value: Any = how(*args)
             except BaseException as error:  # noqa: BLE001 - the caller gets it
                 answer, value = future.set_exception, error
             committed, self._db.committed = self._db.committed, []
@@ -154,22 +187,22 @@ class Store:
             db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, factory=Connection)
             db.committed, db.undone = [], []
             db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA journal_size_limit=16777216")
             (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
             for each in (migrations, *more):
-                each.apply(Database(db))
+                each.apply(db)
         except sqlite3.Error as error:
             if db is not None:
                 db.close()
             raise self._explain(error) from error
         return db
 
-    def _transact(self, work: Callable[[Connection], T]) -> T:
+    def _transact(self, work: Callable[[Connection], T], durable: bool) -> T:
         db = self._db
         try:
+            db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             db.execute("BEGIN IMMEDIATE")
             result = work(db)
             db.execute("COMMIT")

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from sqlite_utils import Database, Migrations
 
 from edge_agent.agent.calls import Call
-from edge_agent.store import Connection, Store
+from edge_agent.store import Connection, Migrations, Store
 from edge_agent.wire.grants import Subject
 
 KEEP = 2000
@@ -97,8 +97,8 @@ class Task(msgspec.Struct):
     steps: list[Step] = []
 
 
-@migrations()
-def m001_transcripts(db: Database) -> None:
+@migrations
+def m001_transcripts(db: sqlite3.Connection) -> None:
     """Tasks and their steps."""
     for statement in (
         """CREATE TABLE tasks (
@@ -110,15 +110,15 @@ def m001_transcripts(db: Database) -> None:
         db.execute(statement)
 
 
-@migrations()
-def m002_rates(db: Database) -> None:
+@migrations
+def m002_rates(db: sqlite3.Connection) -> None:
     """When tools that have a rate were called."""
     db.execute("CREATE TABLE rated_calls (tool TEXT NOT NULL, ts REAL NOT NULL) STRICT")
     db.execute("CREATE INDEX rated_calls_tool ON rated_calls (tool, ts)")
 
 
-@migrations()
-def m003_conversations(db: Database) -> None:
+@migrations
+def m003_conversations(db: sqlite3.Connection) -> None:
     """What was said before."""
     db.execute(
         """CREATE TABLE conversations (
@@ -127,8 +127,8 @@ def m003_conversations(db: Database) -> None:
     )
 
 
-@migrations()
-def m004_examples(db: Database) -> None:
+@migrations
+def m004_examples(db: sqlite3.Connection) -> None:
     """What was asked and done well."""
     db.execute(
         """CREATE TABLE examples (

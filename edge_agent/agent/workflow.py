@@ -12,16 +12,12 @@ import sys
 from collections.abc import Mapping
 from graphlib import TopologicalSorter
 from types import ModuleType
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import msgspec
-import yaml
 from msgspec import Meta
 
 from edge_agent.agent.tool import Param, ToolSpec
-
-sys.modules.setdefault("cel.cli", ModuleType("cel.cli"))  # its command line would take 15 MB and a second
-import cel  # noqa: E402
 
 MAX_TEXT = 64 * 1024
 MAX_EXPRESSION = 1000
@@ -149,66 +145,21 @@ class Marks(dict[str, tuple[int, int]]):
         return Problem(line, column, message, hint)
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|", ["~", "n", ""]),
-    ("bool", r"true|false", ["t", "f"]),
-    ("int", r"[-+]?[0-9]{1,15}", list("-+0123456789")),
-    ("float", r"[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]{1,2})?", list("-+.0123456789")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
-_SCALARS: dict[str, Any] = {"null": lambda _: None, "bool": "true".__eq__, "int": int, "float": float, "str": str}
-
-
 def read(text: str) -> tuple[Workflow, Marks]:
     """A definition and where its parts stand. Raises Broken."""
+    from edge_agent.agent.workflow_yaml import plain  # a device without workflows does not load PyYAML
+
     marks = Marks()
     if len(text) > MAX_TEXT:
         raise Broken(Problem(1, 1, f"the file is longer than {MAX_TEXT >> 10} KiB"))
     try:
-        node = yaml.compose(text, _Loader)
-        value = _plain(node, "$", marks, set()) if node else {}
-        return msgspec.convert(value, Workflow), marks
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        raise Broken(Problem(line, column, f"not YAML: {error.problem or error.context}")) from error
-    except yaml.YAMLError as error:
-        raise Broken(Problem(1, 1, f"not YAML: {error}")) from error
-    except RecursionError as error:
-        raise Broken(Problem(1, 1, "nested too deep")) from error
+        return msgspec.convert(plain(text, marks), Workflow), marks
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at ")
         field = re.search("unknown field `(.*)`", message)
         path = path.strip("`") or "$"
         hint = f"known here: {_fields(path)}" if field else ""
         raise Broken(marks.problem(f"{path}.{field[1]}" if field else path, message, hint)) from error
-
-
-def _plain(node: yaml.Node, path: str, marks: Marks, seen: set[int]) -> Any:
-    marks.setdefault(path, (node.start_mark.line + 1, node.start_mark.column + 1))
-    kind = node.tag.rpartition(":")[2]
-    if id(node) in seen or kind not in (*_SCALARS, "seq", "map"):
-        raise Broken(marks.problem(path, "anchors, aliases and tags are not taken", "write it out"))
-    seen.add(id(node))
-    if isinstance(node, yaml.ScalarNode):
-        return _SCALARS[kind](node.value)
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, f"{path}[{n}]", marks, seen) for n, item in enumerate(node.value)]
-    found: dict[str, Any] = {}
-    for key, item in node.value:
-        at = f"{path}.{key.value}"
-        if not isinstance(key, yaml.ScalarNode) or at in marks:
-            where = Problem(key.start_mark.line + 1, key.start_mark.column + 1, f"the key {key.value!r} is not taken")
-            raise Broken(msgspec.structs.replace(where, hint="a key is a text and stands once"))
-        value = _plain(item, at, marks, seen)
-        if isinstance(item, yaml.CollectionNode):
-            marks[at] = (key.start_mark.line + 1, key.start_mark.column + 1)
-        found[key.value] = value
-    return found
 
 
 def _fields(path: str) -> str:
@@ -232,10 +183,13 @@ def topic_pattern(topic: str) -> re.Pattern[str]:
     return re.compile(f"(?!\\$){'/'.join(parts)}{rest}", re.DOTALL)
 
 
-def compiled(expression: str) -> cel.Program:
+def compiled(expression: str) -> Any:
     """The expression, ready to run. Raises ValueError."""
     if len(expression) > MAX_EXPRESSION:
         raise ValueError(f"an expression has at most {MAX_EXPRESSION} characters")
+    sys.modules.setdefault("cel.cli", ModuleType("cel.cli"))  # its command line would take 15 MB and a second
+    import cel
+
     return cel.compile(expression)
 
 
