@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from enum import Enum, auto
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Protocol
 
 import msgspec
@@ -150,7 +151,7 @@ class Committer:
             if condemn:
                 raise Undecodable(condemn)
             records = [r for r in decode_records(header, message.payload) if r.seq > reached]
-            rows = [_row(device, header.epoch, received, record) for record in records]
+            rows = _rows(device, header.epoch, received, records)
         except Undecodable as error:
             _dead_letter(connection, device, header, received, str(error), message)
             self._tell(connection, device, "dead:batch", {"first": header.first, "last": header.last})
@@ -200,7 +201,7 @@ def replay(connection: sa.Connection, id: int) -> int | None:
     query = sa.select(telemetry.c.seq).where(*where, telemetry.c.seq.between(header.first, header.last))
     known = set(connection.execute(query).scalars())
     records = [record for record in decode_records(header, letter.payload) if record.seq not in known]
-    _insert(connection, [_row(letter.device, header.epoch, received, record) for record in records])
+    _insert(connection, _rows(letter.device, header.epoch, received, records))
     special = (record for record in records if record.kind not in ("telemetry", "reported"))
     values = {"lost": devices.c.lost + sum(_apply(connection, letter.device, record) for record in special)}
     connection.execute(devices.update().where(devices.c.name == letter.device).values(**values))
@@ -221,11 +222,16 @@ def _apply(connection: sa.Connection, device: str, record: Record) -> int:
     return 0
 
 
-def _row(device: str, epoch: int, received: float, record: Record) -> Row:
-    if len(record.kind) > MAX_KIND or "\0" in record.kind or abs(record.priority) > _I32 or record.seq > _I64:
-        raise Undecodable(f"record {record.seq}: kind, priority or seq is out of range")
-    body = _encoder.encode(record.body).decode()
-    return device, epoch, record.seq, record.ts, received, record.kind, record.priority, body
+def _rows(device: str, epoch: int, received: float, records: Sequence[Record]) -> list[Row]:
+    for kind in {record.kind for record in records}:
+        if len(kind) > MAX_KIND or "\0" in kind:
+            raise Undecodable(f"a record's kind is longer than {MAX_KIND}, or has a zero in it: {kind[:MAX_KIND]!r}")
+    if any(abs(priority) > _I32 for priority in {record.priority for record in records}):
+        raise Undecodable("a record's priority is out of range")
+    bodies = _encoder.encode_lines([record.body for record in records]).decode().split("\n")
+    return [
+        (device, epoch, r.seq, r.ts, received, r.kind, r.priority, b) for r, b in zip(records, bodies, strict=False)
+    ]
 
 
 def _insert(connection: sa.Connection, rows: list[Row]) -> None:
@@ -234,9 +240,9 @@ def _insert(connection: sa.Connection, rows: list[Row]) -> None:
     marks = f"({', '.join([mark] * len(_COLUMNS))})"
     insert = f"INSERT INTO telemetry ({', '.join(_COLUMNS)}) VALUES "
     whole = len(rows) - len(rows) % _AT_ONCE
+    several = insert + ", ".join([marks] * _AT_ONCE)
     for at in range(0, whole, _AT_ONCE):
-        values = tuple(value for row in rows[at : at + _AT_ONCE] for value in row)
-        connection.exec_driver_sql(insert + ", ".join([marks] * _AT_ONCE), values)
+        connection.exec_driver_sql(several, tuple(chain.from_iterable(rows[at : at + _AT_ONCE])))
     if rows[whole:]:
         connection.exec_driver_sql(insert + marks, rows[whole:])
 

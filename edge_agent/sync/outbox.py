@@ -89,6 +89,7 @@ class _State(msgspec.Struct):
 
 
 _Span = tuple[int, int, int]  # first, last, priority
+_Waiting = tuple[Sequence[Draft], asyncio.Future[range]]
 
 
 class Outbox:
@@ -99,7 +100,7 @@ class Outbox:
         self.epoch = epoch
         self.found: float = state.last_seq
         self.changed = asyncio.Event()  # set after each commit of new records; its consumer clears it
-        self._waiting: list[tuple[Draft, asyncio.Future[int]]] = []
+        self._waiting: list[_Waiting] = []
         self._flusher: asyncio.Task[None] | None = None
         self._handed_out = state.acked  # the newest seq that may be on its way
         self._next_expiry = 0.0  # nothing outlives its TTL before
@@ -158,31 +159,35 @@ class Outbox:
 
     async def append(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int:
         """The record's seq, once it is on disk. Concurrent callers share one commit. Raises Refused or Retry."""
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append((self.draft(kind, body, priority, ttl), future))
+        return (await self.append_many([self.draft(kind, body, priority, ttl)]))[0]
+
+    async def append_many(self, drafts: Sequence[Draft]) -> range:
+        """The seqs of records that `draft` made, in one commit. Raises Retry."""
+        future: asyncio.Future[range] = asyncio.get_running_loop().create_future()
+        self._waiting.append((drafts, future))
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush(), name="outbox-flush")
         return await future
-
-    async def append_many(self, drafts: Sequence[Draft]) -> range:
-        """The seqs of records that `draft` made, in one commit."""
-        return await self._store.write(lambda db: self._insert(db, drafts))
 
     def put(self, db: Connection, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int:
         """Append inside the caller's transaction."""
         return self._insert(db, [self.draft(kind, body, priority, ttl)])[0]
 
-    async def batch(self, after: int) -> Slice | None:
-        """The next records after a seq, at most MAX_BATCH bytes of them; None when there are none."""
+    async def batches(self, after: int, most: int) -> list[Slice]:
+        """The next records after a seq, in slices of at most MAX_BATCH bytes: so many slices, or all there are."""
         if after >= self._state.last_seq:
-            return None
+            return []
         try:
             await self.expire()
         except Retry as error:  # a full disk must not stop what would free it
             self._expiring.tell(error)
         else:
             self._expiring.over()
-        return await self._store.read(lambda db: self._batch(db, after))
+        return await self._store.read(lambda db: self._batches(db, after, most))
+
+    async def batch(self, after: int) -> Slice | None:
+        """The first of these; None when there are none."""
+        return next(iter(await self.batches(after, 1)), None)
 
     async def ack(self, seq: int) -> None:
         """The hub has committed everything up to `seq`. Raises Refused when that was never appended."""
@@ -190,7 +195,7 @@ class Outbox:
             hint = "the state directory is older than what was sent: it was restored or copied; enrol the device anew"
             raise Refused(f"the hub has seq {seq} of epoch {self.epoch}, this device made {self.last_seq}", hint)
         if seq > self._state.acked:
-            await self._store.write(lambda db: self._ack(db, seq))
+            await self._store.write(lambda db: self._ack(db, seq), durable=False)  # forgotten, it would only come again
 
     async def settle(self, epoch: int, seq: int) -> str:
         """The hub has `seq` of `epoch`: what was done about it, if that is not of this life. Raises Refused or Retry.
@@ -218,21 +223,25 @@ class Outbox:
         try:
             while self._waiting:
                 group, self._waiting = self._waiting, []
-                drafts = [draft for draft, _ in group]
-                try:
-                    seqs = await self.append_many(drafts)
-                except Exception as error:  # noqa: BLE001 - every caller gets it
-                    for _, future in group:
-                        if not future.done():
-                            future.set_exception(error)
-                else:
-                    for seq, (_, future) in zip(seqs, group, strict=True):
-                        if not future.done():
-                            future.set_result(seq)
+                await self._commit(group)
         finally:
             self._flusher = None
             for _, future in self._waiting:
                 future.cancel()
+
+    async def _commit(self, group: list[_Waiting]) -> None:
+        every = [draft for drafts, _ in group for draft in drafts]
+        try:
+            seqs = await self._store.write(lambda db: self._insert(db, every))
+        except Exception as error:  # noqa: BLE001 - every caller gets it
+            for _, future in group:
+                if not future.done():
+                    future.set_exception(error)
+        else:
+            for drafts, future in group:
+                own, seqs = seqs[: len(drafts)], seqs[len(drafts) :]
+                if not future.done():
+                    future.set_result(own)
 
     # What follows runs in the store's thread, inside a transaction.
 
@@ -264,6 +273,12 @@ class Outbox:
             self._make_room(db)
         db.on_commit(self.changed.set)
         return range(first, state.last_seq + 1)
+
+    def _batches(self, db: Connection, after: int, most: int) -> list[Slice]:
+        found = list[Slice]()
+        while len(found) < most and (part := self._batch(db, found[-1].last if found else after)):
+            found.append(part)
+        return found
 
     def _batch(self, db: Connection, after: int) -> Slice | None:
         blocks: list[bytes] = []

@@ -22,11 +22,11 @@ import msgspec
 from edge_agent.audit import Audit
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.sync.inbox import Inbox
-from edge_agent.sync.outbox import Outbox
+from edge_agent.sync.outbox import Outbox, Slice
 from edge_agent.sync.transport import Message, MqttSession, Publication
 from edge_agent.sync.twin import GrantsCache, Twin
 from edge_agent.trouble import Trouble
-from edge_agent.wire.batch import Header, encode_batch
+from edge_agent.wire.batch import Batch, Header, encode_batch
 from edge_agent.wire.errors import TooBig, WireError
 from edge_agent.wire.messages import MAX_MESSAGE, Ack, Desired, Job, Presence, PresenceState
 from edge_agent.wire.signed import seal, unseal
@@ -39,6 +39,7 @@ WILL_DELAY_S = 5  # a cut that is shorter says nothing
 PATIENCE_S = (5.0, 60.0)  # without an ack before the window is sent again: first and longest
 GAP_S = 1.0  # an ack that moves nothing, so long after the last that did, tells of a gap
 AT_ONCE = 8192  # bytes packed in less time than another thread takes to wake
+AHEAD = 4  # batches read and packed at once while a backlog waits
 LINGER_S, LINGER_ROWS = 0.02, 500  # while a batch is on its way, a small one waits a little for company
 
 
@@ -79,7 +80,7 @@ class Session:
         proxy: str = "",
         agent: str = "",
         heartbeat: float = HEARTBEAT_S,
-        window: int = 8,
+        window: int = 16,
         will_delay_s: int = WILL_DELAY_S,
     ) -> None:
         self._key, self._hub_key, self._agent = key, hub_key, agent
@@ -166,26 +167,28 @@ class Session:
             return False
         if self._inflight and backlog < LINGER_ROWS:
             await asyncio.sleep(LINGER_S)
-        turn = self._turn
-        part = await self._outbox.batch(self._cursor)
-        if part is None or turn != self._turn:
-            return part is not None
-        header = Header(self._outbox.epoch, part.first, part.last)
-        packing = (part.blocks, self._key, self._up, header)
-        small = sum(map(len, part.blocks)) <= AT_ONCE
-        batch = encode_batch(*packing) if small else await asyncio.to_thread(encode_batch, *packing)
-        if turn == self._turn:
-            await mqtt.publish(self._up, batch.payload, properties=batch.properties, wait=False)
-        if turn == self._turn:
-            if not self._inflight:
-                self._progress = time.monotonic()
-            self._cursor = part.last
-            self._inflight.append(part.last)
-            self.counters.batches += 1
-            self.counters.records += part.records
-            self.counters.resent += part.last <= self._furthest
-            self._furthest = max(self._furthest, part.last)
+        turn, epoch = self._turn, self._outbox.epoch
+        parts = await self._outbox.batches(self._cursor, min(AHEAD, self._window - len(self._inflight)))
+        if not parts or turn != self._turn:
+            return bool(parts)
+        small = sum(len(block) for part in parts for block in part.blocks) <= AT_ONCE
+        packed = self._pack(epoch, parts) if small else await asyncio.to_thread(self._pack, epoch, parts)
+        for part, batch in zip(parts, packed, strict=True):
+            if turn == self._turn:
+                await mqtt.publish(self._up, batch.payload, properties=batch.properties, wait=False)
+            if turn == self._turn:
+                if not self._inflight:
+                    self._progress = time.monotonic()
+                self._cursor = part.last
+                self._inflight.append(part.last)
+                self.counters.batches += 1
+                self.counters.records += part.records
+                self.counters.resent += part.last <= self._furthest
+                self._furthest = max(self._furthest, part.last)
         return True
+
+    def _pack(self, epoch: int, parts: list[Slice]) -> list[Batch]:
+        return [encode_batch(each.blocks, self._key, self._up, Header(epoch, each.first, each.last)) for each in parts]
 
     def _rewind(self, hub_at: float = math.inf) -> None:
         self._turn += 1
@@ -280,16 +283,17 @@ class Session:
         if ack.epoch != box.epoch:
             return
         now = time.monotonic()
-        if ack.seq > self._outbox.acked:
+        if ack.seq > box.acked:
+            if ack.seq <= box.last_seq:  # the next may go while the records are let go
+                while self._inflight and self._inflight[0] <= ack.seq:
+                    self._inflight.popleft()
+                self._progress, self._patience = now, PATIENCE_S[0]
+                self._cursor = max(self._cursor, ack.seq)
+                box.changed.set()
             try:
-                await self._outbox.ack(ack.seq)
+                await box.ack(ack.seq)
             except Refused as error:
                 return self._halt(error)
-            while self._inflight and self._inflight[0] <= ack.seq:
-                self._inflight.popleft()
-            self._progress, self._patience = now, PATIENCE_S[0]
-            self._cursor = max(self._cursor, ack.seq)
-            self._outbox.changed.set()
         elif self._inflight and now - self._progress > GAP_S:  # the hub stands at a gap
             if ack.seq < self._outbox.acked:  # it was restored: what it had acked is gone there and here
                 log.error("the hub went back from seq %d to %d", self._outbox.acked, ack.seq)

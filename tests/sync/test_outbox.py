@@ -1,8 +1,10 @@
 """The outbox promises: what append returned survives, order holds, and every loss is told."""
 
 import asyncio
+import contextlib
 import json
 import signal
+import sqlite3
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from edge_agent import store as store_module
 from edge_agent.errors import Refused, Retry
 from edge_agent.store import Store
 from edge_agent.sync.outbox import Limits, Outbox
@@ -46,6 +49,44 @@ async def test_concurrent_appends_share_a_commit(outbox: Outbox, store: Store) -
     await asyncio.gather(*(outbox.append("telemetry", {"n": n}) for n in range(300)))
     after = await store.read(lambda db: db.total_changes)
     assert after - before <= 6  # a block and the counter, a commit
+
+
+async def test_appends_of_many_share_a_commit_and_each_learns_its_own_seqs(outbox: Outbox, store: Store) -> None:
+    before = await store.read(lambda db: db.total_changes)
+    many = [[outbox.draft("telemetry", {"n": n}) for _ in range(n)] for n in (3, 0, 2, 4)]
+    seqs = await asyncio.gather(*map(outbox.append_many, many), outbox.append("telemetry", {"n": 1}))
+    assert seqs == [range(1, 4), range(4, 4), range(4, 6), range(6, 10), 10]
+    assert [r.body["n"] for r in await everything(outbox)] == [3, 3, 3, 2, 2, 4, 4, 4, 4, 1]
+    assert await store.read(lambda db: db.total_changes) - before <= 4
+
+
+async def test_batches_read_at_once_are_those_read_one_by_one(outbox: Outbox) -> None:
+    await outbox.append_many([outbox.draft("telemetry", {"x": "y" * 20_000}) for _ in range(100)])
+    singly, after = [], 0
+    while part := await outbox.batch(after):
+        singly.append(part)
+        after = part.last
+    assert len(singly) > 4
+    assert await outbox.batches(0, 4) == singly[:4]
+    assert await outbox.batches(0, 99) == singly
+    assert await outbox.batches(after, 4) == []
+
+
+async def test_only_acks_wait_for_the_disk_with_the_next_commit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    outbox, seen = await Outbox.open(store), list[tuple[str, int]]()
+    for name in ("_insert", "_ack"):
+        work = getattr(outbox, name)
+
+        def noted(db: Any, *args: Any, name: str = name, work: Any = work) -> Any:
+            seen.append((name, db.execute("PRAGMA synchronous").fetchone()[0]))
+            return work(db, *args)
+
+        monkeypatch.setattr(outbox, name, noted)
+    for n in (1, 2):
+        await outbox.append("telemetry", {})
+        await outbox.ack(n)
+    full, normal = 2, 1
+    assert seen == [("_insert", full), ("_ack", normal)] * 2
 
 
 async def test_an_ack_empties_the_outbox_up_to_its_seq_and_no_further(outbox: Outbox) -> None:
@@ -141,6 +182,46 @@ async def _waiting(store: Store) -> set[int]:
 async def test_an_ack_of_what_was_never_sent_is_refused(outbox: Outbox) -> None:
     with pytest.raises(Refused, match="restored or copied"):
         await outbox.ack(1)
+
+
+async def test_a_store_of_an_earlier_version_is_brought_up_once_and_what_waited_stays(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db", isolation_level=None)) as db:
+        db.execute("CREATE TABLE _sqlite_migrations (migration_set TEXT, name TEXT, applied_at TEXT, "
+                   "PRIMARY KEY (migration_set, name))")  # fmt: skip
+        for change in (store_module.m001_sync, store_module.m002_found):
+            change(db)
+            db.execute("INSERT INTO _sqlite_migrations VALUES ('edge', ?, '')", [change.__name__])
+        db.execute(
+            "INSERT INTO outbox VALUES (1, 5, NULL, ?)", [b'{"seq":1,"ts":1.0,"kind":"a","priority":5,"body":{}}']
+        )
+        db.execute("UPDATE outbox_state SET last_seq = 1")
+    for _ in range(2):
+        store = Store(tmp_path / "s.db")
+        outbox = await Outbox.open(store)
+        assert [r.seq for r in await everything(outbox)] == [1]
+        made = await store.read(lambda db: db.execute("SELECT name FROM _sqlite_migrations").fetchall())
+        assert sorted(made) == [("m001_sync",), ("m002_found",), ("m003_blocks",)]
+        store.close()
+
+
+def test_a_change_of_the_schema_that_fails_leaves_nothing_and_is_tried_again() -> None:
+    changes, fails = store_module.Migrations("x"), [True]
+
+    @changes
+    def m001_table(db: sqlite3.Connection) -> None:
+        db.execute("CREATE TABLE made (n)")
+        if fails.pop():
+            raise ValueError("no")
+        fails.append(False)
+
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        with pytest.raises(ValueError, match="no"):
+            changes.apply(db)
+        assert not db.execute("SELECT * FROM sqlite_schema WHERE name = 'made'").fetchall()
+        fails.append(False)
+        changes.apply(db)
+        changes.apply(db)
+        assert db.execute("SELECT migration_set, name FROM _sqlite_migrations").fetchall() == [("x", "m001_table")]
 
 
 async def test_epoch_seq_and_watermark_survive_a_restart(tmp_path: Path) -> None:
