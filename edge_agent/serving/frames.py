@@ -6,17 +6,21 @@ cannot be decoded is BadFrame, after which the channel is closed. Requests carry
 (`*Result`, `Loaded`, `Adapted`, `PieceMsg`, `Error`) repeat it. The end of the socket is the end of the child: no
 orphan stays. Tool specs and arguments travel as plain data, so nothing here knows the agent above.
 The data of larger tensors lies in an `Arena` that an engine's worker shares with the daemon, which hands out its rooms:
-one belongs to one request until that is answered, and its answer lies where its inputs lay, if there is room.
+one belongs to one request until that is answered, and its answer lies where its inputs lay, if there is room. Who asked
+gets a view of it, and the room is free again when the last view of it is gone: an answer that is kept long is copied.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import mmap
 import os
 import socket
 import struct
 import threading
+import weakref
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -273,8 +277,10 @@ class Arena:
     """Memory that both ends see (its pages are taken when first written); the daemon's event loop gives out rooms."""
 
     def __init__(self, fd: int) -> None:
-        self._view = memoryview(mmap.mmap(fd, ARENA))
+        self._map = mmap.mmap(fd, ARENA)
+        self._view = memoryview(self._map)
         self._taken: dict[int, int] = {}  # the end of each room by its place
+        self._back = deque[int]()  # rooms that no view is left of; views end on any thread
 
     @classmethod
     def new(cls) -> tuple[Arena, int]:
@@ -292,6 +298,8 @@ class Arena:
     def take(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """The first room that is free for their data; of size 0 when there is none, or the data is small."""
         size, at = _size(tensors), 0
+        while self._back:
+            del self._taken[self._back.popleft()]
         for begin, end in sorted(self._taken.items()):
             if begin - at >= size:
                 break
@@ -315,15 +323,25 @@ class Arena:
             at += _aligned(size)
         return {name: Tensor(tensor.dtype, tensor.shape, b"") for name, tensor in tensors.items()}, sizes
 
-    def get(self, room: tuple[int, int], tensors: dict[str, Tensor], sizes: list[int]) -> dict[str, Tensor]:
-        """The tensors of a message, with views of the room as their data. Raises BadFrame."""
+    def get(
+        self, room: tuple[int, int], tensors: dict[str, Tensor], sizes: list[int], lent: bool = False
+    ) -> dict[str, Tensor]:
+        """The tensors of a message, with views of the room as their data. Raises BadFrame.
+
+        `lent`: the room is given back by itself when the last of the views is gone, also after the process's end.
+        """
         if not sizes:
             return tensors
-        if len(sizes) != len(tensors) or sum(map(_aligned, sizes)) > room[1]:
+        used = sum(map(_aligned, sizes))
+        if len(sizes) != len(tensors) or used > room[1]:
             raise BadFrame(f"{len(tensors)} tensors of {sizes} bytes do not lie in a room of {room[1]}")
-        at, got = room[0], dict[str, Tensor]()
+        view, at, got = self._view[room[0] : sum(room)], 0, dict[str, Tensor]()
+        if lent:
+            memory = (ctypes.c_ubyte * used).from_buffer(self._map, room[0])
+            weakref.finalize(memory, self._back.append, room[0]).atexit = False
+            view, self._taken[room[0]] = memoryview(memory).cast("B").toreadonly(), room[0] + used
         for (name, tensor), size in zip(tensors.items(), sizes, strict=True):
-            got[name] = Tensor(tensor.dtype, tensor.shape, cast(bytes, self._view[at : at + size]))
+            got[name] = Tensor(tensor.dtype, tensor.shape, cast(bytes, view[at : at + size]))
             at += _aligned(size)
         return got
 

@@ -167,7 +167,10 @@ class WorkerProcess:
     async def infer(
         self, model: str, inputs: dict[str, Tensor], timeout_s: float = 60.0, priority: int = 2
     ) -> dict[str, Tensor]:
-        """Run a network; class 0 goes first, 3 last. Raises Refused, Retry."""
+        """Run a network; class 0 goes first, 3 last. Raises Refused, Retry.
+
+        Large outputs are views of memory that is shared with the child: copy what is kept for long.
+        """
         await self.ready(timeout_s)
 
         def make(id: int) -> Message:
@@ -352,9 +355,8 @@ class WorkerProcess:
                     if id in self._pending:
                         self._pending[id].put_nowait(message)
                 case frames.InferResult(id=id, outputs=outputs, sizes=sizes) if sizes and self._arena:
-                    found = self._arena.get(self._rooms.get(id, (0, 0)), outputs, sizes)
-                    found = {name: Tensor(t.dtype, t.shape, bytes(t.data)) for name, t in found.items()}
-                    self._done(id, frames.InferResult(id, found))
+                    room = self._rooms.pop(id, (0, 0))  # no name for the views here: it would keep the room
+                    self._done(id, frames.InferResult(id, self._arena.get(room, outputs, sizes, lent=True)))
                 case (
                     frames.Loaded(id=id)
                     | frames.Adapted(id=id)

@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -88,6 +89,29 @@ def test_data_in_a_room_is_what_was_put_there_and_a_wrong_size_is_a_bad_frame() 
     for wrong in ([3], [3, 30_000]):
         with pytest.raises(BadFrame, match="room"):
             arena.get(room, shown, wrong)
+
+
+def test_a_room_that_is_lent_is_free_when_its_last_view_is_gone_on_whichever_thread() -> None:
+    arena, fd = frames.Arena.new()
+    os.close(fd)
+    tensors = {"a": Tensor("uint8", [30_000], b"a" * 30_000), "b": Tensor("uint8", [3], b"bcd")}
+    room = arena.take(tensors | {"c": Tensor("uint8", [90_000], ZEROS[:90_000])})
+    shown, sizes = arena.put(room, tensors)
+    lent = arena.get(room, shown, sizes, lent=True)
+    assert lent == tensors
+    small = {"x": Tensor("uint8", [20_000], ZEROS[:20_000])}
+    assert arena.take(small) == (30_080, 20_032)  # what the answer needs is kept, and no more
+    part = memoryview(lent["b"].data)[1:]
+    with pytest.raises(TypeError, match="read-only"):
+        part[0] = 0
+    del lent
+    assert arena.take(small) == (50_112, 20_032)
+    assert bytes(part) == b"cd"
+    views = [part]
+    del part
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(views.clear).result()
+    assert arena.take(small) == (0, 20_032)
 
 
 async def test_both_ends_talk_and_large_tensors_pass() -> None:

@@ -192,9 +192,31 @@ async def test_large_tensors_pass_through_shared_memory_which_is_given_back(tmp_
         await worker.load("m", tmp_path)
         large = [{"x": Tensor("uint8", [4_000_000], bytes([n]) * 4_000_000), "y": rows(n)["rows"]} for n in range(20)]
         for _ in range(2):  # more than fits in it at a time
-            assert await asyncio.gather(*(worker.infer("m", inputs) for inputs in large)) == large
+            answers = await asyncio.gather(*(worker.infer("m", inputs) for inputs in large))
+            assert answers == large
+            del answers
+            await asyncio.sleep(0)  # the event loop lets go of them
         assert worker._arena is not None
         assert worker._arena.take(large[0]) == (0, 4_000_064)
+
+
+async def test_a_kept_answer_stays_right_after_later_requests_and_the_workers_death(tmp_path: Path) -> None:
+    def asked(n: int) -> dict[str, Tensor]:
+        return {"x": Tensor("uint8", [10_000_000], bytes([n]) * 10_000_000)}
+
+    async with child() as worker:
+        await worker.load("m", tmp_path)
+        kept = [await worker.infer("m", asked(n)) for n in range(8)]  # six fit into the memory, the others go without
+        assert [isinstance(answer["x"].data, memoryview) for answer in kept] == [True] * 6 + [False] * 2
+        del kept[1]
+        assert isinstance((await worker.infer("m", asked(9)))["x"].data, memoryview)
+        with pytest.raises(Retry, match="GPU is lost"):
+            await worker.infer("m", {"lost": rows(1)["rows"]})
+        await until(lambda: worker.starts == 2)
+        assert await worker.infer("m", asked(10)) == asked(10)
+        assert [(set(bytes(answer["x"].data)), len(answer["x"].data)) for answer in kept] == [
+            ({n}, 10_000_000) for n in (0, *range(2, 8))
+        ]
 
 
 def twins(folder: Path) -> Path:
