@@ -12,6 +12,7 @@ from importlib.metadata import version
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from edge_agent.api import tensors
 from edge_agent.api.access import RUN_MODEL, Caller, Gate, Problem, answer
@@ -80,12 +81,28 @@ async def _infer(caller: Caller) -> Response:
         found = await caller.device.models.infer(manifest.name, asked.inputs, asked.priority, asked.within_s)
         about = {"model_name": manifest.name, "model_version": manifest.version}
         if sum(len(tensor.data) for tensor in found.values()) < _INLINE or asked.binary:
-            content, json = tensors.respond(about, asked, found)
+            pieces, json = tensors.respond(about, asked, found)
         else:
-            content, json = await asyncio.to_thread(tensors.respond, about, asked, found)
+            pieces, json = await asyncio.to_thread(tensors.respond, about, asked, found)
     if json is None:
-        return Response(content, media_type="application/json")
-    return Response(content, headers={tensors.LENGTH: str(json)}, media_type="application/octet-stream")
+        return Response(pieces[0], media_type="application/json")
+    return _Pieces(pieces, {tensors.LENGTH: str(json)})
+
+
+class _Pieces(Response):
+    """Tensors that are sent as they lie in the memory shared with the worker."""
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, pieces: list[bytes], headers: dict[str, str]) -> None:
+        size = sum(map(len, pieces))
+        self._pieces = pieces if size > _INLINE else [b"".join(pieces)]
+        super().__init__(headers=headers | {"Content-Length": str(size)})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for left, piece in zip(range(len(self._pieces) - 1, -1, -1), self._pieces, strict=True):
+            await send({"type": "http.response.body", "body": piece, "more_body": left > 0})
 
 
 def _network(caller: Caller) -> Installed:

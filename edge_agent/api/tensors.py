@@ -173,8 +173,8 @@ def chosen(outputs: Sequence[Output], names: Sequence[str]) -> list[Output]:
     return list(outputs) or [Output(name) for name in names]
 
 
-def respond(about: Mapping[str, str], asked: Asked, tensors: Mapping[str, Tensor]) -> tuple[bytes, int | None]:
-    """The body of a response, and the length of its JSON when binary data follows. Raises Refused."""
+def respond(about: Mapping[str, str], asked: Asked, tensors: Mapping[str, Tensor]) -> tuple[list[bytes], int | None]:
+    """The body of a response in pieces, and the length of its JSON when binary data follows. Raises Refused."""
     outputs: list[dict[str, Any]] = []
     binary: list[bytes] = []
     room = MAX_JSON
@@ -191,7 +191,7 @@ def respond(about: Mapping[str, str], asked: Asked, tensors: Mapping[str, Tensor
             shown["data"] = _values(output.name, tensor)
         outputs.append(shown)
     text = msgspec.json.encode({**about, **({"id": asked.id} if asked.id else {}), "outputs": outputs})
-    return (b"".join([text, *binary]), len(text)) if binary else (text, None)
+    return [text, *binary], len(text) if binary else None
 
 
 def _values(name: str, tensor: Tensor) -> tuple[Any, ...]:

@@ -111,6 +111,24 @@ async def test_tritonclient_gets_the_engines_own_answer_in_every_mix_of_json_and
     assert [o["name"] for o in found.get_response()["outputs"]] == ["codepoint"]
 
 
+async def test_a_large_answer_goes_out_as_it_lies_in_shared_memory_which_is_free_then(model_cache: Path) -> None:
+    det = installed(package("ppocr-det", model_cache)[0])
+    array = np.random.default_rng(1).uniform(-1, 1, (1, 3, 160, 320)).astype(np.float32)
+    wanted = OnnxNetwork(det.folder).infer({"x": Tensor("float32", list(array.shape), array.tobytes())})
+    async with serving(det) as device:
+        await asyncio.sleep(0.2)  # it listens then
+        for _ in range(3):
+            found = await ask(device, lambda c: c.infer("ppocr-det", given(array)))
+            for name, tensor in wanted.items():
+                assert len(tensor.data) == 160 * 320 * 4
+                np.testing.assert_allclose(
+                    found.as_numpy(name).ravel(), np.frombuffer(tensor.data, np.float32), atol=1e-4
+                )
+        arena = device.models.workers["network"]._arena
+        assert arena is not None
+        assert arena.take({"x": Tensor("uint8", [1 << 26], bytes(1 << 26))}) == (0, 1 << 26)
+
+
 async def test_tritonclient_reads_health_and_metadata(device: Served, rec: Installed) -> None:
     version = rec.manifest.version
     assert await ask(device, lambda c: c.is_server_live() and c.is_server_ready() and c.is_model_ready(REC))
@@ -291,9 +309,9 @@ def test_every_datatype_goes_both_ways_as_numpy_has_it(datatype: str) -> None:
         made = body(datatype=datatype, shape=[2, 3], data=data)
         asked = tensors.parse(made, len(made))
         assert asked.inputs["x"] == Tensor(dtype, [2, 3], array.tobytes())
-    text, length = tensors.respond({}, asked, asked.inputs)
+    pieces, length = tensors.respond({}, asked, asked.inputs)
     assert length is None
-    assert json.loads(text)["outputs"] == [{"name": "x", "datatype": datatype, "shape": [2, 3], "data": flat}]
+    assert json.loads(pieces[0])["outputs"] == [{"name": "x", "datatype": datatype, "shape": [2, 3], "data": flat}]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
@@ -302,8 +320,8 @@ def test_a_number_that_json_lacks_is_refused_there_and_goes_as_binary_data(numbe
     asked = tensors.Asked({}, [], "", binary=False)
     with pytest.raises(Refused, match="ask for binary_data"):
         tensors.respond({}, asked, found)
-    text, length = tensors.respond({}, tensors.Asked({}, [], "", binary=True), found)
-    assert text[length:] == found["y"].data
+    pieces, length = tensors.respond({}, tensors.Asked({}, [], "", binary=True), found)
+    assert (len(pieces[0]), pieces[1]) == (length, found["y"].data)
 
 
 @pytest.mark.parametrize(
