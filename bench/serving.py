@@ -3,8 +3,9 @@
 Invariants: every figure is of rounds that take turns (raw, in process, ours over HTTP, LitServe's), the ratio is the
 median of theirs (raw: the faster of threads that spin and that do not); one client in a process of its own asks both
 servers in the same way and order, and both answer what the model does. LitServe runs with the fastest of `SETTINGS`,
-found in the same minute. Cases: the label reader with lines of one width (`rec`) and with those of a logistics label
-(`lines`), and the label finder (`det`). Rows:
+found in the same minute; while nobody asks it, it is stopped, as it polls for a fifth of a core that the others then
+lack. Cases: the label reader with lines of one width (`rec`) and with those of a logistics label (`lines`), and the
+label finder (`det`). Rows:
 `X.1.overhead`, milliseconds that the worker adds to a caller alone (peer: the raw run); `X.16.inprocess.raw`,
 `X.1.http.raw`, `X.16.http.raw`, requests/s against raw runs one after the other; `X.16.http.litserve`, requests/s
 against LitServe that batches, `X.16.http.litserve.single` against LitServe that does not.
@@ -113,7 +114,8 @@ async def _race(case: _Case, bundle: Path) -> list[dict[str, Any]]:
             best = [max((s for s in SETTINGS if (s[1] > 1) is many), key=lambda s: rates[s]) for many in (True, False)]
             with _litserve(case, best[0], threads) as theirs, _litserve(case, best[1], threads) as single:
                 for target in (theirs, single):
-                    await asyncio.to_thread(_await, target, right)
+                    with target.awake():
+                        await asyncio.to_thread(_await, target, right)
                 return await _rounds(case, worker, (ours, theirs, single), threads, best)
     finally:
         running.cancel()
@@ -124,7 +126,8 @@ def _try(case: _Case, setting: tuple[int, int], threads: int, right: list[bytes]
     if setting[0] > threads:
         return 0.0
     with _litserve(case, setting, threads) as target:
-        _await(target, right)
+        with target.awake():
+            _await(target, right)
         return max(_clients(target, CALLERS) for _ in range(2))
 
 
@@ -208,11 +211,21 @@ async def _inside(worker: WorkerProcess, case: _Case) -> float:
 
 
 class _Target(NamedTuple):
-    """Where the client asks, and what: bodies and headers."""
+    """Where the client asks, and what: bodies and headers; the process group that is stopped before and after."""
 
     port: int
     path: str
     requests: list[tuple[bytes, dict[str, str]]]
+    group: int = 0
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let it run meanwhile."""
+        if self.group:
+            os.killpg(self.group, signal.SIGCONT)
+        yield
+        if self.group:
+            os.killpg(self.group, signal.SIGSTOP)
 
 
 def oip(x: np.ndarray, token: str) -> tuple[bytes, dict[str, str]]:
@@ -258,7 +271,8 @@ def _clients(target: _Target, callers: int) -> float:
     process.start()
     theirs.close()
     try:
-        return float(ours.recv())
+        with target.awake():
+            return float(ours.recv())
     except EOFError as error:
         raise Fatal("the client of the benchmark failed", "its reason stands above") from error
     finally:
@@ -295,13 +309,14 @@ def _litserve(case: _Case, setting: tuple[int, int], threads: int) -> Iterator[_
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(argv, stdout=said, stderr=said, start_new_session=True)
         try:
-            yield _Target(port, "/predict", requests)
+            yield _Target(port, "/predict", requests, process.pid)
         except Fatal as error:
             said.seek(max(0, said.tell() - 500))
             raise Fatal(f"{error}; it said: {said.read().decode(errors='replace')}") from error
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGCONT)
             process.wait(20)
 
 
