@@ -1,10 +1,10 @@
 """What the agent's loop costs, and how long it is from an utterance to its effect.
 
 Invariants: transcripts are in a real store on disk; `loop_overhead` is a whole step (decide, policy, act) with a
-model and a tool that take no time, its peer as many commits by SQLite alone, in turns with it, `cpu` its processor
-time; `effect.*` runs the shipped model and adapter in the language worker and the tools in the tool runner, as a device
-does, with the preamble read, and its clock stops in the tool; `memory_search` is words and vectors fused over 100,000
-chunks, the question's embedding not counted (`memory_embed` is that).
+model and a tool that take no time, its peer by SQLite alone a commit for each result and three for the task, in turns
+with it, `cpu` its processor time; `effect.*` runs the shipped model and adapter in the language worker and the tools in
+the tool runner, as a device does, with the preamble read, and its clock stops in the tool; `memory_search` is words and
+vectors fused over 100,000 chunks, the question's embedding not counted (`memory_embed` is that).
 """
 
 from __future__ import annotations
