@@ -17,7 +17,7 @@ from edge_agent.agent.loop import AgentLoop
 from edge_agent.agent.tool import tool
 from edge_agent.agent.transcript import Transcripts, migrations
 from edge_agent.audit import Audit
-from edge_agent.errors import Refused
+from edge_agent.errors import Refused, Retry
 from edge_agent.store import Store
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Outbox
@@ -120,6 +120,20 @@ async def test_a_bad_request_is_refused_before_anything_is_journaled(tmp_path: P
             await made.work.submit(text, Subject("ann", ["operator"], 1.0))
         count = await made.store.read(lambda db: db.execute("SELECT count(*) FROM jobs").fetchone()[0])
         assert count == 0
+
+
+async def test_a_task_that_finds_the_queue_full_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with rig(tmp_path / "s.db") as made:
+        made.inbox.limit = 0
+        with pytest.raises(Retry, match="too many tasks wait"):
+            await made.work.submit("twice 2", Subject("ann", ["operator"], 1.0))
+        tables = ("jobs", "tasks", "outbox", "documents")
+        counts = "SELECT " + ", ".join(f"(SELECT count(*) FROM {table})" for table in tables)
+        assert await made.store.read(lambda db: db.execute(counts).fetchone()) == (0, 0, 0, 0)
+        made.inbox.limit = 1
+        id = await made.work.submit("twice 2", Subject("ann", ["operator"], 1.0))
+        assert await made.store.read(lambda db: db.execute(counts).fetchone()) == (1, 1, 2, 1)
+        assert (await made.work.task(id)) is not None
 
 
 async def test_a_conversation_goes_on_through_the_api_and_through_jobs(tmp_path: Path) -> None:
