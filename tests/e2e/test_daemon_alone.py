@@ -229,6 +229,19 @@ def test_a_task_from_the_command_line_shows_its_end_and_fails_aloud(daemon: Daem
     assert "hint:" in stranger.stderr
 
 
+def test_a_task_that_waits_its_turn_is_cancelled_from_the_command_line_by_who_may_give_one(
+    daemon: DaemonProcess,
+) -> None:
+    daemon.start("--task-s", "60")
+    _, waits = (daemon.ask("POST", "/v1/tasks", {"text": "how fast is line 1?"}).json()["id"] for _ in range(2))
+    asked = ("task", "cancel", waits, "--api", daemon.url)
+    assert "may not run:task" in _outrider(*asked, OUTRIDER_TOKEN=daemon.token("viewer")).stderr
+    told = _outrider(*asked, OUTRIDER_TOKEN=daemon.token("operator"))
+    assert (told.returncode, told.stdout, told.stderr) == (0, f"{waits}: cancelled\n", "")
+    assert daemon.ask("GET", f"/v1/tasks/{waits}").json()["error"] == "cancelled by ada"
+    assert "has cancelled already" in _outrider(*asked, OUTRIDER_TOKEN=daemon.token("operator")).stderr
+
+
 def test_a_wrong_broker_is_refused_when_it_cannot_be_one_and_shown_when_it_does_not_answer(
     daemon: DaemonProcess,
 ) -> None:
