@@ -89,7 +89,6 @@ class _State(msgspec.Struct):
 
 
 _Span = tuple[int, int, int]  # first, last, priority
-_Waiting = tuple[Sequence[Draft], asyncio.Future[range]]
 
 
 class Outbox:
@@ -100,7 +99,7 @@ class Outbox:
         self.epoch = epoch
         self.found: float = state.last_seq
         self.changed = asyncio.Event()  # set after each commit of new records; its consumer clears it
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[tuple[Draft, asyncio.Future[int]]] = []
         self._flusher: asyncio.Task[None] | None = None
         self._handed_out = state.acked  # the newest seq that may be on its way
         self._next_expiry = 0.0  # nothing outlives its TTL before
@@ -159,15 +158,15 @@ class Outbox:
 
     async def append(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int:
         """The record's seq, once it is on disk. Concurrent callers share one commit. Raises Refused or Retry."""
-        return (await self.append_many([self.draft(kind, body, priority, ttl)]))[0]
-
-    async def append_many(self, drafts: Sequence[Draft]) -> range:
-        """The seqs of records that `draft` made, in one commit. Raises Retry."""
-        future: asyncio.Future[range] = asyncio.get_running_loop().create_future()
-        self._waiting.append((drafts, future))
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting.append((self.draft(kind, body, priority, ttl), future))
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush(), name="outbox-flush")
         return await future
+
+    async def append_many(self, drafts: Sequence[Draft]) -> range:
+        """The seqs of records that `draft` made, in one commit, begun at once. Raises Retry."""
+        return await self._store.write(lambda db: self._insert(db, drafts))
 
     def put(self, db: Connection, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int:
         """Append inside the caller's transaction."""
@@ -223,25 +222,21 @@ class Outbox:
         try:
             while self._waiting:
                 group, self._waiting = self._waiting, []
-                await self._commit(group)
+                drafts = [draft for draft, _ in group]
+                try:
+                    seqs = await self.append_many(drafts)
+                except Exception as error:  # noqa: BLE001 - every caller gets it
+                    for _, future in group:
+                        if not future.done():
+                            future.set_exception(error)
+                else:
+                    for seq, (_, future) in zip(seqs, group, strict=True):
+                        if not future.done():
+                            future.set_result(seq)
         finally:
             self._flusher = None
             for _, future in self._waiting:
                 future.cancel()
-
-    async def _commit(self, group: list[_Waiting]) -> None:
-        every = [draft for drafts, _ in group for draft in drafts]
-        try:
-            seqs = await self._store.write(lambda db: self._insert(db, every))
-        except Exception as error:  # noqa: BLE001 - every caller gets it
-            for _, future in group:
-                if not future.done():
-                    future.set_exception(error)
-        else:
-            for drafts, future in group:
-                own, seqs = seqs[: len(drafts)], seqs[len(drafts) :]
-                if not future.done():
-                    future.set_result(own)
 
     # What follows runs in the store's thread, inside a transaction.
 

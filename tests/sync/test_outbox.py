@@ -51,15 +51,6 @@ async def test_concurrent_appends_share_a_commit(outbox: Outbox, store: Store) -
     assert after - before <= 6  # a block and the counter, a commit
 
 
-async def test_appends_of_many_share_a_commit_and_each_learns_its_own_seqs(outbox: Outbox, store: Store) -> None:
-    before = await store.read(lambda db: db.total_changes)
-    many = [[outbox.draft("telemetry", {"n": n}) for _ in range(n)] for n in (3, 0, 2, 4)]
-    seqs = await asyncio.gather(*map(outbox.append_many, many), outbox.append("telemetry", {"n": 1}))
-    assert seqs == [range(1, 4), range(4, 4), range(4, 6), range(6, 10), 10]
-    assert [r.body["n"] for r in await everything(outbox)] == [3, 3, 3, 2, 2, 4, 4, 4, 4, 1]
-    assert await store.read(lambda db: db.total_changes) - before <= 4
-
-
 async def test_batches_read_at_once_are_those_read_one_by_one(outbox: Outbox) -> None:
     await outbox.append_many([outbox.draft("telemetry", {"x": "y" * 20_000}) for _ in range(100)])
     singly, after = [], 0
