@@ -243,7 +243,7 @@ class Worker:
                     company = lanes > 1 and bool(self._lanes.active or self._schedule.waiting)
                     turn = _Turn(batch, self._lanes.begin(now, lanes), company)
                     self._running |= {entry.id for entry in batch}
-                    if not self._reading or (self._schedule.waiting and self._lanes.free(lanes)):
+                    if self._schedule.waiting and self._lanes.free(lanes):
                         self._wake.notify()
                 elif self._reading and not late:
                     self._wake.wait(wait)
@@ -279,7 +279,15 @@ class Worker:
         if isinstance(entry.request, Infer | GenerateReq) and entry.request.model in self._models:
             self._models[entry.request.model].count(**more)
 
+    def _hand_on(self) -> None:
+        """Let another thread read; no sooner than this one lets go of the interpreter, or both would wait for it."""
+        with self._wake:
+            if not self._reading:
+                self._wake.notify()
+
     def _answer(self, batch: list[Entry[_Work]], company: bool) -> None:
+        if not isinstance(batch[0].request, Infer):
+            self._hand_on()
         match batch[0].request:
             case Load(beside=False) as load:
                 if (before := self._models.pop(load.model, None)) is not None:
@@ -322,6 +330,7 @@ class Worker:
             from edge_agent.engines.binding import check_finite  # numpy: workers of endpoints go without
 
             check_finite(inputs)
+        self._hand_on()
         outputs = getattr(network, "beside", network.infer)(inputs) if company else network.infer(inputs)
         took = time.monotonic() - began
         try:
@@ -329,11 +338,11 @@ class Worker:
         except Refused:
             hosted.together = False
             raise
-        hosted.count(requests=len(batch), runs=1, rows=sum(rows), busy_s=took)
         for entry, answer in zip(batch, answers, strict=True):
             if entry.digest:
                 hosted.cache.put(entry.digest, answer)
             self._tell(cast(Infer, entry.request), answer)
+        hosted.count(requests=len(batch), runs=1, rows=sum(rows), busy_s=took)
 
     def _tell(self, asked: Infer, answer: dict[str, Tensor]) -> None:
         sizes: list[int] = []
