@@ -1,7 +1,7 @@
 """Durable records a second, from an append on a device to the hub's commit, against plain MQTT and NATS JetStream.
 
 Ours: a producer process with the real store, outbox and session, the embedded broker, a real `outrider hub`. One by
-one, 256 sensors each wait until their record is on disk; in bulk, one caller appends 1,900 at a time. Peers: paho
+one, 256 sensors each wait until their record is on disk; in bulk, four callers append 1,900 at a time. Peers: paho
 publishes each record with QoS 1 to the same broker, and its consumer commits to SQLite (WAL, synchronous=FULL, one
 commit for all that has come) before it acknowledges; JetStream, see `bench.jetstream`, in rounds that alternate with
 ours. All keep a ledger outside the system under test, which is compared with what the receiving database holds. Time
@@ -30,7 +30,7 @@ from edge_agent.wire.signing import SigningKey
 
 BACKLOG = 50_000  # records not committed at which a producer waits
 CHUNK = 1900  # records an append in bulk: about a batch
-PIPELINE = 2  # appends that wait for the disk
+PIPELINE = 4  # appends that wait for the disk
 PEER_WINDOW = 1000  # PUBACKs the peer's publisher waits for at most
 ROUNDS = 3
 HOW = {"single": 1.0, "bulk": 0.8}  # and the goal against JetStream in the same way
