@@ -1,8 +1,8 @@
 """The peer over NATS JetStream: a producer and a consumer as one writes them with nats-py.
 
 Equal to ours are the records and their bytes, the Ed25519 signature (one a message), the batch form of `bulk` (NDJSON,
-zstd, at most 256 KiB, eight on their way), the tables, SQLite's durability (one FULL commit for all that has come, then
-the ack) and the threads: an event loop and a second one for packing or committing. The stream is a file store with
+zstd, at most 256 KiB, sixteen on their way), the tables, SQLite's durability (one FULL commit for all that has come,
+then the ack) and the threads: an event loop and a second one for packing or committing. The stream is a file store with
 one acknowledgement a message; the server fsyncs it at an interval, not before that acknowledgement, so the peer is the
 less durable one until the consumer's commit.
 """
@@ -32,7 +32,7 @@ from edge_agent.wire.messages import Record
 from edge_agent.wire.signing import SigningKey, VerifyKey
 
 SUBJECT, DEVICE = "records", "peer"
-WINDOW = 8  # batches on their way, as ours
+WINDOW = 16  # batches on their way, as ours
 GROUP = {"single": 4096, "bulk": 64}  # messages a commit at most
 
 
