@@ -69,6 +69,7 @@ MAX_ASKS = 8  # that the hub is shown: the reported document has a bound
 RECENT = support.Recent()
 SETTLE_S = 1.0
 HUB_TOKEN_S = 3600.0  # of the endpoint at the hub; a new one each half of it
+SET_UP_S = 60.0  # until an endpoint that is not set up is tried again
 """A switch is followed by the switch of what depends on it: the preamble is read when both are done."""
 _log = logging.getLogger("outrider")
 
@@ -294,13 +295,18 @@ class Daemon:
 
     async def _set_up(self) -> None:
         """Switch the endpoints in; one whose key is not there may come later. The hub's gets a token, again in time."""
-        left, told = dict(self._settings.endpoints), -math.inf
+        left, made_at = dict(self._settings.endpoints), dict[str, float]()
         at_hub = [name for name, settings in left.items() if settings.url == HUB]
         while True:
-            if at_hub and time.monotonic() - told > HUB_TOKEN_S / 2:
-                told = time.monotonic()
-                for name in at_hub:
+            for name in at_hub:
+                now = time.time()
+                if 0 <= now - made_at.get(name, math.inf) < HUB_TOKEN_S / 2:
+                    continue  # else it is old, or the clock was set since
+                try:
                     await asyncio.to_thread(key_at_hub, name, self._token(HUB_TOKEN_S), self._settings.state)
+                    made_at[name] = now
+                except OSError as error:
+                    _log.error("the endpoint %s gets no token: %s", name, error)
             for name, settings in list(left.items()):
                 try:
                     made = await asyncio.to_thread(endpoint, name, settings, self._settings.state, self._identity)
@@ -308,7 +314,7 @@ class Daemon:
                     del left[name]
                 except (OutriderError, OSError, ValueError) as error:
                     _log.error("the endpoint %s is not set up: %s", name, error)
-            await asyncio.sleep(60)
+            await asyncio.sleep(SET_UP_S)
 
     async def _warm(self) -> None:
         while True:

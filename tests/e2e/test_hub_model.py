@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 
 from bench.fleet import Hub, running, until
+from edge_agent import daemon
+from edge_agent.config import Endpoint
 from hub.upstream import CONCURRENT
+from tests.e2e.daemon_process import DaemonProcess
+from tests.e2e.daemon_process import until as seen
 from tests.e2e.test_daemon_hub import enrolled
 from tests.engines.endpoints import DONE, Handler, Scripted, says, server, stream, whole
 
@@ -126,3 +133,43 @@ async def test_a_server_that_is_away_and_a_hub_without_one_are_told(tmp_path: Pa
         none = await without.client.post("/v1/chat/completions", json=ASKED)
         assert none.status_code == 404
         assert "outrider hub run --models" in none.text
+
+
+def test_a_device_lives_on_when_the_token_for_the_hubs_model_cannot_be_written(tmp_path: Path) -> None:
+    device = DaemonProcess(tmp_path / "press-1")
+    (device.state / "endpoints").write_text("in the way")
+    config = tmp_path / "agent.toml"
+    config.write_text('[endpoints.fleet]\nurl = "hub"\nmodel = "big"\n')
+    try:
+        device.start("--config", str(config))
+        seen("the reason in the log", lambda: "the endpoint fleet gets no token" in device.log.read_text())
+        assert device.status()["device"] == "press-1"
+        assert device.end() == 0
+    finally:
+        device.end(signal.SIGKILL)
+
+
+async def test_the_token_is_made_anew_when_the_clock_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without a battery for its clock is told the time after its start."""
+    now = [1000.0]
+    monkeypatch.setattr(daemon, "SET_UP_S", 0.01)
+    monkeypatch.setattr(daemon, "time", SimpleNamespace(time=lambda: now[0], monotonic=time.monotonic))
+    settings = SimpleNamespace(endpoints={"fleet": Endpoint("hub", "big")}, state=tmp_path)
+
+    async def switch(*_: object) -> None: ...
+
+    identity = SimpleNamespace(hub="http://127.0.0.1:9", ca="")
+    part = SimpleNamespace(_settings=settings, _identity=identity, _switch=switch, _token=lambda _: f"at {now[0]:.0f}")
+    running = asyncio.create_task(daemon.Daemon._set_up(cast("daemon.Daemon", part)))
+    try:
+        for at in (1000.0, 900_000.0, 901_801.0, 5000.0):
+            now[0] = at
+
+            async def made(at: float = at) -> bool | None:
+                token = tmp_path / "endpoints" / "fleet.key"
+                return (token.exists() and token.read_text() == f"at {at:.0f}") or None
+
+            await until("a token of now", 5, made)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
