@@ -6,9 +6,11 @@ more is 429; an answer is passed on as it comes, at most MAX_BYTES of it; redire
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import httpx
+from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -24,20 +26,25 @@ class Upstream:
 
     def __init__(self, url: str, key: str = "") -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        parsed = httpx.URL(url)
-        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL:
+            parsed = httpx.URL()
+        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo or parsed.query:
             raise Fatal(f"--models {url!r} is no URL", "like http://127.0.0.1:11434/v1, the key in OUTRIDER_MODELS_KEY")
         self._client = httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT, trust_env=False)
         self._active = 0
 
-    async def pass_on(self, method: str, path: str, body: bytes = b"") -> StreamingResponse:
+    async def pass_on(self, request: Request, path: str) -> StreamingResponse:
         """The server's answer. Raises Refused: 429 too many at once, 502 no server or not our key, 504 too slow."""
+        body = await request.body()
         if self._active >= CONCURRENT:
             raise Refused(429, f"{CONCURRENT} requests are with the fleet's model", "try again", retry_after_s=2)
         self._active += 1
         try:
-            asked = self._client.build_request(method, path, content=body, headers={"Content-Type": "application/json"})
-            answer = await self._client.send(asked, stream=True)
+            kind = {"Content-Type": "application/json"}
+            asked = self._client.build_request(request.method, path, content=body, headers=kind)
+            answer = await _unless_left(request, asyncio.create_task(self._client.send(asked, stream=True)))
         except BaseException as error:
             self._active -= 1
             if isinstance(error, httpx.TimeoutException):
@@ -71,6 +78,25 @@ class _Passed(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._upstream._done(self._answer)
+
+
+async def _unless_left(request: Request, sending: asyncio.Task[httpx.Response]) -> httpx.Response:
+    """The answer, which may begin after a minute of thought; it is given up when nobody waits for it."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    leaving = asyncio.create_task(left())
+    try:
+        await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not sending.done():
+            raise Refused(499, "nobody waits for this answer", "it was given up")
+        return sending.result()
+    finally:
+        sending.cancel()
+        leaving.cancel()
+        await asyncio.wait({sending, leaving})
 
 
 async def _bounded(answer: httpx.Response) -> AsyncIterator[bytes]:

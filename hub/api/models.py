@@ -18,12 +18,11 @@ def _upstream(hub: Hub) -> Upstream:
 
 
 @router.get("/models", summary="The language models that the hub passes requests on to", dependencies=[MayRun])
-async def models(hub: Hub) -> Response:
-    return await _upstream(hub).pass_on("GET", "models")
+async def models(hub: Hub, request: Request) -> Response:
+    return await _upstream(hub).pass_on(request, "models")
 
 
 @router.post("/chat/completions", summary="A chat completion of the fleet's own model", dependencies=[MayRun])
 async def completions(hub: Hub, request: Request) -> Response:
     """Body and answer are OpenAI's, streamed where it asks for that."""
-    upstream = _upstream(hub)
-    return await upstream.pass_on("POST", "chat/completions", await request.body())
+    return await _upstream(hub).pass_on(request, "chat/completions")

@@ -16,7 +16,8 @@ import pytest
 from bench.fleet import Hub, running, until
 from edge_agent import daemon
 from edge_agent.config import Endpoint
-from hub.upstream import CONCURRENT
+from hub.errors import Fatal
+from hub.upstream import CONCURRENT, Upstream
 from tests.e2e.daemon_process import DaemonProcess
 from tests.e2e.daemon_process import until as seen
 from tests.e2e.test_daemon_hub import enrolled
@@ -120,6 +121,37 @@ async def test_the_model_is_for_those_who_may_and_for_so_many_at_a_time(hub: Hub
     await until("their places are free", 30, free)
     model.let_go.set()
     assert (await held[0]).status_code == 200
+
+
+def thinks(handler: Handler) -> None:
+    """Says nothing, not even that it heard, before it knows the whole answer."""
+    handler.server.let_go.wait(60)
+    whole(200, {})(handler)
+
+
+async def test_who_leaves_before_the_answer_begins_gives_the_place_back(hub: Hub, model: Scripted) -> None:
+    model.answers = [thinks]
+    held = [asyncio.create_task(hub.client.post("/v1/chat/completions", json=ASKED)) for _ in range(CONCURRENT)]
+
+    async def all_there() -> bool | None:
+        return len(model.asked) == CONCURRENT or None
+
+    await until("all of them", 30, all_there)
+    for task in held:
+        task.cancel()
+    await asyncio.gather(*held, return_exceptions=True)
+    model.answers = [caller]
+
+    async def free() -> bool | None:
+        return (await hub.client.post("/v1/chat/completions", json=ASKED)).status_code == 200 or None
+
+    await until("their places are free", 10, free)
+
+
+@pytest.mark.parametrize("url", ["http://HOST:PORT/v1", "http://[::1", "http://127.0.0.1/v1?key=x", "127.0.0.1:80/v1"])
+def test_what_is_no_url_of_a_server_is_told_at_the_start(url: str) -> None:
+    with pytest.raises(Fatal, match="is no URL"):
+        Upstream(url)
 
 
 async def test_a_server_that_is_away_and_a_hub_without_one_are_told(tmp_path: Path, hub: Hub, model: Scripted) -> None:
