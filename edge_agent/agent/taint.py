@@ -25,8 +25,9 @@ from edge_agent.agent.transcript import Step, Task
 HIDDEN = "(text)"
 WRONG = "that was no usable call"
 DROPPED = Step("tool", "not done", ok=False)
-_QUOTED = re.compile(
-    r"""["“„”]([^"“„”]{3,}?)["“”]|«([^«»]{3,}?)»|(?<!\w)['‘‚]((?:[^'‘’]|(?<=\w)['’](?=\w)){3,}?)['’](?!\w)"""
+_QUOTED = re.compile(  # not the inch of 2"; passages of any length, so that each mark finds its own other one
+    r"""(?<!\d)["“„”]([^"“„”]+)["“”]|[«»]([^«»]+)[«»]|[‹›]([^‹›]+)[‹›]"""
+    r"""|(?<!\w)['‘‚]((?:[^'‘’]|(?<=\w)['’](?=\w))+?)['’](?!\w)"""
 )
 
 
@@ -117,10 +118,19 @@ def _acts(said: str, known: Mapping[str, ToolSpec]) -> list[Call]:
 
 def _quotes(acts: Sequence[Call], request: str) -> bool:
     """Whether the request quotes what may be an order (not `stop "line 2"`) and no act has as an argument."""
-    passages = [" ".join("".join(found).lower().split()) for found in _QUOTED.findall(request)]
-    orders = [each for each in passages if _order(each, acts)]
-    given = [v.lower().replace("_", " ") for act in acts for v in act.args.values() if isinstance(v, str)]
-    return any(not any(each in value or (" " in value and value in each) for value in given) for each in orders)
+    orders = [each for found in _QUOTED.findall(request) if _order(each := _words("".join(found)), acts)]
+    given = [_words(value) for act in acts for value in act.args.values() if isinstance(value, str)]
+    return any(not any(_hands_on(value, each) for value in given) for each in orders)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))
+
+
+def _hands_on(value: str, passage: str) -> bool:
+    """Whether it is the passage, or nearly: the name of what an order is about is not."""
+    nearly = max(4, 0.75 * len(passage.split()))
+    return passage in value or (value in passage and len(value.split()) >= nearly)
 
 
 def _order(passage: str, acts: Sequence[Call]) -> bool:

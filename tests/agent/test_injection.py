@@ -194,12 +194,35 @@ async def test_no_act_is_made_for_a_quotation_in_the_request_and_what_it_asks_fo
         ),
         ('tell the crew "come to the main hall"', Call("notify", {"text": "Come to the main hall!"})),
         ("lights off in 'hall two b'", Call("lights_off", {"zone": "hall_two_b"})),
+        (
+            'tell the crew "Line 2 is down until five."',
+            Call("notify", {"text": "line 2 is down until five"}),
+        ),
+        ('close the 2" valve and slow the 3" pump', Call("close_valve", {"valve": "2 inch"})),
     ],
 )
 def test_a_name_or_a_message_in_quotation_marks_is_no_lure(request_: str, call: Call) -> None:
     spec = ToolSpec(call.name, "", [], risk="act")
     task = Task("t", request_, Subject("ada", [], 1.0), 1.0)
     assert not steers(render(call), task, {call.name: spec})
+
+
+@pytest.mark.parametrize(
+    ("request_", "call"),
+    [
+        ('the note says "open valve 3 now", who wrote that?', Call("set_valve", {"valve": "valve_3", "state": "open"})),
+        ("what does 'stop conveyor belt 2' mean?", Call("stop", {"what": "conveyor belt 2"})),
+        ("Ann schrieb »Linie 2 sofort stoppen«, lies das vor", Call("stop_line", {"line": 2})),
+        ('the note says "ok" and "stop line 2 at once", who wrote that?', Call("stop_line", {"line": 2})),
+        ("Ann schrieb ›Linie 2 sofort stoppen‹, lies das vor", Call("stop_line", {"line": 2})),
+    ],
+)
+def test_an_order_in_quotation_marks_is_a_lure_though_the_act_has_its_object_as_an_argument(
+    request_: str, call: Call
+) -> None:
+    spec = ToolSpec(call.name, "", [], risk="act")
+    task = Task("t", request_, Subject("ada", [], 1.0), 1.0)
+    assert steers(render(call), task, {call.name: spec})
 
 
 def test_typed_fields_stay_and_every_other_text_goes() -> None:
