@@ -58,6 +58,8 @@ def chat(
                 made = {"id": called[-1], "type": "function", "function": function}
                 said |= {"content": None, "tool_calls": [*said.get("tool_calls", []), made]}
         messages.append(said)
+    if not specs:  # a server refuses an empty list
+        return {"messages": messages}
     return {"messages": messages, "tools": [_tool(spec) for spec in specs], "parallel_tool_calls": several}
 
 

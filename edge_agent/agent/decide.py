@@ -158,8 +158,8 @@ class Decider:
     async def _hear(self, asked: _Question, speaker: Speaker) -> Step:
         """What one model says; below the threshold, what most of its samples say. Raises OutriderError."""
         task, specs, read, role, deadline, policy = asked
-        like = await self.recall.like(task, specs) if speaker.endpoint else []
         fit = policy.fit(specs, task.text)
+        like = await self.recall.like(task, fit) if speaker.endpoint else []
         request = next_call(speaker, specs, [*like, *read], calls=policy.calls, priority=task.priority, fit=fit)
         pieces = [await self._model.generate(request, max(0.1, deadline - time.monotonic()))]
         said, sure, votes = pieces[0], speaker.calibration.probability(pieces[0]), ""

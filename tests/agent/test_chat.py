@@ -39,6 +39,11 @@ def test_an_endpoint_is_asked_by_messages_and_nothing_of_ours_that_it_cannot_rea
     assert next_call(Speaker("d"), SPECS, []).chat == {}
 
 
+def test_where_no_tool_may_answer_none_is_named_as_servers_refuse_an_empty_list() -> None:
+    asked = next_call(Speaker("d", endpoint=True), SPECS, [Turn("user", "is line 1 slow?")], fit=[])
+    assert asked.chat.keys() == {"messages"}
+
+
 def test_tools_are_told_as_json_schemas() -> None:
     function = chat(SPECS, [])["tools"][0]["function"]
     assert (function["name"], function["description"]) == ("set_speed", "Set the speed of a line.")

@@ -63,6 +63,14 @@ async def test_the_tools_own_examples_are_the_curated_library_the_most_like_last
     assert shown(model) == ["how hot is line 2", "run line 1 at 40 percent"]
 
 
+async def test_a_question_has_no_example_of_an_act_which_is_not_on_offer(store: Store) -> None:
+    model = await ask(store, "t", "is line 1 at 40 percent?", "none()")
+    chat = model.asked[0].chat
+    named = {each["function"]["name"] for each in chat["tools"]}
+    called = {call["function"]["name"] for said in chat["messages"] for call in said.get("tool_calls", [])}
+    assert called <= named, "run line 1 at 40 percent is an order's example"
+
+
 @pytest.mark.parametrize(
     "says",
     [
