@@ -23,7 +23,8 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A language model behind an OpenAI-compatible server: `url` up to and with `/v1`, `model` as that server names it.
 
     The key is read from `key_file`, again for each request, or from the variable `key_env`; it stands nowhere else.
-    With `url = "hub"` it is the fleet's own model (`outrider hub run --models`), by the device's own token.
+    With `url = "hub"` it is the fleet's own model (`outrider hub run --models`), by the device's own token, where and
+    as the hub is reached: `by_proxy`, if there is one.
     """
 
     url: str
@@ -32,6 +33,7 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key_env: str = ""
     ca_file: str = ""
     timeout_s: float = 60.0
+    by_proxy: bool = False
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)

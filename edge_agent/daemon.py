@@ -94,7 +94,8 @@ class Daemon:
         self._workers = {role: WorkerProcess.engine(role, env=env) for role in ROLES.values()}
         if settings.endpoints:
             keys = {e.key_env: os.environ[e.key_env] for e in settings.endpoints.values() if e.key_env in os.environ}
-            self._workers[ENDPOINT] = WorkerProcess.engine(ENDPOINT, env=keys)
+            proxies = {name: url for name, url in os.environ.items() if name.lower().endswith("_proxy")}
+            self._workers[ENDPOINT] = WorkerProcess.engine(ENDPOINT, env=keys | proxies)
         self._hosting = Hosting(self._workers, settings.order(), settings.adapter, env)
         self._workers["tools"] = WorkerProcess(
             "tools", self._runner(), answer=self._hosting.infer, grace_s=0, env=_for_tools(os.environ)
@@ -114,8 +115,8 @@ class Daemon:
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
         self._history = History(state / "history.db")
         self._telemetry = Telemetry(runner, outbox, state, *rhythm, settings.sample, self._history)
-        trusted = https.verify(https.given(settings.ca)[0] or identity.ca)
-        self._http = hub_client(settings.hub or identity.hub, trusted)
+        self._hub = settings.hub or identity.hub, https.given(settings.ca)[0] or identity.ca
+        self._http = hub_client(self._hub[0], https.verify(self._hub[1]))
         self.blobs = Blobs(state / "blobs", outbox, self._http, self._token, settings.blobs_mb << 20)
         self._inbox.limit = settings.jobs
         enrolled, downloads, trust = identity.enrolled, Downloads(self._http, self._token), state / "trust"
@@ -309,7 +310,7 @@ class Daemon:
                     _log.error("the endpoint %s gets no token: %s", name, error)
             for name, settings in list(left.items()):
                 try:
-                    made = await asyncio.to_thread(endpoint, name, settings, self._settings.state, self._identity)
+                    made = await asyncio.to_thread(endpoint, name, settings, self._settings.state, *self._hub)
                     await self._switch(name, made)
                     del left[name]
                 except (OutriderError, OSError, ValueError) as error:

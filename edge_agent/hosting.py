@@ -24,7 +24,6 @@ from edge_agent.agent.decide import Speaker
 from edge_agent.agent.ports import WorkerModel
 from edge_agent.config import HUB, Endpoint, Route
 from edge_agent.engines.base import Generate, Piece
-from edge_agent.enrol import Identity
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.serving.limits import available_memory
 from edge_agent.serving.schedule import LOWEST, Serving
@@ -310,15 +309,15 @@ class Hosting:
         await _loading(worker, adapter, lambda: worker.adapt(model, _alias(adapter), adapter.folder, LOAD_S))
 
 
-def endpoint(name: str, settings: Endpoint, state: Path, identity: Identity) -> Installed:
-    """An endpoint of the settings, as a model in a folder below `state`; the hub's is where the device enrolled."""
+def endpoint(name: str, settings: Endpoint, state: Path, hub: str, ca: str) -> Installed:
+    """An endpoint of the settings, as a model in a folder below `state`; `hub` is a URL, `ca` PEM text or empty."""
     folder = state / "endpoints" / name
     folder.mkdir(parents=True, exist_ok=True)
     if settings.url == HUB:
-        ca = folder.with_suffix(".pem")
-        durable.write(ca, identity.ca.encode())
-        url, key = f"{identity.hub.rstrip('/')}/v1", str(folder.with_suffix(".key"))
-        settings = replace(settings, url=url, key_file=key, ca_file=str(ca) if identity.ca else "")
+        pem, key = folder.with_suffix(".pem"), str(folder.with_suffix(".key"))
+        durable.write(pem, ca.encode())
+        url = f"{hub.rstrip('/')}/v1"
+        settings = replace(settings, url=url, key_file=key, ca_file=str(pem) if ca else "", by_proxy=True)
     durable.write(folder / "endpoint.json", msgspec.json.encode(settings))
     return Installed(ENDPOINT, folder, Manifest(name, "1", BundleKind.LLM, scan(folder)))
 

@@ -65,8 +65,8 @@ class OpenaiModel:
             raise Refused(f"the endpoint {path.name} cannot be set up: {error}", "see its settings") from error
         self._headers()
         self._loop = asyncio.new_event_loop()
-        limits = httpx.Timeout(None, connect=_CONNECT_S)
-        self._client = httpx.AsyncClient(base_url=endpoint.url, timeout=limits, verify=tls, trust_env=False)
+        how: dict[str, Any] = {"verify": tls, "trust_env": endpoint.by_proxy}
+        self._client = httpx.AsyncClient(base_url=endpoint.url, timeout=httpx.Timeout(None, connect=_CONNECT_S), **how)
         digest, extra = content_digest(scan(path)), {"timeout_s": endpoint.timeout_s}
         load_s = time.perf_counter() - started
         self.info = EngineInfo("openai", endpoint.url, endpoint.model, digest, load_s, extra)

@@ -190,8 +190,8 @@ async def test_the_token_is_made_anew_when_the_clock_was_set(tmp_path: Path, mon
 
     async def switch(*_: object) -> None: ...
 
-    identity = SimpleNamespace(hub="http://127.0.0.1:9", ca="")
-    part = SimpleNamespace(_settings=settings, _identity=identity, _switch=switch, _token=lambda _: f"at {now[0]:.0f}")
+    hub = ("http://127.0.0.1:9", "")
+    part = SimpleNamespace(_settings=settings, _hub=hub, _switch=switch, _token=lambda _: f"at {now[0]:.0f}")
     running = asyncio.create_task(daemon.Daemon._set_up(cast("daemon.Daemon", part)))
     try:
         for at in (1000.0, 900_000.0, 901_801.0, 5000.0):
@@ -205,3 +205,20 @@ async def test_the_token_is_made_anew_when_the_clock_was_set(tmp_path: Path, mon
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+def test_a_device_reaches_the_fleets_model_where_its_hub_is_now_and_through_its_proxy(tmp_path: Path) -> None:
+    device = DaemonProcess(tmp_path / "press-1", hub="http://old.invalid")
+    with server(stream(says("Good day"), says("", "stop"), DONE)) as proxy:  # asked for whole URLs, as one is
+        config = tmp_path / "agent.toml"
+        at = f'hub = "http://moved.invalid"\nproxy = "{proxy.url.removesuffix("/v1")}"\n'
+        config.write_text(at + '[endpoints.fleet]\nurl = "hub"\nmodel = "big"\n')
+        try:
+            device.start("--config", str(config))
+            seen("the endpoint", lambda: device.status()["models"].get("fleet", {}).get("engine"))
+            said = device.ask("POST", "/v1/chat/completions", ASKED | {"model": "fleet"})
+            assert said.json()["choices"][0]["message"]["content"] == "Good day", said.text
+            assert proxy.asked[-1][0] == "http://moved.invalid/v1/chat/completions"
+            assert device.end() == 0
+        finally:
+            device.end(signal.SIGKILL)
