@@ -172,9 +172,11 @@ class Work:
     async def _run(self, job: Job, again: bool) -> None:
         self.current = job.id
         self.asks.pop(job.id, None)
+        broke = True
         try:
             await self._watch.begin(job, again, self._clock())
             state, result, error = await self._do(job, again)
+            broke = False
         except OutriderError as problem:
             state, result, error = JobState.FAILED, {}, str(problem)
         except Exception as problem:  # noqa: BLE001 - no job may stop the daemon, and again after each restart
@@ -186,6 +188,8 @@ class Work:
             state, why = JobState.CANCELLED, self._watch.ending[job.id]
             error = error if error.startswith(why) else f"{why}: {error}"
             self.asks.pop(job.id, None)
+            broke = True
+        if broke:  # its transcript ends as it does, with all that came
             await _until_stored(lambda: self._watch.settle(job.id, error[:MAX_ERROR], self._clock()))
         if state is JobState.RUNNING:
             self._waiting[job.id] = job, result["until"]

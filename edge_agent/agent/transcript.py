@@ -234,7 +234,7 @@ class Transcripts:
         return doing
 
     async def _write(self, task: Task, tail: _Tail, last: Step | None = None, head: bytes = b"") -> None:
-        """Write what is not on disk yet; a `last` step that cannot be is taken back."""
+        """Write what is not on disk yet; a `last` step that cannot be is taken back, but for what came of a call."""
         async with tail.turn:
             steps, first, state = list(tail.steps), tail.first, task.state
 
@@ -250,7 +250,7 @@ class Transcripts:
                 if steps or head:
                     await self._store.write(work)
             except BaseException:
-                for kept in (tail.steps, task.steps) if last else ():
+                for kept in (tail.steps, task.steps) if last and last.role != "tool" else ():
                     del kept[next(n for n, step in enumerate(kept) if step is last)]
                 raise
             tail.first += len(steps)

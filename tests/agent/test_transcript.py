@@ -95,6 +95,23 @@ async def test_a_reading_that_found_the_disk_full_is_written_with_the_next_step_
     assert [step.text for step in kept.steps] == ["read", "now"] == told
 
 
+async def test_what_came_of_an_act_stays_when_the_disk_is_full_and_is_told_when_it_no_longer_is(store: Full) -> None:
+    transcripts, told = Transcripts(store), list[str]()
+    transcripts.beside = lambda _db, _task, step: told.append(step.text)
+    task = await transcripts.add(Task("t", "x", ADA, 1.0))
+    await transcripts.append(task, Step("intent", "press"))
+    store.full = True
+    with pytest.raises(Retry):
+        await transcripts.append(task, Step("tool", "pressed"))
+    store.full = False
+    seen = await transcripts.get("t")
+    assert seen is not None
+    assert [step.text for step in seen.steps] == ["press", "pressed"]
+    await transcripts.save(seen)
+    assert await Transcripts(store).get("t") == seen
+    assert told == ["press", "pressed"]
+
+
 async def test_whoever_asks_meanwhile_sees_every_step_once(store: Full) -> None:
     transcripts = Transcripts(store)
     task = await transcripts.add(Task("t", "x", ADA, 1.0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from edge_agent.agent.tool import tool
 from edge_agent.agent.transcript import Transcripts, migrations
 from edge_agent.audit import Audit
 from edge_agent.errors import Refused, Retry
-from edge_agent.store import Store
+from edge_agent.store import Connection, Store
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Outbox
 from edge_agent.wire.grants import Subject
@@ -36,9 +36,9 @@ def double(number: int) -> int:
 class Rig:
     """A device's work with its real journal."""
 
-    def __init__(self, store: Store, outbox: Outbox, tools: LocalTools) -> None:
+    def __init__(self, store: Store, outbox: Outbox, tools: LocalTools, *says: str) -> None:
         self.store, self.inbox, self.transcripts = store, Inbox(store, outbox), Transcripts(store)
-        loop = AgentLoop(ScriptedModel(), tools, self.transcripts, lambda *_: True)
+        loop = AgentLoop(ScriptedModel(*says), tools, self.transcripts, lambda *_: True)
         self.work = Work(self.inbox, loop, self.transcripts, tools, Audit(store, outbox), lambda *_: True)
 
     async def end_of(self, id: str) -> JobReport:
@@ -134,6 +134,40 @@ async def test_a_task_that_finds_the_queue_full_leaves_nothing_behind(tmp_path: 
         id = await made.work.submit("twice 2", Subject("ann", ["operator"], 1.0))
         assert await made.store.read(lambda db: db.execute(counts).fetchone()) == (1, 1, 2, 1)
         assert (await made.work.task(id)) is not None
+
+
+async def test_a_task_that_the_full_disk_ends_has_its_end_and_its_effect_in_the_transcript(tmp_path: Path) -> None:
+    class Full(Store):
+        full = False
+
+        async def write(self, work: Callable[[Connection], Any], durable: bool = True) -> Any:
+            if self.full:
+                raise Retry("the disk is full")
+            return await super().write(work, durable)
+
+    store = Full(tmp_path / "s.db", migrations)
+
+    @tool(risk="act", idempotent=False)
+    def press() -> str:
+        """Press a button, and have a full disk."""
+        store.full = True
+        asyncio.get_running_loop().call_later(0.2, lambda: setattr(store, "full", False))
+        return "pressed"
+
+    try:
+        outbox = await Outbox.open(store)
+        made = Rig(store, outbox, LocalTools(press), "press()")
+        id = await made.work.submit("press it", Subject("ann", ["operator"], 1.0))
+        report = await made.end_of(id)
+        kept = await Transcripts(store).get(id)
+        assert kept is not None
+        assert (report.state, kept.state, kept.error) == (JobState.FAILED, "failed", report.error)
+        assert "the disk is full" in kept.error
+        assert [(step.role, step.text) for step in kept.steps][-1] == ("tool", "pressed")
+        lines = b"\n".join(line for part in await outbox.batches(0, 9) for line in part.lines)
+        assert lines.count(b'"call":"press()"') == 1, "in the audit, once"
+    finally:
+        store.close()
 
 
 async def test_a_conversation_goes_on_through_the_api_and_through_jobs(tmp_path: Path) -> None:
