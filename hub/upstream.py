@@ -1,24 +1,28 @@
 """The fleet's own language model: an OpenAI-compatible server that devices reach through the hub by their own tokens.
 
 Invariants: the server's key stays here, and what it says of that key too; at most CONCURRENT requests go at a time, one
-more is 429; an answer is passed on as it comes, at most MAX_BYTES of it; redirects are not followed.
+more is 429, and who takes nothing for TAKE_S is cut off; an answer is passed on as it comes, at most MAX_BYTES of it;
+redirects are not followed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 
 import httpx
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from hub.errors import Fatal, Refused
 
 CONCURRENT = 16
 MAX_BYTES = 4 << 20
 TIMEOUT = httpx.Timeout(120.0, connect=5.0)
+TAKE_S = 30.0
+_log = logging.getLogger(__name__)
 
 
 class Upstream:
@@ -74,8 +78,14 @@ class _Passed(StreamingResponse):
         self._upstream, self._answer = upstream, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def within(message: Message) -> None:
+            async with asyncio.timeout(TAKE_S):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, within)
+        except* (TimeoutError, httpx.HTTPError) as problems:  # what is not whole is closed with no end
+            _log.warning("an answer of the fleet's model is cut off: %r", problems.exceptions[0])
         finally:
             await self._upstream._done(self._answer)
 

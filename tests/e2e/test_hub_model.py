@@ -12,10 +12,12 @@ from typing import Any, cast
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from bench.fleet import Hub, running, until
 from edge_agent import daemon
 from edge_agent.config import Endpoint
+from hub import upstream
 from hub.errors import Fatal
 from hub.upstream import CONCURRENT, Upstream
 from tests.e2e.daemon_process import DaemonProcess
@@ -146,6 +148,28 @@ async def test_who_leaves_before_the_answer_begins_gives_the_place_back(hub: Hub
         return (await hub.client.post("/v1/chat/completions", json=ASKED)).status_code == 200 or None
 
     await until("their places are free", 10, free)
+
+
+async def test_who_takes_nothing_of_an_answer_is_cut_off_and_gives_the_place_back(
+    model: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream, "TAKE_S", 0.05)
+    model.answers = [stream(says("Good day"), DONE)]
+    fleet, never, body = Upstream(model.url), asyncio.Event(), [{"type": "http.request", "body": b"{}"}]
+
+    async def receive() -> Any:
+        if not body:
+            await never.wait()
+        return body.pop()
+
+    async def full(_: Any) -> None:
+        await never.wait()
+
+    scope = {"type": "http", "method": "POST", "headers": [], "asgi": {"spec_version": "2.3"}}
+    async with asyncio.timeout(10):
+        await (await fleet.pass_on(Request(scope, receive), "chat/completions"))(scope, receive, full)
+    assert fleet._active == 0
+    await fleet.close()
 
 
 @pytest.mark.parametrize("url", ["http://HOST:PORT/v1", "http://[::1", "http://127.0.0.1/v1?key=x", "127.0.0.1:80/v1"])
