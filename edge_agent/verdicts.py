@@ -44,8 +44,10 @@ class Verdicts:
                 raise Refused(f"there is no task {id}", "GET /v1/tasks shows which wait")
             step = self._approvals.give(task, told, given, subject, self._clock())
             await self._audit.append("approve" if given else "deny", subject.name, task=id, call=told)
-            await self._transcripts.append(task, step)
-            self.approved.add(id)
+            try:
+                await self._transcripts.append(task, step)
+            finally:  # who asked may have left: the answer is written all the same
+                self.approved.add(id)
         return task, given
 
     async def undo(self, args: dict[str, Any], subject: Subject) -> dict[str, Any]:

@@ -276,6 +276,25 @@ async def test_of_a_yes_and_a_no_at_once_one_counts(tmp_path: Path) -> None:
         assert made.purged == [2]
 
 
+async def test_an_approval_whose_caller_leaves_while_it_is_written_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with device(tmp_path, "purge(line=2)", "none()") as made:
+        id, append = await ask(made), made.transcripts.append
+
+        async def leaving(*given: Any) -> None:
+            monkeypatch.undo()
+            approving.cancel()
+            await append(*given)
+
+        monkeypatch.setattr(made.transcripts, "append", leaving)
+        approving = asyncio.create_task(made.approve(id))
+        with pytest.raises(asyncio.CancelledError):
+            await approving
+        assert (await made.until(id, "succeeded", "failed")).state == "succeeded"
+        assert made.purged == [2]
+
+
 async def test_a_caller_cancelled_during_a_commit_leaves_the_transcript_whole(tmp_path: Path) -> None:
     store = Store(tmp_path / "s.db", migrations)
     transcripts = Transcripts(store)
