@@ -1,5 +1,8 @@
 """Liveness and readiness, open to everybody."""
 
+import logging
+
+import sqlalchemy as sa
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
@@ -7,6 +10,7 @@ from hub.api.guard import Hub
 from hub.api.problems import problem
 
 router = APIRouter(tags=["health"])
+log = logging.getLogger(__name__)
 
 
 @router.get("/healthz", summary="Is the process there?")
@@ -16,7 +20,11 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz", summary="Can it do its work: database and broker?")
 async def readyz(hub: Hub) -> JSONResponse:
-    await hub.auth.users()
+    try:
+        await hub.auth.users()
+    except sa.exc.SQLAlchemyError as error:
+        log.warning("the database gives nothing: %s", error)
+        return problem(503, f"the database gives nothing: {type(error).__name__}", "does it run? the log says more")
     if hub.db.failing:
         return problem(503, f"the database takes nothing: {hub.db.failing}", "is the disk full or read-only?")
     if not hub.session.connected:
