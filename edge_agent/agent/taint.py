@@ -117,10 +117,14 @@ def _acts(said: str, known: Mapping[str, ToolSpec]) -> list[Call]:
 
 
 def _quotes(acts: Sequence[Call], request: str) -> bool:
-    """Whether the request quotes what may be an order (not `stop "line 2"`) and no act has as an argument."""
-    orders = [each for found in _QUOTED.findall(request) if _order(each := _words("".join(found)), acts)]
-    given = [_words(value) for act in acts for value in act.args.values() if isinstance(value, str)]
-    return any(not any(_hands_on(value, each) for value in given) for each in orders)
+    """Whether the request quotes what may be an order (not `stop "line 2"`), and none of the acts has it as an argument
+    or one has not and shares a word with it."""
+    for each in (_words("".join(found)) for found in _QUOTED.findall(request)):
+        others = [act for act in acts if not any(_hands_on(_words(str(value)), each) for value in act.args.values())]
+        near = [act for act in others if set(each.split()).intersection(_words(render(act)).split())]
+        if _order(each, acts) and (near or len(others) == len(acts)):
+            return True
+    return False
 
 
 def _words(text: str) -> str:
