@@ -79,11 +79,14 @@ class Work:
 
     async def run(self) -> None:
         """Finish what the last process left, then take what comes until cancelled, and watch for triggers."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._queue(), name="jobs")
-            group.create_task(self.triggers.run(), name="triggers")
-            group.create_task(self._resume(), name="approved")
-            group.create_task(self._intake.schedule.run(), name="schedule")
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._queue(), name="jobs")
+                group.create_task(self.triggers.run(), name="triggers")
+                group.create_task(self._resume(), name="approved")
+                group.create_task(self._intake.schedule.run(), name="schedule")
+        finally:
+            await self._transcripts.settled()  # before the store is closed
 
     async def _queue(self) -> None:
         for job in await _until_stored(self._inbox.interrupted):

@@ -222,6 +222,11 @@ class Transcripts:
         tail = self._tails.setdefault(task.id, _Tail(len(task.steps)))
         await asyncio.shield(self._begun(self._write(task, tail, head=_head(task))))
 
+    async def settled(self) -> None:
+        """All that was begun is written, or cannot be."""
+        while self._doing:
+            await asyncio.wait(self._doing)
+
     def _whole(self, task: Task | None) -> Task | None:
         if task is not None and (tail := self._tails.get(task.id)):
             task.steps[tail.first :] = tail.steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from edge_agent.agent import prompt
 from edge_agent.agent.loop import AgentLoop
 from edge_agent.agent.tool import tool
-from edge_agent.agent.transcript import Transcripts, migrations
+from edge_agent.agent.transcript import Step, Task, Transcripts, migrations
 from edge_agent.audit import Audit
 from edge_agent.errors import Refused, Retry
 from edge_agent.store import Connection, Store
@@ -168,6 +169,31 @@ async def test_a_task_that_the_full_disk_ends_has_its_end_and_its_effect_in_the_
         assert lines.count(b'"call":"press()"') == 1, "in the audit, once"
     finally:
         store.close()
+
+
+async def test_what_came_back_while_the_daemon_ends_is_on_disk_when_it_has_ended(tmp_path: Path) -> None:
+    async with rig(tmp_path / "s.db") as made:
+        task = await made.transcripts.add(Task("t", "x", Subject("ann", ["operator"], 1.0), 1.0))
+        writing, go = threading.Event(), threading.Event()
+
+        def slowly(*_: object) -> None:
+            writing.set()
+            go.wait(5)
+
+        made.transcripts.beside = slowly
+        running = asyncio.create_task(made.work.run())
+        first = asyncio.create_task(made.transcripts.append(task, Step("tool", "first")))
+        await asyncio.to_thread(writing.wait, 5)
+        second = asyncio.create_task(made.transcripts.append(task, Step("tool", "second")))
+        await asyncio.sleep(0.01)
+        threading.Timer(0.1, go.set).start()
+        for each in (first, second, running):
+            each.cancel()
+        await asyncio.wait([first, second, running])
+    async with rig(tmp_path / "s.db") as after:
+        kept = await after.transcripts.get("t")
+        assert kept is not None
+        assert [step.text for step in kept.steps] == ["first", "second"]
 
 
 async def test_a_conversation_goes_on_through_the_api_and_through_jobs(tmp_path: Path) -> None:
