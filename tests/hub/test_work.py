@@ -23,9 +23,9 @@ def job(**result: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("number", [HUGE, -HUGE, 1e308, "7", None, [1]])
 def test_no_number_that_a_device_sends_breaks_a_page(number: Any) -> None:
-    step = {"role": "call", "call": "stop()", "ts": number, "ms": number, "prompt_tokens": number, "tokens": number}
-    call = {"call": "stop(line=2)", "result": "stopped", "ms": number}
-    told = job(calls=[call], decisions=[{"ms": number}, {"ms": 40}, {"ms": 2.0}], steps=[step])
+    said = {"role": "model", "text": "stop(line=2)", "ts": number, "ms": number, "prompt_tokens": number}
+    made = {"role": "tool", "call": "stop(line=2)", "text": "stopped", "ts": number, "ms": number, "tokens": number}
+    told = job(steps=[said | {"tokens": number}, made])
     assert "stop(line=2)" in work.card(told)
     assert job_row(told)["did"]["text"] == "stop(line=2) → stopped"
     bodies = [{"load": number}, {"tool": "read", "args": {}, "result": number}, {"load": 1}]
@@ -34,7 +34,8 @@ def test_no_number_that_a_device_sends_breaks_a_page(number: Any) -> None:
 
 
 def test_a_number_that_is_none_is_left_out_of_the_sum() -> None:
-    assert work.decided_ms(job(decisions=[{"ms": HUGE}, {"ms": "7"}, {"ms": 40}, {"ms": 2.0}])) == 42.0
+    decisions: list[dict[str, Any]] = [{"ms": HUGE}, {"ms": "7"}, {"ms": 40}, {"ms": 2.0}]
+    assert work.decided_ms(job(steps=[{"role": "model", **each} for each in decisions])) == 42.0
 
 
 async def test_a_word_that_the_device_turned_down_can_be_given_again(hub: Hub) -> None:
