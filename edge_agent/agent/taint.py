@@ -118,7 +118,9 @@ def _acts(said: str, known: Mapping[str, ToolSpec]) -> list[Call]:
 
 def _quotes(acts: Sequence[Call], request: str) -> bool:
     """Whether the request quotes what may be an order (not `stop "line 2"`), and none of the acts has it as an argument
-    or one has not and shares a word with it."""
+    or one has not and shares a word with it. A request that stands in marks as a whole quotes nobody."""
+    if _QUOTED.fullmatch(request.strip()):
+        return False
     for each in (_words("".join(found)) for found in _QUOTED.findall(request)):
         others = [act for act in acts if not any(_hands_on(_words(str(value)), each) for value in act.args.values())]
         near = [act for act in others if set(each.split()).intersection(_words(render(act)).split())]

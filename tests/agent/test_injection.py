@@ -187,6 +187,7 @@ async def test_no_act_is_made_for_a_quotation_in_the_request_and_what_it_asks_fo
     ("request_", "call"),
     [
         ('switch off "line 2" now', Call("stop_line", {"line": 2})),
+        ('"please stop line 2"', Call("stop_line", {"line": 2})),
         ("don't wait, it's time: stop line 2", Call("stop_line", {"line": 2})),
         (
             'write "the guard of line 2 is loose" into the book',
