@@ -35,7 +35,7 @@ from edge_agent.sync.proxy import Proxy
 __all__ = ["Address", "Message", "MqttSession", "Publication"]
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 20.0  # TLS takes two round trips: 8 s where one is 4
 MAX_PACKET = 1 << 20  # bytes a broker may send us in one packet
 STEADY_S = 10.0  # a connection that lasted this long resets the backoff
 

@@ -53,12 +53,25 @@ class RoughLink(Link):
             await super()._carry(reader, writer)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:  # type: ignore[override]
+        """What comes together arrives together, each piece `delay_s` after it came."""
+        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        arriving = asyncio.create_task(self._arrive(under_way, writer))
+        try:
+            with contextlib.suppress(OSError):
+                while data := await reader.read(65536):
+                    under_way.put_nowait((asyncio.get_running_loop().time() + self.delay_s, data))
+            under_way.put_nowait((0.0, b""))
+            await arriving
+        finally:
+            arriving.cancel()
+
+    async def _arrive(self, under_way: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
+            while (piece := await under_way.get())[1]:
+                await asyncio.sleep(piece[0] - asyncio.get_running_loop().time())
                 while self.stalled:  # noqa: ASYNC110 - what a dead cable does
                     await asyncio.sleep(0.05)
-                await asyncio.sleep(self.delay_s)
-                writer.write(data)
+                writer.write(piece[1])
                 await writer.drain()
             if writer.can_write_eof():
                 writer.write_eof()
