@@ -23,11 +23,8 @@ AGING_S = 1.0
 WAITING, WAITING_BYTES = 64, 256 * 1024 * 1024
 LOWEST = 3
 _WEIGHT = 0.1  # of the newest value in an average, once there are as many
-_SPELL, _LEAST, _REST = (
-    12,
-    4,
-    40.0,
-)  # rows and runs of a way that is tried, how many times as long the best is kept then
+_SPELL, _LEAST = 12, 4  # rows and runs of a way that is tried
+_REST = 40.0  # how many times as long the best one is kept then
 _BETTER = 0.97  # the share of the best way's time that another must take less than: noise is no reason to change
 T = TypeVar("T")
 
