@@ -75,9 +75,8 @@ class Draft(msgspec.Struct, frozen=True, gc=False):
 class _Block(msgspec.Struct, gc=False):
     first: int
     priority: int
-    expires: tuple[float, float] | None  # the first line's, the latest
+    expires: float | None  # the latest
     lines: list[bytes]
-    size: int
 
 
 class _State(msgspec.Struct):
@@ -256,12 +255,12 @@ class Outbox:
         blocks = _blocks(first, drafts, stored_priority)
         for block in blocks:
             last, lines = block.first + len(block.lines) - 1, b"\n".join(block.lines)
-            expires = None if block.expires is None else block.expires[1]
-            values = (block.first, last, block.priority, expires, lines)
+            values = (block.first, last, block.priority, block.expires, lines)
             db.execute("INSERT INTO outbox VALUES (?, ?, ?, ?, ?)", values)
             state.last_seq = last
             state.bytes += len(lines)
-            self._next_expiry = min(self._next_expiry, math.inf if expires is None else expires)
+            if block.expires is not None:
+                self._next_expiry = min(self._next_expiry, block.expires)
         state.rows += state.last_seq - first + 1
         db.execute("UPDATE outbox_state SET last_seq = ?", [state.last_seq])
         if stored_priority is None and (state.rows > self._limits.rows or state.bytes > self._limits.bytes):
@@ -408,24 +407,22 @@ class Outbox:
 
 def _blocks(first: int, drafts: Iterable[Draft], stored_priority: int | None) -> list[_Block]:
     blocks = list[_Block]()
+    block, room, begun = None, 0, None
     for seq, draft in enumerate(drafts, first):
         line, expires = b'{"seq":%d%b' % (seq, draft.tail), draft.expires
-        size, priority = len(line) + 1, draft.priority if stored_priority is None else stored_priority
-        block = blocks[-1] if blocks else None
-        if block is None or block.size + size > BLOCK or block.priority != priority or _apart(block, expires):
-            block = _Block(seq, priority, None if expires is None else (expires, expires), [], 0)
+        priority = draft.priority if stored_priority is None else stored_priority
+        room -= len(line) + 1
+        if block is None or room < 0 or block.priority != priority or (expires != begun and _apart(begun, expires)):
+            block, room, begun = _Block(seq, priority, expires, []), BLOCK - len(line) - 1, expires
             blocks.append(block)
         block.lines.append(line)
-        block.size += size
-        if block.expires and expires is not None:
-            block.expires = block.expires[0], max(block.expires[1], expires)
+        if expires is not None and expires != begun:
+            block.expires = max(block.expires or expires, expires)
     return blocks
 
 
-def _apart(block: _Block, expires: float | None) -> bool:
-    if expires is None or block.expires is None:
-        return (expires is None) != (block.expires is None)
-    return abs(expires - block.expires[0]) > _SECOND
+def _apart(a: float | None, b: float | None) -> bool:
+    return a is None or b is None or abs(a - b) > _SECOND
 
 
 def _enough(lines: bytes, rows: int, size: int) -> int:

@@ -87,11 +87,9 @@ def decode_records(header: Header, payload: bytes, content_type: str = CONTENT_T
     text = unpack(payload)
     try:
         records = _decoder.decode_lines(text)
-        lines = text.split(b"\n")
-        one_each = len(lines) == len(records)  # else a record may stretch over lines
-        if not one_each or any(line.count(b"{") + line.count(b"[") > MAX_DEPTH for line in lines):
-            for record in records:
-                check_depth(record.body)
+        opened = text.count(b"{") + text.count(b"[") - 2 * len(records)  # beyond each record and its body
+        if opened + 2 > MAX_DEPTH:
+            _check_depth(text, records)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Undecodable(f"not records: {error}") from None
     seq = header.first - 1
@@ -100,6 +98,14 @@ def decode_records(header: Header, payload: bytes, content_type: str = CONTENT_T
             raise Undecodable(f"seq {record.seq} after {seq} in a batch of {header.first} to {header.last}")
         seq = record.seq
     return records
+
+
+def _check_depth(text: bytes, records: Sequence[Record]) -> None:
+    lines = text.split(b"\n")
+    one_each = len(lines) == len(records)  # else a record may stretch over lines
+    if not one_each or any(line.count(b"{") + line.count(b"[") > MAX_DEPTH for line in lines):
+        for record in records:
+            check_depth(record.body)
 
 
 def unpack(payload: bytes) -> bytes:
