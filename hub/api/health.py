@@ -26,7 +26,8 @@ async def readyz(hub: Hub) -> JSONResponse:
         log.warning("the database gives nothing: %s", error)
         return problem(503, f"the database gives nothing: {type(error).__name__}", "does it run? the log says more")
     if hub.db.failing:
-        return problem(503, f"the database takes nothing: {hub.db.failing}", "is the disk full or read-only?")
+        log.warning("the database takes nothing: %s", hub.db.failing)
+        return problem(503, "the database takes nothing", "is the disk full or read-only? the log says more")
     if not hub.session.connected:
         reason = str(hub.session.error or "connecting")
         return problem(503, f"no connection to the broker at {hub.address.url}: {reason}", "check --broker")
