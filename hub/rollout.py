@@ -1,6 +1,6 @@
 """The rules of a rollout, pure: a run and what is known of the fleet go in, decisions come out.
 
-Invariants: `tick` moves the run along the two tables below and along nothing else, and equal inputs give equal
+Invariants: `tick` moves the run along the tables of rollout_state and along nothing else; equal inputs give equal
 decisions; a wave opens only when every device of those before it has an end, their soak is over and enough of them
 succeeded: all being at an end is not enough; a wave gives to no more devices than its minimum sample before that sample
 is in, so a failure threshold pauses within it, and then to no more at once than have had their result; at most
@@ -11,161 +11,29 @@ of a rollout that is rolled back is told to go back.
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from enum import StrEnum
-from typing import Any
-
-import msgspec
 
 from hub.errors import Refused
-from hub.rollout_plan import Plan, split
+from hub.rollout_plan import split
+from hub.rollout_state import (
+    ACTIVE,
+    COMMANDS,
+    ENDED,
+    LEFT,
+    MOVING,
+    REPORTED,
+    STATUSES,
+    STEPS,
+    Decision,
+    Place,
+    Run,
+    Seen,
+    Status,
+    Step,
+)
 
 TICK_S = 1.0  # between ticks; what a budget of bytes may be behind
 AT_ONCE = 200  # devices that are told something in a tick
 HISTORY = 16  # entries kept of a device
-
-
-class Status(StrEnum):
-    DRAFT = "draft"
-    SCHEDULED = "scheduled"
-    RUNNING = "running"
-    PAUSED = "paused"
-    SUCCEEDED = "succeeded"
-    ABORTED = "aborted"
-    ROLLED_BACK = "rolled_back"
-
-
-class Step(StrEnum):
-    """Where a device stands."""
-
-    PENDING = "pending"
-    ASSIGNED = "assigned"
-    DOWNLOADING = "downloading"
-    TRYING = "trying"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    MISSED = "missed"  # offline, or silent, for too long
-    SKIPPED = "skipped"
-    SUPERSEDED = "superseded"
-    REVERTING = "reverting"
-    REVERTED = "reverted"
-
-    __hash__ = str.__hash__  # Enum's is slow, and each tick hashes one a device
-
-
-_R, _S = Status, Step
-STATUSES: dict[Status, frozenset[Status]] = {
-    _R.DRAFT: frozenset({_R.SCHEDULED, _R.ABORTED}),
-    _R.SCHEDULED: frozenset({_R.RUNNING, _R.PAUSED, _R.ABORTED}),
-    _R.RUNNING: frozenset({_R.PAUSED, _R.SUCCEEDED, _R.ABORTED, _R.ROLLED_BACK}),
-    _R.PAUSED: frozenset({_R.SCHEDULED, _R.RUNNING, _R.ABORTED, _R.ROLLED_BACK}),
-    _R.SUCCEEDED: frozenset({_R.ROLLED_BACK}),
-    _R.ABORTED: frozenset({_R.ROLLED_BACK}),
-    _R.ROLLED_BACK: frozenset(),
-}
-ENDED = frozenset({_R.SUCCEEDED, _R.ABORTED, _R.ROLLED_BACK})
-ACTIVE = frozenset({_S.ASSIGNED, _S.DOWNLOADING, _S.TRYING})
-MOVING = ACTIVE | {_S.REVERTING}
-LEFT = frozenset({_S.SKIPPED, _S.SUPERSEDED})  # not counted
-_ENDS = frozenset({_S.SUCCEEDED, _S.FAILED, _S.MISSED}) | LEFT
-STEPS: dict[Step, frozenset[Step]] = {
-    _S.PENDING: frozenset({_S.ASSIGNED, _S.MISSED}) | LEFT,
-    _S.ASSIGNED: ACTIVE | _ENDS | {_S.REVERTING},
-    _S.DOWNLOADING: ACTIVE | _ENDS | {_S.REVERTING},
-    _S.TRYING: ACTIVE | _ENDS | {_S.REVERTING},
-    _S.SUCCEEDED: frozenset({_S.FAILED, _S.REVERTING}) | LEFT,
-    _S.FAILED: frozenset({_S.SUCCEEDED, _S.REVERTING}) | LEFT,
-    _S.MISSED: frozenset({_S.PENDING, _S.SUCCEEDED, _S.FAILED, _S.REVERTING}) | LEFT,
-    _S.SKIPPED: frozenset(),
-    _S.SUPERSEDED: frozenset(),
-    _S.REVERTING: frozenset({_S.REVERTED, _S.FAILED, _S.MISSED}) | LEFT,
-    _S.REVERTED: frozenset(),
-}
-REPORTED = {
-    "resolving": _S.DOWNLOADING,
-    "downloading": _S.DOWNLOADING,
-    "committed": _S.SUCCEEDED,
-    "quarantined": _S.FAILED,
-}
-"""A device's own states; others are on the way between download and end, and `failed` is tried again by the device."""
-COMMANDS: dict[str, tuple[frozenset[Status], Status]] = {
-    "pause": (frozenset({_R.SCHEDULED, _R.RUNNING}), _R.PAUSED),
-    "resume": (frozenset({_R.DRAFT, _R.PAUSED}), _R.RUNNING),
-    "abort": (frozenset({_R.DRAFT, _R.SCHEDULED, _R.RUNNING, _R.PAUSED}), _R.ABORTED),
-    "rollback": (frozenset({_R.RUNNING, _R.PAUSED, _R.SUCCEEDED, _R.ABORTED}), _R.ROLLED_BACK),
-    "approve": (frozenset({_R.SCHEDULED, _R.RUNNING, _R.PAUSED}), _R.RUNNING),
-}
-
-
-class Seen(msgspec.Struct, gc=False):
-    """What is known of a device: the hub's part, and what it reported of the bundle."""
-
-    name: str
-    selected: bool = True
-    online: bool = True
-    zone: str = ""
-    wanted: str = ""  # the version it is directed to have
-    version: str = ""  # the one that runs
-    target: str = ""  # the one `state` and `error` are of
-    state: str = ""
-    error: str = ""
-    figures: dict[str, Any] = {}
-
-
-class Place(msgspec.Struct, gc=False):
-    """A device in a rollout; `before` is the version it goes back to, `history` has (when, step, reason)."""
-
-    device: str
-    wave: int
-    step: Step = Step.PENDING
-    reason: str = ""
-    before: str = ""
-    assigned: float = 0.0
-    changed: float = 0.0
-    figures: dict[str, Any] = {}
-    history: list[tuple[float, str, str]] = []
-
-    @property
-    def goes_back(self) -> bool:
-        """Whether it has something to undo."""
-        return bool(self.assigned) and Step.REVERTING in STEPS[self.step]
-
-
-class Run(msgspec.Struct):
-    """A rollout under way. `size`: of the bundle in bytes; `wave`: -1 before it began; `complete`: when that one ended.
-
-    `forgiven` has, by wave, what a person saw before resuming: failed, missed, and how many had a result.
-    """
-
-    id: str
-    plan: Plan
-    size: int = 0
-    status: Status = Status.SCHEDULED
-    reason: str = ""
-    wave: int = -1
-    opened: float = 0.0
-    complete: float = 0.0
-    next_at: float = 0.0
-    joined: bool = False
-    approved: list[int] = []
-    forgiven: dict[int, tuple[int, int, int]] = {}
-    places: dict[str, Place] = {}
-
-    @property
-    def live(self) -> bool:
-        """Whether a tick may still change something."""
-        if self.status not in ENDED:
-            return self.status is not Status.DRAFT
-        moving, back = MOVING | {Step.PENDING}, self.status is Status.ROLLED_BACK
-        return any(p.step in moving or (back and p.goes_back) for p in self.places.values())
-
-
-class Decision(msgspec.Struct, frozen=True, gc=False):
-    """A change of the rollout, or of a device, directed to `version` with it (empty: to none; None: as it is)."""
-
-    device: str
-    to: str
-    reason: str
-    version: str | None = None
 
 
 class _Ticking:
@@ -208,8 +76,7 @@ class _Ticking:
         new = [name for name, seen in self.fleet.items() if seen.selected and name not in run.places]
         if not new:
             return
-        begun = hashlib.sha256(f"{run.id} ".encode())
-        new = [name for _, name in sorted((_ordered(begun, name), name) for name in new)]
+        new.sort(key=lambda name: order(run.id, name))
         sizes = [0] * (len(self.stages) - 1) + [len(new)] if run.joined else split(self.stages, len(new))
         waves = (wave for wave, size in enumerate(sizes) for _ in range(size))
         for name, wave in zip(new, waves, strict=True):
@@ -296,7 +163,7 @@ class _Ticking:
         counts = self.tally()
         for number in range(self.run.wave + 1):
             count, (failed, _, done) = counts[number], self._forgiven(number)
-            failed, done = count[_S.FAILED] - failed, count[_S.FAILED] + count[_S.SUCCEEDED] - done
+            failed, done = count[Step.FAILED] - failed, count[Step.FAILED] + count[Step.SUCCEEDED] - done
             limit = self.plan.rule(self.stages[number], "failure")
             if done and done >= self._sample(number, count) and failed > limit * done:
                 shares = f"{failed} of {done} failed ({failed / done:.1%}, at most {limit:.1%} may)"
@@ -305,7 +172,7 @@ class _Ticking:
 
     def _sample(self, number: int, count: Counter[Step]) -> int:
         """How many results the failure threshold is asked after: all of them in a wave that has no more."""
-        left = count.total() - sum(count[step] for step in (*LEFT, _S.MISSED))
+        left = count.total() - sum(count[step] for step in (*LEFT, Step.MISSED))
         wanted: int = self.plan.rule(self.stages[number], "min_sample")
         return max(1, min(wanted, left - self._forgiven(number)[2]))
 
@@ -320,16 +187,16 @@ class _Ticking:
     def _advance(self, counts: list[Counter[Step]]) -> None:
         run, number = self.run, self.run.wave
         sofar = sum(counts[: number + 1], Counter[Step]())
-        if sofar[_S.PENDING] or any(sofar[step] for step in ACTIVE):
+        if sofar[Step.PENDING] or any(sofar[step] for step in ACTIVE):
             run.complete = 0.0
             return self.turn(Status.RUNNING, "")
         run.complete = run.complete or self.now
         failed, missed, _ = self._forgiven(number)
         count, wave = counts[number], self.stages[number]
         counted = count.total() - sum(count[step] for step in LEFT) - failed - missed
-        share, least = count[_S.SUCCEEDED] / counted if counted else 1.0, self.plan.rule(wave, "success")
+        share, least = count[Step.SUCCEEDED] / counted if counted else 1.0, self.plan.rule(wave, "success")
         if share < least:
-            ended = f"{count[_S.FAILED] - failed} failed, {count[_S.MISSED] - missed} were missed"
+            ended = f"{count[Step.FAILED] - failed} failed, {count[Step.MISSED] - missed} were missed"
             return self.turn(
                 Status.PAUSED, f"wave {number + 1} ended with {share:.1%} success, under {least:.1%}: {ended}"
             )
@@ -343,10 +210,10 @@ class _Ticking:
         self.open(number + 1)
 
     def _end(self, counts: Counter[Step]) -> None:
-        taken = counts[_S.SUPERSEDED]
+        taken = counts[Step.SUPERSEDED]
         more = f"; a newer rollout took over {taken}" if taken else ""
-        to = Status.ABORTED if taken and not counts[_S.SUCCEEDED] else Status.SUCCEEDED
-        self.turn(to, f"{counts[_S.SUCCEEDED]} devices have it{more}")
+        to = Status.ABORTED if taken and not counts[Step.SUCCEEDED] else Status.SUCCEEDED
+        self.turn(to, f"{counts[Step.SUCCEEDED]} devices have it{more}")
 
     def open(self, number: int) -> None:
         self.run.wave, self.run.opened, self.run.complete = number, self.now, 0.0
@@ -376,7 +243,7 @@ class _Ticking:
         sample = {}
         for number in range(run.wave + 1):
             count = counts[number]
-            done = count[_S.FAILED] + count[_S.SUCCEEDED] - self._forgiven(number)[2]
+            done = count[Step.FAILED] + count[Step.SUCCEEDED] - self._forgiven(number)[2]
             wanting = self._sample(number, count) - done
             sample[number] = (wanting if wanting > 0 else done) - active[number]
         run.next_at = max(run.next_at, self.now - TICK_S)
@@ -456,8 +323,8 @@ def command(run: Run, verb: str, by: str, now: float) -> list[Decision]:
     if verb == "resume":
         to = Status.RUNNING if run.wave >= 0 else Status.SCHEDULED
         for number, count in enumerate(at.tally()[: run.wave + 1]):
-            failed, missed = count[_S.FAILED], count[_S.MISSED]
-            run.forgiven = run.forgiven | {number: (failed, missed, failed + count[_S.SUCCEEDED])}
+            failed, missed = count[Step.FAILED], count[Step.MISSED]
+            run.forgiven = run.forgiven | {number: (failed, missed, failed + count[Step.SUCCEEDED])}
     at.turn(to, f"{verb} by {by}")
     return at.decisions
 
@@ -475,10 +342,4 @@ def leave_out(run: Run, device: str, reason: str, now: float) -> None:
 
 def order(run: str, device: str) -> bytes:
     """What devices are sorted by: each rollout has an order of its own, and keeps it."""
-    return _ordered(hashlib.sha256(f"{run} ".encode()), device)
-
-
-def _ordered(begun: Any, device: str) -> bytes:
-    hashed = begun.copy()
-    hashed.update(device.encode())
-    return bytes(hashed.digest())
+    return hashlib.sha256(f"{run} {device}".encode()).digest()

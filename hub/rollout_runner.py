@@ -23,8 +23,9 @@ from hub.db import Database, devices, rollout_devices, rollouts, row_dict, telem
 from hub.devices import Devices
 from hub.errors import Refused
 from hub.registry import Registry
-from hub.rollout import LEFT, TICK_S, Decision, Place, Run, Seen, Status, Step
+from hub.rollout import TICK_S
 from hub.rollout_plan import parse, selects, zone_of
+from hub.rollout_state import LEFT, Decision, Place, Run, Seen, Status, Step
 from hub.twin import Twin, direction, patch_desired
 
 T = TypeVar("T")

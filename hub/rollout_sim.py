@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
-from hub.rollout import ACTIVE, Decision, Run, Seen, Status, Step, command, tick
+from hub.rollout import command, tick
 from hub.rollout_plan import Plan
+from hub.rollout_state import ACTIVE, Decision, Run, Seen, Status, Step
 
 STEP_S = (10.0, 600.0)  # between ticks while something happens, and at most
 LONGEST_S = 120 * 86400.0

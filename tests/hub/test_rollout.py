@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hub.errors import Refused
-from hub.rollout import ACTIVE, ENDED, MOVING, STATUSES, STEPS, Decision, Run, Seen, Status, Step, command, tick
+from hub.rollout import command, tick
 from hub.rollout_plan import Plan, matches, parse, selects, split, zone_of
 from hub.rollout_sim import Model, play, show
+from hub.rollout_state import ACTIVE, ENDED, MOVING, STATUSES, STEPS, Decision, Run, Seen, Status, Step
 
 S = Step
 RESULTS = (S.SUCCEEDED, S.FAILED)
