@@ -25,7 +25,7 @@ from edge_agent.agent.ports import WorkerModel
 from edge_agent.config import HUB, Endpoint, Route
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
-from edge_agent.serving.limits import available_memory
+from edge_agent.machine import available_memory
 from edge_agent.serving.schedule import LOWEST, Serving
 from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.update import probe

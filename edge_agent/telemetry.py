@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from edge_agent import machine
 from edge_agent.agent.calls import Call, CallError, parse, render, validate
 from edge_agent.agent.tool import Param, ToolError, ToolSpec
 from edge_agent.errors import OutriderError, Refused
@@ -58,7 +59,7 @@ class Telemetry:
         self._tools, self._outbox, self._state, self._history = tools, outbox, state, history
         self._changed = asyncio.Event()
         self.configure(interval_s, ttl_s, sample)
-        self._cpu = _cpu_times()
+        self._cpu = machine.cpu_times()
         self._trouble = Trouble(_log, "no sample this time")
         self._failing: dict[str, Trouble] = {}
 
@@ -125,9 +126,9 @@ class Telemetry:
         self._failing.setdefault(text, Trouble(_log, f"sample {text}")).tell(error)
 
     def _health(self) -> dict[str, Any]:
-        before, self._cpu = self._cpu, _cpu_times()
+        before, self._cpu = self._cpu, machine.cpu_times()
         busy, total = (now - then for now, then in zip(self._cpu, before, strict=True))
-        free = memory()
+        free = machine.memory()
         disk = shutil.disk_usage(self._state)
         return {
             "cpu_percent": round(100 * busy / total, 1) if total else 0.0,
@@ -162,15 +163,3 @@ def _call(text: str) -> Call:
     if not isinstance(call, Call):
         raise Refused(f"sample {text!r} is not a call", 'such as read_sensor(sensor="speed", line=1)')
     return call
-
-
-def _cpu_times() -> tuple[int, int]:
-    """Busy and total jiffies since boot (proc_stat(5))."""
-    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    return sum(fields) - fields[3] - fields[4], sum(fields)
-
-
-def memory() -> dict[str, int]:
-    """KiB by name (proc_meminfo(5))."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    return {parts[0].rstrip(":"): int(parts[1]) for parts in lines if len(parts) > 1}

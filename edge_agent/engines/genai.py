@@ -32,8 +32,8 @@ from llguidance import LLMatcher, LLTokenizer
 from edge_agent.engines.adapters import read_adapter, write_parameters
 from edge_agent.engines.base import EngineInfo, Generate, Piece, Token, check_request
 from edge_agent.engines.guess import Guesser
-from edge_agent.engines.providers import cpu_count
 from edge_agent.errors import Refused, Retry
+from edge_agent.machine import cpu_count
 from edge_agent.wire.bundle import content_digest, scan
 
 _CHUNK = 128  # tokens of a prompt read at once

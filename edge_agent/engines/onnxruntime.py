@@ -27,8 +27,9 @@ import onnxruntime as ort
 
 from edge_agent.engines.base import EngineInfo
 from edge_agent.engines.binding import Binding
-from edge_agent.engines.providers import CPU, CUDA, RTX, TENSORRT, cpu_count, fix, give
+from edge_agent.engines.providers import CPU, CUDA, RTX, TENSORRT, fix, give
 from edge_agent.errors import Fatal, Refused, Retry
+from edge_agent.machine import cpu_count
 from edge_agent.wire.bundle import FileEntry, content_digest, scan, sha256_file
 from edge_agent.wire.tensor import Tensor
 

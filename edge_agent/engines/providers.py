@@ -6,7 +6,6 @@ with the command that mends it; that a provider is listed proves nothing, an inf
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from importlib import import_module
@@ -68,21 +67,3 @@ def _devices(provider: str, plugin: str) -> list[Any] | None:
     if not devices:
         raise Refused(f"{provider} finds no GPU that it runs on", fix([provider]))
     return devices
-
-
-def cpu_count(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """CPUs this process may use: its affinity, and the smallest quota of its cgroup and those above, rounded up."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        group = cgroups / own.read_text().rpartition("::")[2].strip().lstrip("/")
-    except OSError:
-        return count
-    for folder in [group, *group.parents]:
-        if not folder.is_relative_to(cgroups):
-            break
-        try:
-            quota, period = (folder / "cpu.max").read_text().split()
-            count = count if quota == "max" else max(1, min(count, math.ceil(int(quota) / int(period))))
-        except (OSError, ValueError):
-            continue
-    return count

@@ -24,10 +24,10 @@ from typing import Any
 
 from edge_agent.engines.base import EngineInfo, Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.machine import ending, oom_kills
 from edge_agent.rhythm import tick
 from edge_agent.serving import frames
 from edge_agent.serving.frames import Arena, AsyncChannel, BadFrame, Message
-from edge_agent.serving.limits import ending, oom_kills
 from edge_agent.serving.schedule import NORMAL, Serving
 from edge_agent.wire.tensor import Tensor
 

@@ -15,10 +15,11 @@ from edge_agent.engines.base import ACCELERATOR, BUILD, ENGINES
 from edge_agent.engines.choose import PROFILE, Upgrade, choose, profile_of
 from edge_agent.engines.engine_cache import EngineCache
 from edge_agent.engines.onnxruntime import OnnxNetwork
-from edge_agent.engines.providers import CPU, CUDA, PROVIDERS, RTX, TENSORRT, cpu_count
+from edge_agent.engines.providers import CPU, CUDA, PROVIDERS, RTX, TENSORRT
 from edge_agent.engines.tensorrt import engine_for
 from edge_agent.engines.tensorrt_build import Report, contents
 from edge_agent.errors import Fatal, OutriderError, Refused
+from edge_agent.machine import cpu_count
 from edge_agent.serving.frames import Served
 from edge_agent.wire.tensor import Tensor
 from tests.conformance.test_networks import affine, floats, gpu, values

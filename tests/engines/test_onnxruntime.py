@@ -155,8 +155,7 @@ def test_a_model_that_no_guessed_size_fits_needs_a_probe(tmp_path: Path) -> None
 def test_threads_follow_the_affinity_of_the_process() -> None:
     cpu = min(os.sched_getaffinity(0))
     program = (
-        f"import os; os.sched_setaffinity(0, {{{cpu}}})\n"
-        "from edge_agent.engines.providers import cpu_count; print(cpu_count())"
+        f"import os; os.sched_setaffinity(0, {{{cpu}}})\nfrom edge_agent.machine import cpu_count; print(cpu_count())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "1"

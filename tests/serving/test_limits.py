@@ -11,9 +11,8 @@ import pytest
 from edge_agent import hosting
 from edge_agent.errors import Refused, Retry
 from edge_agent.hosting import Hosting
+from edge_agent.machine import UNBOUND, available_memory, ending, memory, oom_kills
 from edge_agent.serving import supervisor
-from edge_agent.serving.limits import UNBOUND, available_memory, ending, oom_kills
-from edge_agent.telemetry import memory
 from edge_agent.update.slots import Installed
 from edge_agent.wire.bundle import BundleKind, Manifest, scan
 from tests.serving.test_supervisor import child
