@@ -63,14 +63,18 @@ class Inbox:
         error: str = "",
         beside: Callable[[Connection], None] = lambda _: None,
     ) -> None:
-        """Change the state and tell the hub, both or neither. Raises Refused for a change the table forbids."""
+        """Change the state and tell the hub, both or neither. Raises Refused, `beside` done alone, when it may not."""
         report = JobReport(id, state, self._clock(), result or {}, error)
 
         def work(db: Connection) -> None:
             self._report(db, report)
             beside(db)
 
-        await self._store.write(work)
+        try:
+            await self._store.write(work)
+        except Refused:
+            await self._store.write(beside)
+            raise
 
     async def cancelled(self, id: str) -> bool:
         """Whether a job that runs was to be ended."""

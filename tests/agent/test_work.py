@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -168,6 +169,32 @@ async def test_a_task_that_the_full_disk_ends_has_its_end_and_its_effect_in_the_
         lines = b"\n".join(line for part in await outbox.batches(0, 9) for line in part.lines)
         assert lines.count(b'"call":"press()"') == 1, "in the audit, once"
     finally:
+        store.close()
+
+
+async def test_the_end_of_a_job_whose_row_is_gone_is_in_the_audit_all_the_same(tmp_path: Path) -> None:
+    rows = list[sqlite3.Connection]()
+
+    @tool()
+    def forget() -> str:
+        """Take the own row out of the journal."""
+        with rows[0]:
+            rows[0].execute("DELETE FROM jobs WHERE id = 'gone'")
+        return "done"
+
+    store = Store(tmp_path / "s.db", migrations)
+    rows.append(sqlite3.connect(tmp_path / "s.db", check_same_thread=False))
+    try:
+        outbox = await Outbox.open(store)
+        made = Rig(store, outbox, LocalTools(double, forget))
+        await made.inbox.accept(job("gone", {"tool": "forget"}))
+        await made.inbox.accept(job("good", {"tool": "double", "args": {"number": 4}}))
+        assert (await made.end_of("good")).state is JobState.SUCCEEDED
+        records = [msgspec.json.decode(line) for part in await outbox.batches(0, 9) for line in part.lines]
+        ends = [each["body"] for each in records if each["body"].get("event") == "end"]
+        assert [(end["job"], end["state"]) for end in ends] == [("gone", "succeeded"), ("good", "succeeded")]
+    finally:
+        rows[0].close()
         store.close()
 
 
