@@ -19,7 +19,7 @@ from edge_agent import daemon
 from edge_agent.config import Endpoint
 from hub import upstream
 from hub.errors import Fatal
-from hub.upstream import CONCURRENT, Upstream
+from hub.upstream import CONCURRENT, EACH, Upstream
 from tests.e2e.daemon_process import DaemonProcess
 from tests.e2e.daemon_process import until as seen
 from tests.e2e.test_daemon_hub import enrolled
@@ -89,29 +89,46 @@ async def test_a_task_of_a_device_runs_on_the_fleets_model_and_the_key_never_com
         await device.stop()
 
 
-async def test_the_model_is_for_those_who_may_and_for_so_many_at_a_time(hub: Hub, model: Scripted) -> None:
+async def users(hub: Hub, role: str, *names: str) -> list[dict[str, str]]:
+    """The headers of new users."""
+    made = []
+    for name in names:
+        who = {"name": name, "password": f"a-long-password-of-{name}"}
+        await hub.post("/v1/users", who | {"roles": [role]})
+        token = (await hub.post("/v1/login", {"user": name, "password": who["password"]}))["access_token"]
+        made.append({"Authorization": f"Bearer {token}"})
+    return made
+
+
+async def test_the_model_is_for_those_who_may_and_for_so_many_at_a_time_of_each_and_of_all(
+    hub: Hub, model: Scripted
+) -> None:
     async with httpx.AsyncClient(base_url=hub.url, timeout=30) as stranger:
         assert (await stranger.post("/v1/chat/completions", json=ASKED)).status_code == 401
-    await hub.post("/v1/users", {"name": "vera", "password": "a-long-password-of-vera", "roles": ["viewer"]})
-    token = (await hub.post("/v1/login", {"user": "vera", "password": "a-long-password-of-vera"}))["access_token"]
-    headers = {"Authorization": f"Bearer {token}"}
-    assert (await hub.client.post("/v1/chat/completions", json=ASKED, headers=headers)).status_code == 403
+    (vera,) = await users(hub, "viewer", "vera")
+    assert (await hub.client.post("/v1/chat/completions", json=ASKED, headers=vera)).status_code == 403
     assert not model.asked, "nothing of theirs went on"
     assert [each["id"] for each in (await hub.get("/v1/models"))["data"]] == ["one", "two"]
 
     model.answers = [stream(says("wait"), stall=True)]
 
-    async def ask() -> httpx.Response:
-        return await hub.client.post("/v1/chat/completions", json=ASKED)
+    async def ask(who: dict[str, str] | None = None) -> httpx.Response:
+        return await hub.client.post("/v1/chat/completions", json=ASKED, headers=who)
 
-    held = [asyncio.create_task(ask()) for _ in range(CONCURRENT)]
+    held = [asyncio.create_task(ask()) for _ in range(EACH)]
 
     async def all_there() -> bool | None:
-        return len(model.asked) == CONCURRENT or None
+        return len(model.asked) == len(held) or None
 
-    await until("all of them", 30, all_there)
+    await until("all of one", 30, all_there)
     more = await ask()
     assert (more.status_code, more.headers["retry-after"]) == (429, "2")
+    assert more.json()["detail"] == f"{EACH} requests of admin are with the fleet's model"
+    *others, last = await users(hub, "operator", "ann", "bob", "cleo", "dan")
+    held += [asyncio.create_task(ask(who)) for who in others for _ in range(EACH)]
+    await until("all of them", 30, all_there)
+    more = await ask(last)
+    assert (more.status_code, more.json()["detail"]) == (429, f"{CONCURRENT} requests are with the fleet's model")
     for task in held[1:]:
         task.cancel()
     await asyncio.gather(*held[1:], return_exceptions=True)
@@ -133,10 +150,10 @@ def thinks(handler: Handler) -> None:
 
 async def test_who_leaves_before_the_answer_begins_gives_the_place_back(hub: Hub, model: Scripted) -> None:
     model.answers = [thinks]
-    held = [asyncio.create_task(hub.client.post("/v1/chat/completions", json=ASKED)) for _ in range(CONCURRENT)]
+    held = [asyncio.create_task(hub.client.post("/v1/chat/completions", json=ASKED)) for _ in range(EACH)]
 
     async def all_there() -> bool | None:
-        return len(model.asked) == CONCURRENT or None
+        return len(model.asked) == EACH or None
 
     await until("all of them", 30, all_there)
     for task in held:
@@ -167,8 +184,8 @@ async def test_who_takes_nothing_of_an_answer_is_cut_off_and_gives_the_place_bac
 
     scope = {"type": "http", "method": "POST", "headers": [], "asgi": {"spec_version": "2.3"}}
     async with asyncio.timeout(10):
-        await (await fleet.pass_on(Request(scope, receive), "chat/completions"))(scope, receive, full)
-    assert fleet._active == 0
+        await (await fleet.pass_on(Request(scope, receive), "chat/completions", "ann"))(scope, receive, full)
+    assert not fleet._active
     await fleet.close()
 
 
