@@ -16,7 +16,6 @@ from edge_agent.agent.calls import render
 from edge_agent.agent.transcript import Task
 from edge_agent.errors import Refused
 from edge_agent.intake import Parts
-from edge_agent.watch import Watch
 from edge_agent.wire.grants import Subject
 from edge_agent.wire.messages import TERMINAL, Job, JobKind
 
@@ -26,10 +25,10 @@ APPROVE, UNDO, CANCEL = "approve_call", "undo_task", "cancel_task"
 class Verdicts:
     """`approved` are the tasks that may go on; `answering` is held while one is taken up or answered."""
 
-    def __init__(self, parts: Parts, approvals: Approvals | None, watch: Watch) -> None:
+    def __init__(self, parts: Parts, approvals: Approvals | None) -> None:
         self._inbox, self._agent, self._transcripts, self._tools, self._audit, self._allowed, self._clock = parts
         self._approvals = approvals
-        self._watch, self.answering, self.approved = watch, asyncio.Lock(), set[str]()
+        self.answering, self.approved = asyncio.Lock(), set[str]()
 
     async def approve(self, args: dict[str, Any], subject: Subject) -> tuple[Task, bool]:
         """Approve or deny the call a task waits with: `{id, call: DIGEST, approve: bool}`; the task, and whether.
@@ -93,6 +92,4 @@ class Verdicts:
             f"cancel-{uuid.uuid4().hex[:16]}", JobKind.CANCEL, {"job": id}, subject.name, subject.roles, 0.0, 0.0
         )
         await self._inbox.accept(word)
-        if (state := await self._inbox.state(id)) in TERMINAL:  # it had not begun
-            await self._watch.settle(id, f"cancelled by {subject.name}", self._clock())
-        return {"id": id, "state": state}
+        return {"id": id, "state": await self._inbox.state(id)}

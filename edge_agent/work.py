@@ -37,7 +37,7 @@ from edge_agent.trouble import Trouble
 from edge_agent.verdicts import APPROVE, CANCEL, UNDO, Verdicts
 from edge_agent.watch import Watch
 from edge_agent.wire.grants import Subject
-from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobState
+from edge_agent.wire.messages import Job, JobKind, JobState
 
 SUPPORT = "support_bundle"
 LOOK_S = 0.2
@@ -71,8 +71,8 @@ class Work:
         self.on_end: Callable[[Task], None] | None = None
         self.asks: dict[str, dict[str, Any]] = {}  # by task: what the hub shows of a call that waits
         self._watch = Watch(inbox, transcripts, audit)
-        self._verdicts = Verdicts(parts, approvals, self._watch)
-        inbox.on_cancel = self._watch.cancel
+        self._verdicts = Verdicts(parts, approvals)
+        inbox.on_cancel, inbox.unbegun = self._watch.cancel, transcripts.unbegun
         transcripts.beside, transcripts.on_step = self._watch.tell, self._watch.stepped
         self.support: Callable[[], Awaitable[Any]] | None = None  # makes a file for who helps, and uploads it
         self.current = ""
@@ -108,11 +108,8 @@ class Work:
                     await self._job(job, again=True)
 
     async def task(self, id: str) -> Task | None:
-        """A task with its transcript; one whose job ended without running is shown as failed."""
-        task, state = await self._transcripts.get(id), await self._inbox.state(id)
-        if task is not None and task.state == "running" and state in TERMINAL:
-            task.state, task.error = "failed", f"the job was {state} before it ran"
-        if task is not None:
+        """A task with its transcript."""
+        if (task := await self._transcripts.get(id)) is not None:
             task.sources = shown.cited(task.steps)
         return task
 

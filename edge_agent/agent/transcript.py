@@ -196,6 +196,12 @@ class Transcripts:
 
         return self._whole(await self._store.write(work))
 
+    def unbegun(self, db: Connection, id: str, error: str, now: float) -> None:
+        """A task that will not begin has failed, inside the caller's transaction."""
+        if task := _get(db, id):
+            task.state, task.error, task.finished = "failed", error, now
+            db.execute(_UPDATE, (task.state, _head(task), id))
+
     async def latest(self, limit: int = 50) -> list[Task]:
         """The newest tasks, with no steps."""
         rows = "SELECT head FROM tasks ORDER BY created DESC LIMIT ?"

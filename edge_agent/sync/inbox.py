@@ -34,6 +34,7 @@ class Inbox:
         self._store, self._outbox, self._clock = store, outbox, clock
         self.limit = MAX_WAITING
         self.on_cancel: Callable[[str, str], None] = lambda _id, _why: None
+        self.unbegun: Callable[[Connection, str, str, float], None] = lambda *_: None  # in the transaction of its end
         self._arrived = asyncio.Event()
         self._arrived.set()
 
@@ -157,6 +158,8 @@ class Inbox:
         )
         self._outbox.put(db, "job", body, REPORT_PRIORITY)
         if report.state in TERMINAL:
+            if before is not JobState.RUNNING:
+                self.unbegun(db, report.id, report.error, report.ts)
             ended = ", ".join(f"'{each}'" for each in sorted(TERMINAL))
             db.execute(f"DELETE FROM jobs WHERE n <= (SELECT max(n) FROM jobs) - {KEPT} AND state IN ({ended})")
 

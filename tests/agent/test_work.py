@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -221,6 +222,24 @@ async def test_what_came_back_while_the_daemon_ends_is_on_disk_when_it_has_ended
         kept = await after.transcripts.get("t")
         assert kept is not None
         assert [step.text for step in kept.steps] == ["first", "second"]
+
+
+async def test_tasks_that_were_cancelled_or_expired_before_they_began_are_listed_with_their_end(tmp_path: Path) -> None:
+    ann = Subject("ann", ["operator"], 1.0)
+    async with rig(tmp_path / "s.db") as made:
+        ours, hubs, late = [await made.work.submit(text, ann) for text in ("ours", "the hub's", "late")]
+        await made.work.call("cancel_task", {"id": ours}, ann)
+        await made.inbox.accept(Job("cancel", JobKind.CANCEL, {"job": hubs}, "bob", [], 1.0, 9e9))
+        made.inbox._clock = lambda: time.time() + 90_000  # over a day
+        await made.inbox.accept(job("good", {"tool": "double", "args": {"number": 4}}))
+        await made.end_of("good")
+        listed = {task.id: task for task in await made.work.tasks()}
+        assert {id: (task.state, task.error) for id, task in listed.items()} == {
+            ours: ("failed", "cancelled by ann"),
+            hubs: ("failed", "cancelled by bob"),
+            late: ("failed", "it expired while it waited on the device"),
+        }
+        assert all(task.finished for task in listed.values())
 
 
 async def test_a_conversation_goes_on_through_the_api_and_through_jobs(tmp_path: Path) -> None:
