@@ -3,8 +3,8 @@
 Invariants: an entry carries who asked for it, and starts as that subject, by the grants of that time; each time it is
 due it starts under one id, so after a crash it starts once; one that started or was taken out stays known by its id
 (the last MAX_GONE), so the call that made it, made again after a crash, makes no second one; a time that passed while
-the device was off is made up for within LATE_S, once, and otherwise told and left out. The tool runner writes entries
-(tools/schedule.py), the daemon starts them.
+the device was off is made up for within LATE_S, once, and otherwise told and left out; times follow from the first one,
+whole days by the clock on the wall. The tool runner writes entries (tools/schedule.py), the daemon starts them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from edge_agent.rhythm import tick
 from edge_agent.wire.grants import Subject
 
 MAX_ENTRIES, MAX_GONE = 100, 1000
-LATE_S, TICK_S, AGAIN_S = 3600.0, 1.0, 10.0
+LATE_S, TICK_S, AGAIN_S, DAY_S = 3600.0, 1.0, 10.0, 86400.0
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS entries (id TEXT PRIMARY KEY, due REAL NOT NULL, body BLOB NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS gone (id TEXT PRIMARY KEY, by TEXT NOT NULL, body BLOB NOT NULL) STRICT",
@@ -34,7 +35,7 @@ _log = logging.getLogger("outrider.schedule")
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """A request (`text`) or a `workflow` with its inputs; `due` and `every_s` in seconds, 0: once."""
+    """A request (`text`) or a `workflow` with its inputs; in seconds `every_s` (0: once), `due`, `first` (0: `due`)."""
 
     id: str
     subject: Subject
@@ -43,6 +44,16 @@ class Entry(msgspec.Struct, frozen=True):
     text: str = ""
     workflow: str = ""
     inputs: dict[str, Any] = {}
+    first: float = 0.0
+
+    def times(self, now: float) -> tuple[float, float]:
+        """The last time that has come at `now`, which is not before `due`, and the next one, infinite for none."""
+        if not self.every_s:
+            return self.due, float("inf")
+        first = datetime.fromtimestamp(self.first or self.due, None if self.every_s % DAY_S == 0 else UTC)
+        n = max(1, int((now - first.timestamp()) / self.every_s))
+        near = [(first + timedelta(seconds=self.every_s * k)).timestamp() for k in range(n - 1, n + 3)]
+        return max([self.due, *(each for each in near if each <= now)]), min(each for each in near if each > now)
 
 
 class Schedule:
@@ -94,8 +105,7 @@ class Schedule:
         """Gone, or due again at its next time after `now`, if nobody took it out meanwhile."""
         if not entry.every_s:
             return self.remove(entry.id)
-        missed = max(0.0, now - entry.due) // entry.every_s
-        again = msgspec.structs.replace(entry, due=entry.due + (missed + 1) * entry.every_s)
+        again = msgspec.structs.replace(entry, due=entry.times(now)[1], first=entry.first or entry.due)
         with self._open() as db:
             row = (again.due, msgspec.json.encode(again), entry.id)
             db.execute("UPDATE entries SET due = ?, body = ? WHERE id = ?", row)
@@ -140,7 +150,7 @@ class Scheduled:
         due = await asyncio.to_thread(self._schedule.all)
         self._seen, self._soonest = stamp, min((entry.due for entry in due), default=float("inf"))
         for entry in [entry for entry in due if entry.due <= now]:
-            if now - entry.due > LATE_S:
+            if now - entry.times(now)[0] > LATE_S:
                 _log.warning("%s was due at %.0f, while the device was off: left out", entry.id, entry.due)
             else:
                 try:

@@ -221,7 +221,8 @@ class Triggers:
             trouble.over()
         except (OutriderError, ToolError, ValueError, TypeError) as error:
             trouble.tell(error)
-        return threshold, now + trigger.every_s
+        due = next_at if 0 <= now - next_at < trigger.every_s else now
+        return threshold, due + trigger.every_s
 
     async def _fire(self, installed: Installed, cause: str, trigger: Trigger, event: dict[str, Any]) -> None:
         flow = installed.flow

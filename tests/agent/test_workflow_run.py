@@ -273,6 +273,25 @@ async def test_the_hour_that_comes_twice_starts_a_nightly_run_once_and_the_skipp
         assert len(started) == 1
 
 
+async def test_a_stream_is_sampled_at_its_interval_though_each_look_comes_late(tmp_path: Path) -> None:
+    trigger = "{stream: read_gauge(line=2), value: result.value, above: 1, every_s: 5}"
+    (tmp_path / "w.yaml").write_text(f"{HEAD}triggers:\n  - {trigger}\n{GAUGE}")
+    now, sampled = [600.0], list[float]()
+
+    @tool()
+    def read_gauge(line: plant.Line) -> Gauge:
+        """Read a gauge."""
+        sampled.append(now[0])
+        return {"value": 0.5, "count": 1, "name": "g", "alarms": []}
+
+    async def start(*_: Any) -> None: ...
+
+    triggers = Triggers(Library(tmp_path), LocalTools(read_gauge), permit, start, lambda: now[0])
+    for now[0] in (600.0, 604.9, 605.4, 609.9, 610.0, 615.0, 700.3, 705.2, 705.3, 650.0, 655.0):
+        await triggers.look()
+    assert sampled == [600.0, 605.4, 610.0, 615.0, 700.3, 705.3, 650.0, 655.0]
+
+
 async def test_a_stream_does_not_fire_again_for_the_same_excursion_after_a_restart(tmp_path: Path) -> None:
     trigger = "{stream: read_gauge(line=2), value: result.value, above: 1, every_s: 5}"
     (tmp_path / "w.yaml").write_text(f"{HEAD}triggers:\n  - {trigger}\n{GAUGE}")

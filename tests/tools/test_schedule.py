@@ -181,6 +181,44 @@ def test_a_time_is_the_clocks_also_over_a_night_in_which_it_is_set(
         time.tzset()
 
 
+@pytest.mark.parametrize(
+    ("every_min", "first", "looks", "next_"),
+    [  # Europe/Berlin sets its clock on at 02:00 of 28 March and back at 03:00 of 31 October 2027
+        (1440, "03-26 06:00", ["03-26 06:20", "03-27 06:00", "03-28 06:59", "03-29 06:00"], "03-30 06:00"),
+        (1440, "10-30 06:00", ["10-30 06:00", "10-31 06:30", "11-01 06:00"], "11-02 06:00"),
+        (1440, "03-27 02:30", ["03-27 02:30", "03-28 03:40", "03-29 02:30"], "03-30 02:30"),
+        (2880, "03-26 06:00", ["03-26 06:20", "03-28 06:00"], "03-30 06:00"),
+        (720, "03-27 12:00", ["03-27 12:00", "03-28 00:00", "03-28 13:00"], "03-29 01:00"),
+        (1440, "03-20 06:00", ["03-30 06:20"], "03-31 06:00"),
+        (10, "03-26 06:00", ["03-26 11:09"], "03-26 11:10"),
+    ],
+)
+async def test_each_time_follows_from_the_first_however_late_a_start_was_and_an_outage_is_made_up_for_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_min: int, first: str, looks: list[str], next_: str
+) -> None:
+    def at(text: str) -> float:
+        return datetime.fromisoformat(f"2027-{text}").timestamp()
+
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        started, path = list[str](), tmp_path / "schedule.db"
+
+        async def start(id: str, _: schedule.Entry) -> None:
+            started.append(id)
+
+        schedule.Schedule(path).add(schedule.Entry("e", ADA, at(first), every_min * 60.0))
+        for look in looks:
+            for _ in range(2):  # each time in a new process
+                await schedule.Scheduled(path, start, lambda look=look: at(look)).look()  # type: ignore[misc]
+        assert len(set(started)) == len(started) == len(looks)
+        (entry,) = schedule.Schedule(path).all()
+        assert f"{datetime.fromtimestamp(entry.due):%m-%d %H:%M}" == next_
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 async def test_a_workflow_runs_again_and_again_until_it_is_taken_out(tmp_path: Path) -> None:
     clock = Clock()
     (tmp_path / "workflows").mkdir()
