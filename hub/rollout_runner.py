@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -74,19 +74,21 @@ class Rollouts:
                 self._lives[run.id] = _Live(run, now)
         return await self.get(run.id)
 
-    async def get(self, id: str) -> dict[str, Any]:
-        """Raises Refused 404."""
+    async def get(self, id: str, only: Collection[str] | None = None) -> dict[str, Any]:
+        """With `only` these of its devices, if given, as in `list` and `devices`. Raises Refused 404."""
         query = sa.select(rollouts).where(rollouts.c.id == id)
-        found = await self._db.read(lambda c: _show(c, c.execute(query).all()))
+        found = await self._db.read(lambda c: _show(c, c.execute(query).all(), only))
         if not found:
             raise Refused(404, f"no rollout {id}", "outrider rollout list")
         took = sorted(self.took) or [0.0]
         return found[0] | {"tick_ms": {"p50": took[len(took) // 2] * 1000, "max": took[-1] * 1000, "ticks": len(took)}}
 
-    async def devices(self, id: str, step: str = "", after: str = "", limit: int = 100) -> list[dict[str, Any]]:
+    async def devices(
+        self, id: str, step: str = "", after: str = "", limit: int = 100, only: Collection[str] | None = None
+    ) -> list[dict[str, Any]]:
         """Devices of a rollout, by name, those past `after`: wave, step, reason, figures, history."""
         await self.get(id)
-        query = sa.select(rollout_devices.c.place).where(rollout_devices.c.rollout == id)
+        query = sa.select(rollout_devices.c.place).where(rollout_devices.c.rollout == id, _of(only))
         query = query.where(rollout_devices.c.step == step) if step else query
         query = query.where(rollout_devices.c.device > after).order_by(rollout_devices.c.device)
         found = await self._db.read(lambda c: c.execute(query.limit(min(limit, MAX_PAGE))).scalars().all())
@@ -248,10 +250,12 @@ class Rollouts:
         except Refused as refused:
             return refused
 
-    async def list(self, limit: int = 100) -> list[dict[str, Any]]:
+    async def list(self, limit: int = 100, only: Collection[str] | None = None) -> list[dict[str, Any]]:
         """Newest first."""
         query = sa.select(rollouts).order_by(rollouts.c.created.desc(), rollouts.c.id).limit(min(limit, MAX_PAGE))
-        return await self._db.read(lambda c: _show(c, c.execute(query).all()))
+        if only is not None:
+            query = query.where(rollouts.c.id.in_(sa.select(rollout_devices.c.rollout).where(_of(only))))
+        return await self._db.read(lambda c: _show(c, c.execute(query).all(), only))
 
 
 def _parts(of: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -331,15 +335,22 @@ def _newer(live: _Live, later: Sequence[_Live]) -> dict[str, str]:
     return {name: run.id for run in same for name, place in run.places.items() if place.step not in gone}
 
 
-def _show(connection: sa.Connection, rows: Sequence[sa.Row[Any]]) -> list[dict[str, Any]]:
-    """Rollouts as they are shown, with the devices of each wave by step."""
+def _of(only: Collection[str] | None) -> sa.ColumnElement[bool]:
+    return sa.true() if only is None else rollout_devices.c.device.in_(only)
+
+
+def _show(connection: sa.Connection, rows: Sequence[sa.Row[Any]], only: Collection[str] | None) -> list[dict[str, Any]]:
+    """Rollouts as they are shown, with the devices of each wave by step; to who sees `only` some, nothing of others."""
     columns = rollout_devices.c
     key = (columns.rollout, columns.wave, columns.step)
-    counted = sa.select(*key, sa.func.count()).where(columns.rollout.in_([row.id for row in rows])).group_by(*key)
+    counted = sa.select(*key, sa.func.count()).where(columns.rollout.in_([row.id for row in rows]), _of(only))
     counts: dict[str, dict[int, Counter[str]]] = {}
-    for id, wave, step, count in connection.execute(counted):
+    for id, wave, step, count in connection.execute(counted.group_by(*key)):
         counts.setdefault(id, {}).setdefault(wave, Counter())[step] = count
-    return [_shown(row, counts.get(row.id, {})) for row in rows]
+    shown = [_shown(row, counts.get(row.id, {})) for row in rows]
+    for each in shown if only is not None else ():
+        each["reason"], each["plan"]["select"] = "", {}
+    return shown
 
 
 def _shown(row: sa.Row[Any], counts: dict[int, Counter[str]]) -> dict[str, Any]:

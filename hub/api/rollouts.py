@@ -6,10 +6,10 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 
 from edge_agent.wire.grants import Subject
-from hub.api.guard import Hub, May
+from hub.api.guard import Hub, May, visible
 
 router = APIRouter(prefix="/v1", tags=["rollouts"])
-Reader = Annotated[Subject, Depends(May("read:rollout"))]
+Reader = Annotated[Subject, Depends(May("read:rollout", scoped=True))]
 Manager = Annotated[Subject, Depends(May("manage:rollout"))]
 Approver = Annotated[Subject, Depends(May("approve:rollout"))]
 
@@ -31,25 +31,31 @@ async def create(body: NewRollout, hub: Hub, who: Manager) -> dict[str, Any]:
 
 
 @router.get("/rollouts", summary="Rollouts with the devices of each wave by step, newest first")
-async def list_rollouts(hub: Hub, _: Reader, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[dict[str, Any]]:
-    return await hub.rollouts.list(limit)
+async def list_rollouts(
+    hub: Hub, who: Reader, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+) -> list[dict[str, Any]]:
+    """Those with devices of which the subject may read it, and of these alone."""
+    return await hub.rollouts.list(limit, await visible(hub, who, "read:rollout"))
 
 
 @router.get("/rollouts/{rollout}", summary="One rollout: status and why, waves, plan, what it can be told now")
-async def get(rollout: str, hub: Hub, _: Reader) -> dict[str, Any]:
-    return await hub.rollouts.get(rollout)
+async def get(rollout: str, hub: Hub, who: Reader) -> dict[str, Any]:
+    found = await hub.rollouts.get(rollout, await visible(hub, who, "read:rollout"))
+    if not any(wave["devices"] for wave in found["waves"]):
+        hub.auth.require(who, "read:rollout")
+    return found
 
 
 @router.get("/rollouts/{rollout}/devices", summary="Its devices by name: step, reason, figures, history")
 async def devices(
     rollout: str,
     hub: Hub,
-    _: Reader,
+    who: Reader,
     step: str = "",
     after: Annotated[str, Query(description="only names past this one")] = "",
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> list[dict[str, Any]]:
-    return await hub.rollouts.devices(rollout, step, after, limit)
+    return await hub.rollouts.devices(rollout, step, after, limit, await visible(hub, who, "read:rollout"))
 
 
 @router.post("/rollouts/{rollout}/approve", summary="Let the next wave that waits for it begin")

@@ -179,6 +179,37 @@ async def test_labels_facts_and_hardware_choose_and_a_newer_rollout_takes_over(h
     await admin.aclose()
 
 
+async def test_who_may_read_rollouts_of_a_group_sees_those_of_its_devices_and_nothing_of_others(hub: Hub) -> None:
+    admin = await hub.login()
+    for version in ("2", "3"):
+        await publish(admin, version)
+    given = {"line": ["read:rollout:group=line-2"], "stranger": ["read:rollout:oven-*"]}
+    for role, permissions in given.items():
+        assert (await admin.put(f"/v1/roles/{role}", json={"permissions": permissions})).status_code == 204
+    line, stranger = await hub.user("line"), await hub.user("stranger")
+    async with fleet(hub, 3, {"press-2": {"2": REASON}}):
+        for name in ("press-0", "press-1"):
+            await admin.put(f"/v1/devices/{name}/labels", json={"groups": ["line-2"]})
+        theirs = await reached(admin, await start(admin, "3", select={"devices": ["press-2"]}), "succeeded")
+        both = await start(admin, failure=0.0, min_sample=1, select={"devices": ["press-1", "press-2"]})
+        assert REASON in (await reached(admin, both, "paused"))["reason"]
+        (seen,) = (await line.get("/v1/rollouts")).json()
+        shown = await line.get(f"/v1/rollouts/{both}")
+        assert shown.json() | {"tick_ms": 0} == seen | {"tick_ms": 0}
+        assert (seen["id"], seen["status"], seen["waves"][0]["devices"]) == (both, "paused", 1)
+        devices = await line.get(f"/v1/rollouts/{both}/devices")
+        assert [each["device"] for each in devices.json()] == ["press-1"]
+        assert not any(word in shown.text + devices.text for word in ("press-2", REASON))
+        assert len((await admin.get("/v1/rollouts")).json()) == 2
+        assert (await line.get(f"/v1/rollouts/{theirs['id']}")).status_code == 403
+        assert (await line.get(f"/v1/rollouts/{theirs['id']}/devices")).json() == []
+        assert (await line.post(f"/v1/rollouts/{both}/abort")).status_code == 403
+        assert (await stranger.get("/v1/rollouts")).json() == []
+        assert (await stranger.get(f"/v1/rollouts/{both}")).status_code == 403
+    for client in (admin, line, stranger):
+        await client.aclose()
+
+
 async def test_rights_and_refusals_say_what_to_do(hub: Hub) -> None:
     admin, viewer, auditor = await hub.login(), await hub.user("viewer"), await hub.user("auditor")
     developer = await hub.user("developer")
