@@ -10,18 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
-import platform
 import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from typing import Any
-from urllib.parse import urlsplit
-
-import msgspec
 
 from edge_agent import enrol, support
 from edge_agent.agent import transcript
@@ -36,12 +32,14 @@ from edge_agent.agent.workflow_topics import Topics
 from edge_agent.api.app import LocalApi
 from edge_agent.audit import Audit
 from edge_agent.bundled import Bundled
-from edge_agent.config import HUB, Settings
+from edge_agent.config import Settings
+from edge_agent.endpoints import Endpoints, environment
 from edge_agent.engines.base import ACCELERATOR, ENGINES
 from edge_agent.errors import Fatal, OutriderError, Retry
 from edge_agent.history import History
-from edge_agent.hosting import ENDPOINT, ROLES, Hosting, endpoint, key_at_hub
+from edge_agent.hosting import ENDPOINT, ROLES, Hosting
 from edge_agent.notify import notify, watchdog
+from edge_agent.reports import Reports
 from edge_agent.rhythm import tick
 from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.store import Store
@@ -56,7 +54,7 @@ from edge_agent.telemetry import Telemetry
 from edge_agent.tuning import Tuner
 from edge_agent.update.download import Downloads, hub_client
 from edge_agent.update.neighbours import Neighbours
-from edge_agent.update.service import BundleReport, UpdateService
+from edge_agent.update.service import UpdateService
 from edge_agent.update.slots import Installed, Slots
 from edge_agent.update.trust import Director, Repository
 from edge_agent.wire.bundle import BundleKind
@@ -65,11 +63,7 @@ from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.tokens import issue_device_token
 from edge_agent.work import Work
 
-MAX_ASKS = 8  # that the hub is shown: the reported document has a bound
-RECENT = support.Recent()
 SETTLE_S = 1.0
-HUB_TOKEN_S = 3600.0  # of the endpoint at the hub; a new one each half of it
-SET_UP_S = 60.0  # until an endpoint that is not set up is tried again
 """A switch is followed by the switch of what depends on it: the preamble is read when both are done."""
 _log = logging.getLogger("outrider")
 
@@ -93,9 +87,7 @@ class Daemon:
         env = {ACCELERATOR: ",".join(settings.accelerator), ENGINES: str(state / "engines")}
         self._workers = {role: WorkerProcess.engine(role, env=env) for role in ROLES.values()}
         if settings.endpoints:
-            keys = {e.key_env: os.environ[e.key_env] for e in settings.endpoints.values() if e.key_env in os.environ}
-            proxies = {name: url for name, url in os.environ.items() if name.lower().endswith("_proxy")}
-            self._workers[ENDPOINT] = WorkerProcess.engine(ENDPOINT, env=keys | proxies)
+            self._workers[ENDPOINT] = WorkerProcess.engine(ENDPOINT, env=environment(settings.endpoints))
         self._hosting = Hosting(self._workers, settings.order(), settings.adapter, env)
         self._workers["tools"] = WorkerProcess(
             "tools", self._runner(), answer=self._hosting.infer, grace_s=0, env=_for_tools(os.environ)
@@ -110,6 +102,7 @@ class Daemon:
         self.replay = Replay(*parts, rules.now, self._hosting.named)
         self._audit = audit = Audit(store, outbox)
         self.work = Work(self._inbox, self._agent, transcripts, self._tools, audit, self._allowed, approvals=asks)
+        self._reports = reports = Reports(twin, audit, self.work.triggers.event)
         slots = Slots(state / "bundles")
         self._bundled = Bundled(self._hosting, self.work.library, self._tools, self._allowed, slots)
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
@@ -128,12 +121,13 @@ class Daemon:
             downloads,
             self._bundled,
             self._switch,
-            self._report,
+            reports.bundle,
             budget=settings.bundles_mb << 20 or None,
             rules=settings.updates,
         )
         if settings.neighbours:
             self._updates.neighbours = Neighbours(enrolled.device, enrolled.fleet, slots, settings.neighbours)
+        self._endpoints = Endpoints(settings.endpoints, state, *self._hub, self._token, self._switch)
         self._renewal = enrol.Renewal(state, identity.enrolled.device, self._http, self._token)
         self.work.support = self._support
         self._tuner = Tuner(settings, twin, self._tune)
@@ -169,24 +163,25 @@ class Daemon:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set. Raises an ExceptionGroup with what a part failed of."""
+        near = self._updates.neighbours
         parts: dict[str, Callable[[], Awaitable[None]]] = {
             **{name: worker.run for name, worker in self._workers.items()},
             "session": self._session.run,
             "certificate": self._renewal.run,
             "updates": self._updates.run,
             "blobs": self.blobs.run,
-            "desired": self._follow_desired,
+            "desired": partial(self._reports.directives, self._updates),
             "config": self._tuner.run,
             "telemetry": self._telemetry.run,
             "work": self.work.run,
             "api": self._api.run,
-            "profile": self._tell_profile,
+            "profile": partial(self._reports.profile, self._tools, self._speaks),
             "warm": self._warm,
-            "endpoints": self._set_up,
+            "endpoints": self._endpoints.run,
             "link": self._watch_link,
-            "hold": self._tell_hold,
-            "neighbours": self._find_neighbours,
+            "waiting": partial(self._reports.waiting, self._updates, self.work.asks),
             **({"site": self._site.run} if self._site else {}),
+            **({"neighbours": partial(near.find, *self._api.address)} if near else {}),
         }
         try:
             async with asyncio.TaskGroup() as group:
@@ -294,29 +289,6 @@ class Daemon:
         if installed.manifest.kind in (BundleKind.LLM, BundleKind.ADAPTER) and self._hosting.language_model():
             self._cold.set()
 
-    async def _set_up(self) -> None:
-        """Switch the endpoints in; one whose key is not there may come later. The hub's gets a token, again in time."""
-        left, made_at = dict(self._settings.endpoints), dict[str, float]()
-        at_hub = [name for name, settings in left.items() if settings.url == HUB]
-        while True:
-            for name in at_hub:
-                now = time.time()
-                if 0 <= now - made_at.get(name, math.inf) < HUB_TOKEN_S / 2:
-                    continue  # else it is old, or the clock was set since
-                try:
-                    await asyncio.to_thread(key_at_hub, name, self._token(HUB_TOKEN_S), self._settings.state)
-                    made_at[name] = now
-                except OSError as error:
-                    _log.error("the endpoint %s gets no token: %s", name, error)
-            for name, settings in list(left.items()):
-                try:
-                    made = await asyncio.to_thread(endpoint, name, settings, self._settings.state, *self._hub)
-                    await self._switch(name, made)
-                    del left[name]
-                except (OutriderError, OSError, ValueError) as error:
-                    _log.error("the endpoint %s is not set up: %s", name, error)
-            await asyncio.sleep(SET_UP_S)
-
     async def _warm(self) -> None:
         while True:
             await self._cold.wait()
@@ -327,62 +299,9 @@ class Daemon:
             except OutriderError as error:
                 _log.warning("the language model is not warm: %s", error)
 
-    async def _report(self, name: str, report: BundleReport) -> None:
-        before = self._twin.reported.get("bundles", {}).get(name, {})
-        was, now = before.get("version", ""), report.version
-        told = {"bundle": name, "version": now, "digest": report.digest[:16], "was": was}
-        with contextlib.suppress(OutriderError):
-            if (was, before.get("digest", "")) != (now, report.digest):
-                await self._audit.append("install" if now else "remove", "hub", **told)
-            elif report.state in ("failed", "quarantined") and report.state != before.get("state"):
-                told |= {"target": report.target, "state": report.state, "error": report.error[:300]}
-                await self._audit.append("refuse:install", "hub", **told)
-        before = self._twin.reported.get("bundles", {}).get(name, {})
-        kind = {"committed": "committed", "quarantined": "rolled_back"}.get(report.state)
-        if kind and (before.get("state"), before.get("target")) != (report.state, report.target):
-            about = {"id": f"{name}-{time.time():.0f}", "version": report.target, "error": report.error, "depth": 1}
-            await self.work.triggers.event(f"update.{kind}", name, about)
-        for shown in (report, msgspec.structs.replace(report, why=None)):  # the document may have no room for it
-            try:
-                await self._twin.report({"bundles": {name: msgspec.to_builtins(shown)}})
-                return
-            except OutriderError as error:
-                _log.error("the state of %s is not reported: %s", name, error)
-
-    async def _find_neighbours(self) -> None:
-        if (near := self._updates.neighbours) is None:
-            await asyncio.Event().wait()
-        else:
-            url = urlsplit(self._api.url)
-            await near.find(str(url.hostname), url.port or 80)
-
-    async def _tell_hold(self) -> None:
-        """The hub sees which calls wait for an approval, what holds updates back, which neighbours were refused."""
-        while True:
-            hold = self._updates.holding
-            shown = msgspec.to_builtins(hold) if hold and time.time() < hold.until else None
-            near = self._updates.neighbours
-            told = {"hold": shown, "poisoned": near.dropped if near and near.dropped else None}
-            asks = dict(list(self.work.asks.items())[:MAX_ASKS])
-            gone = (self._twin.reported.get("waiting") or {}).keys() - asks.keys()
-            with contextlib.suppress(OutriderError):
-                await self._twin.report({"updates": told, "waiting": asks | dict.fromkeys(gone)})
-            await tick(1.0)
-
     async def _support(self) -> dict[str, Any]:
         """A blob for who helps: its name, size and SHA-256."""
-        command = [sys.executable, "-m", "edge_agent.cli", "doctor", "--quick", "--json"]
-        out = asyncio.subprocess.PIPE
-        doctor = await asyncio.create_subprocess_exec(*command, "--state", str(self._settings.state), stdout=out)
-        async with asyncio.timeout(60):
-            checks, _ = await doctor.communicate()
-        told: dict[str, Any] = {
-            "checks": checks.decode(),
-            "status": await self.status(),
-            "log": "\n".join(RECENT.lines),
-        }
-        told |= {"settings": support.settings_shown(self._settings), "versions": support.versions()}
-        content = await asyncio.to_thread(lambda: support.bundle(**told))
+        content = await support.collect(self._settings, await self.status())
         name = f"support-{time.strftime('%Y%m%dT%H%M%S')}.zip"
         sha256 = await self.blobs.put(content, name, "application/zip")
         return {"name": name, "size": len(content), "sha256": sha256}
@@ -392,26 +311,6 @@ class Daemon:
         self._outbox.limit(Limits(bytes=settings.outbox_mb << 20))
         self.blobs.quota, self._inbox.limit = settings.blobs_mb << 20, settings.jobs
         logging.getLogger().setLevel(settings.log.upper())
-
-    async def _follow_desired(self) -> None:
-        seen, error = 0, ""
-        while True:
-            desired = await self._twin.newer_than(seen)
-            seen, error, told = desired.version, "", error
-            try:
-                self._updates.configure(desired.doc)
-            except OutriderError as problem:
-                error = str(problem)
-            try:
-                if document := desired.doc.get("director"):
-                    await self._updates.direct(document)
-            except (OutriderError, OSError) as problem:
-                error = str(problem)
-            if error:
-                _log.error("the directive is refused: %s", error)
-            if error != told:
-                with contextlib.suppress(OutriderError):
-                    await self._twin.report({"director": {"error": error}})
 
     async def _watch_link(self) -> None:
         """A new connection is the moment to try failed downloads again; workflows wait for it, and for its end."""
@@ -424,15 +323,6 @@ class Daemon:
                 seen = self._session.counters.connections
                 self._updates.retry_now()
             await tick(1.0)
-
-    async def _tell_profile(self) -> None:
-        while True:
-            with contextlib.suppress(OutriderError):
-                tools = [spec.name for spec in await self._tools.specs()]
-                profile = {"version": version("outrider"), "python": platform.python_version(), "tools": tools}
-                profile |= self._speaks()
-                await self._twin.report({"agent": profile | {"machine": platform.machine()}})
-            await asyncio.sleep(60)
 
     def _speaks(self) -> dict[str, str]:
         """The digest of the agent's language model, and its adapter."""
@@ -469,7 +359,7 @@ def main(settings: Settings) -> None:
     logging.basicConfig(
         level=settings.log.upper(), stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
     )
-    logging.getLogger().addHandler(RECENT)
+    logging.getLogger().addHandler(support.RECENT)
     for chatty in ("httpx", "httpcore", "uvicorn"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if settings.proxy:

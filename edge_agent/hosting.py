@@ -13,16 +13,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 from edge_agent.agent.confidence import Calibration
 from edge_agent.agent.decide import Speaker
 from edge_agent.agent.ports import WorkerModel
-from edge_agent.config import HUB, Endpoint, Route
+from edge_agent.config import Route
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.machine import available_memory
@@ -32,8 +30,7 @@ from edge_agent.update import probe
 from edge_agent.update.mirror import Mirror
 from edge_agent.update.slots import Installed
 from edge_agent.update.trial import SAMPLE, Activation, Figures, Trial, Why, Worse
-from edge_agent.wire import durable
-from edge_agent.wire.bundle import BundleKind, Manifest, scan
+from edge_agent.wire.bundle import BundleKind
 from edge_agent.wire.tensor import Tensor
 
 ROLES = {BundleKind.ONNX: "network", BundleKind.LLM: "language", BundleKind.ADAPTER: "language"}
@@ -307,26 +304,6 @@ class Hosting:
     async def _adapt(self, worker: WorkerProcess, adapter: Installed) -> None:
         model = self._base(adapter).manifest.name
         await _loading(worker, adapter, lambda: worker.adapt(model, _alias(adapter), adapter.folder, LOAD_S))
-
-
-def endpoint(name: str, settings: Endpoint, state: Path, hub: str, ca: str) -> Installed:
-    """An endpoint of the settings, as a model in a folder below `state`; `hub` is a URL, `ca` PEM text or empty."""
-    folder = state / "endpoints" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    if settings.url == HUB:
-        pem, key = folder.with_suffix(".pem"), str(folder.with_suffix(".key"))
-        durable.write(pem, ca.encode())
-        url = f"{hub.rstrip('/')}/v1"
-        settings = replace(settings, url=url, key_file=key, ca_file=str(pem) if ca else "", by_proxy=True)
-    durable.write(folder / "endpoint.json", msgspec.json.encode(settings))
-    return Installed(ENDPOINT, folder, Manifest(name, "1", BundleKind.LLM, scan(folder)))
-
-
-def key_at_hub(name: str, token: str, state: Path) -> None:
-    """What the hub's endpoint is asked with from now on."""
-    folder = state / "endpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    durable.write((folder / name).with_suffix(".key"), token.encode(), 0o600)
 
 
 def _role(installed: Installed) -> str:

@@ -6,10 +6,12 @@ settings that hold one are left out; sizes are bounded.
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import re
 import subprocess
+import sys
 import zipfile
 from collections import deque
 from importlib.metadata import distributions
@@ -40,6 +42,20 @@ class Recent(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(self.format(record)[:WIDTH])
+
+
+RECENT = Recent()
+"""The daemon's own."""
+
+
+async def collect(settings: Settings, status: dict[str, Any]) -> bytes:
+    """The file of a daemon that runs; the checks that need it stopped are left out."""
+    command = [sys.executable, "-m", "edge_agent.cli", "doctor", "--quick", "--json", "--state", str(settings.state)]
+    doctor = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(60):
+        checks, _ = await doctor.communicate()
+    told: dict[str, Any] = {"checks": checks.decode(), "status": status, "log": "\n".join(RECENT.lines)}
+    return await asyncio.to_thread(bundle, **told, settings=settings_shown(settings), versions=versions())
 
 
 def hide(text: str) -> str:

@@ -213,7 +213,8 @@ class LocalApi:
             never = isinstance(error, PermissionError | socket.gaierror)
             text = f"the local API cannot listen on {where}: {error}"
             raise (Refused if never else Retry)(text, "choose another --api HOST:PORT, or end what has it") from error
-        self.url = f"http://{host}:{self._socket.getsockname()[1]}"
+        self.address = host, int(self._socket.getsockname()[1])
+        self.url = f"http://{host}:{self.address[1]}"
         app = create_app(device, clock, max_body, name, near, refused)
         config = uvicorn.Config(
             app,

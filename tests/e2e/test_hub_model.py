@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
 from starlette.requests import Request
 
 from bench.fleet import Hub, running, until
-from edge_agent import daemon
+from edge_agent import endpoints
 from edge_agent.config import Endpoint
 from hub import upstream
 from hub.errors import Fatal
@@ -225,15 +224,14 @@ def test_a_device_lives_on_when_the_token_for_the_hubs_model_cannot_be_written(t
 async def test_the_token_is_made_anew_when_the_clock_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device without a battery for its clock is told the time after its start."""
     now = [1000.0]
-    monkeypatch.setattr(daemon, "SET_UP_S", 0.01)
-    monkeypatch.setattr(daemon, "time", SimpleNamespace(time=lambda: now[0], monotonic=time.monotonic))
-    settings = SimpleNamespace(endpoints={"fleet": Endpoint("hub", "big")}, state=tmp_path)
+    monkeypatch.setattr(endpoints, "AGAIN_S", 0.01)
+    monkeypatch.setattr(endpoints, "time", SimpleNamespace(time=lambda: now[0]))
 
     async def switch(*_: object) -> None: ...
 
-    hub = ("http://127.0.0.1:9", "")
-    part = SimpleNamespace(_settings=settings, _hub=hub, _switch=switch, _token=lambda _: f"at {now[0]:.0f}")
-    running = asyncio.create_task(daemon.Daemon._set_up(cast("daemon.Daemon", part)))
+    fleet, hub = {"fleet": Endpoint("hub", "big")}, ("http://127.0.0.1:9", "")
+    part = endpoints.Endpoints(fleet, tmp_path, *hub, lambda _: f"at {now[0]:.0f}", switch)
+    running = asyncio.create_task(part.run())
     try:
         for at in (1000.0, 900_000.0, 901_801.0, 5000.0):
             now[0] = at
