@@ -5,16 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from bench.fleet import Device, Hub, until
 from bench.link import Link
 from tests.faults.disk import Disk
 from tests.faults.packets import FAR, NEAR, Packets
 from tests.hub.site import Site
+from tests.sync.brokers import mosquitto
 
+Seen = Callable[[str, object], None]
+"""pytest's record_property: what a row of the matrix shows as seen."""
+PLANT = [
+    pytest.mark.faults,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.skipif(mosquitto() is None, reason="no mosquitto binary: apt-get install mosquitto"),
+]
+"""The marks of a module whose tests have the plant."""
 PATIENCE_S = 240.0  # a busy machine starts a hub slowly; nothing here is a measure of time
 CLOCK = """
 import os, pathlib, time
