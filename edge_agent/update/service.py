@@ -13,10 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,17 +22,16 @@ import msgspec
 
 from edge_agent.errors import Fatal, Refused, Retry
 from edge_agent.update import disk, moments
-from edge_agent.update.assembly import Assembly
 from edge_agent.update.download import Downloads
 from edge_agent.update.machine import Machine, State, Update
 from edge_agent.update.moments import Facts, Hold, NotNow
 from edge_agent.update.neighbours import Neighbours
 from edge_agent.update.slots import Installed, Slots
+from edge_agent.update.staging import Staging
+from edge_agent.update.timing import Timing
 from edge_agent.update.trial import Activation, Figures, Why, activation
 from edge_agent.update.trust import Director, Trust
-from edge_agent.wire import durable
-from edge_agent.wire.bundle import Manifest, Target, decode_manifest, sha256
-from edge_agent.wire.errors import WireError
+from edge_agent.wire.bundle import Manifest, Target
 from edge_agent.wire.topics import check_name
 
 log = logging.getLogger("outrider.update")
@@ -73,7 +70,7 @@ Report = Callable[[str, BundleReport], Awaitable[None]]
 
 
 class UpdateService:
-    """Composed by the daemon. `desire` is called with the twin's `bundles`; `run` does the rest."""
+    """Composed by the daemon. `direct` takes what the hub assigns; `run` does the rest."""
 
     def __init__(
         self,
@@ -94,10 +91,18 @@ class UpdateService:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.slots = Slots(root)
-        self._director, self._trust, self._downloads, self._prober = director, trust, downloads, prober
-        self._switch, self._report = switch, report
-        self._retry_s, self._reserve, self._budget = retry_s, reserve, budget
-        self._agent_version = agent_version or version("outrider")
+        self.staging = Staging(
+            self.slots,
+            director,
+            trust,
+            downloads,
+            self._needs_base,
+            reserve=reserve,
+            budget=budget,
+            agent_version=agent_version,
+        )
+        self._director, self._prober, self._switch, self._report = director, prober, switch, report
+        self._retry_s = retry_s
         self._machines: dict[str, Machine] = {}
         self._desired: dict[str, Target] = {}
         self._active: dict[str, str] = {}
@@ -106,24 +111,26 @@ class UpdateService:
         self._waiting: set[str] = set()  # for a better moment
         self._waits: dict[str, str] = {}  # adapters and the model they wait for
         self._wake = asyncio.Event()
-        self._own, self._rules = rules or {}, moments.rules(rules or {})
-        self._facts, self._clock = facts, clock
+        self._timing = Timing(root / "hold.json", rules or {}, facts, clock)
         self.neighbours: Neighbours | None = None
         self._activation: dict[str, Mapping[str, Any]] = {}
-        self._hold_path = root / "hold.json"
-        self.holding: Hold | None = _read_hold(self._hold_path)
 
     @property
     def time_zone(self) -> str:
         """The site's, an IANA name."""
-        return self._rules.time_zone
+        return self._timing.rules.time_zone
+
+    @property
+    def holding(self) -> Hold | None:
+        """The last hold, over or not."""
+        return self._timing.holding
 
     def configure(self, document: Mapping[str, Any]) -> None:
         """Take `updates` and `activation` of the desired document. Raises Refused, and keeps what was before."""
         asked, plans = document.get("updates") or {}, document.get("activation") or {}
         if not isinstance(asked, dict) or not isinstance(plans, dict):
             raise Refused("updates and activation are tables", "see docs/updates.md")
-        self._rules = moments.rules(self._own, asked)
+        self._timing.configure(asked)
         for plan in plans.values():
             activation(plan)
         self._activation = plans
@@ -131,27 +138,18 @@ class UpdateService:
 
     async def hold(self, minutes: float, reason: str) -> Hold:
         """An application's "not now": nothing is downloaded or activated, what runs goes on. Raises Refused."""
-        kept = moments.held(self.holding, self._clock(), minutes, reason, self._rules.max_hold_minutes)
-        await self._keep_hold(kept)
+        kept = await self._timing.hold(minutes, reason)
+        self._hurry()
         return kept
 
     async def release(self) -> None:
         """End a hold."""
-        if self.holding is not None and self._clock() < self.holding.until:
-            await self._keep_hold(msgspec.structs.replace(self.holding, until=self._clock()))
-
-    async def _keep_hold(self, hold: Hold) -> None:
-        await asyncio.to_thread(self.slots.root.mkdir, parents=True, exist_ok=True)
-        await asyncio.to_thread(durable.write, self._hold_path, msgspec.json.encode(hold))
-        self.holding = hold
+        await self._timing.release()
         self._hurry()
 
     def evidence(self) -> dict[str, Update]:
         """The whole records, evidence included."""
         return {name: machine.update for name, machine in self._machines.items()}
-
-    async def _moment(self, step: moments.Step) -> None:
-        moments.check(step, self._rules, await asyncio.to_thread(self._facts), self.holding, self._clock())
 
     def _hurry(self) -> None:
         """Ask again whether what waits may go on."""
@@ -237,8 +235,7 @@ class UpdateService:
                 self._delay.pop(name, None)
             except NotNow as error:
                 self._waiting.add(name)
-                wait = min(max(0.05, error.until - self._clock()), moments.ASK_AGAIN_S)  # a clock may be set
-                self._due[name] = time.monotonic() + wait
+                self._due[name] = time.monotonic() + self._timing.left(error.until)
                 update, target = self._machine(name).update, self._desired.get(name)
                 if (update.state, update.error, target and target.manifest_sha256) != (
                     State.WAITING,
@@ -326,12 +323,11 @@ class UpdateService:
             if not known or machine.update.state is not State.QUARANTINED:
                 await self._end(name, State.QUARANTINED, machine.update.quarantine[id], target)
             return
-        await self._moment("activate" if await asyncio.to_thread(self.slots.has, name, id) else "download")
+        await self._timing.check("activate" if await asyncio.to_thread(self.slots.has, name, id) else "download")
         await asyncio.to_thread(machine.aim, target, State.RESOLVING)
         while machine.update.state is not State.COMMITTED:
             await self._tell(name)
-            if self._desired.get(name) != target:
-                raise _Superseded(f"{name} {target.version} is no longer wanted")
+            self._still_wanted(name, target)
             await asyncio.to_thread(machine.to, await self._step(name, machine.update.state, target))
         await asyncio.to_thread(self.slots.commit, name, id)
 
@@ -340,15 +336,17 @@ class UpdateService:
         id = target.manifest_sha256
         match state:
             case State.RESOLVING:
-                return await self._resolve(name, target)
+                there = await self.staging.resolve(name, target)
+                return State.VERIFYING if there else State.DOWNLOADING
             case State.DOWNLOADING:
-                return await self._download(name, target)
+                await self.staging.download(name, target, self.neighbours, lambda _: self._goes_on(name, target))
+                return State.STAGED
             case State.STAGED:
                 await asyncio.to_thread(self.slots.stage, name, id)
                 return State.VERIFYING
             case State.VERIFYING:
-                await asyncio.to_thread(self._read_again, name, target)
-                await self._moment("activate")
+                await asyncio.to_thread(self.staging.read_again, name, target)
+                await self._timing.check("activate")
                 return State.TRIAL
             case State.TRIAL:
                 await self._try(name, await asyncio.to_thread(self.slots.open, name, id), target)
@@ -363,11 +361,10 @@ class UpdateService:
         trying = asyncio.ensure_future(self._prober.probe(name, candidate, plan))
         try:
             while not (await asyncio.wait([trying], timeout=WANTED_S))[0]:
-                if self._desired.get(name) != target:
-                    raise _Superseded(f"{name} {target.version} is no longer wanted")
+                self._still_wanted(name, target)
             machine = self._machine(name)
             machine.update.trial, machine.update.trials = await trying, 0
-            moments.check("activate", moments.Rules(), Facts(), self.holding, self._clock())  # a window may have closed
+            self._timing.check_hold()
         finally:
             trying.cancel()
             await asyncio.gather(trying, return_exceptions=True)
@@ -376,68 +373,14 @@ class UpdateService:
                     self._active.pop(model, None)
                 self._wake.set()
 
-    async def _resolve(self, name: str, target: Target) -> State:
-        id = target.manifest_sha256
-        if await asyncio.to_thread(self.slots.has, name, id):
-            return State.VERIFYING
-        if await asyncio.to_thread(self.slots.manifest, name, id) is None:
-            offer = await self._trust.resolve(name, target.version)
-            if (found := sha256(offer.manifest)) != id:
-                what = f"the director assigned {id}, the repository has {found}"
-                raise Retry(f"arbitrary software: {name} {target.version} is not the assigned one: {what}")
-            await asyncio.to_thread(self.slots.receive, name, offer)
-        return State.DOWNLOADING
+    def _still_wanted(self, name: str, target: Target) -> None:
+        if self._desired.get(name) != target:
+            raise _Superseded(f"{name} {target.version} is no longer wanted")
 
-    def _read_again(self, name: str, target: Target) -> None:
-        """Manifest and bytes once more, from the disk. Raises Refused; Retry when the disk has changed them."""
-        self._manifest(name, target)
-        try:
-            self.slots.check(name, target.manifest_sha256)
-        except Refused as error:
-            self.slots.discard(name, target.manifest_sha256)
-            raise Retry(error.message, error.hint) from error
-
-    def _manifest(self, name: str, target: Target) -> Manifest:
-        raw = self.slots.manifest(name, target.manifest_sha256)
-        if raw is None:
-            raise Retry(f"the manifest of {name} {target.version} is gone")
-        try:
-            manifest = decode_manifest(raw)
-        except WireError as error:
-            raise Refused(f"the manifest of {name} {target.version}: {error}") from error
-        self._director.fits(manifest.hardware)
-        if (manifest.name, manifest.version) != (name, target.version):
-            raise Refused(f"the manifest is of {manifest.name} {manifest.version}, not of {name} {target.version}")
-        if _numbers(manifest.min_agent_version) > _numbers(self._agent_version):
-            need = f"{name} {target.version} needs agent {manifest.min_agent_version}, this is {self._agent_version}"
-            raise Retry(need, "update the agent")
-        self._needs_base(manifest)
-        return manifest
-
-    async def _download(self, name: str, target: Target) -> State:
-        def tick(left: int) -> None:
-            if self._desired.get(name) != target:
-                raise _Superseded(f"{name} {target.version} is no longer wanted")
-            moments.check("download", self._rules, Facts(), self.holding, self._clock())
-
-        manifest = await asyncio.to_thread(self._manifest, name, target)
-        try:
-            assembly = await asyncio.to_thread(self._open, name, target, manifest)
-            if self.neighbours is not None:
-                await self.neighbours.fill(assembly, lambda some: self._downloads.fill(assembly, tick, some), tick)
-            await self._downloads.fill(assembly, tick)
-            await asyncio.to_thread(self.slots.complete, name, target.manifest_sha256, manifest, assembly)
-        except OSError:
-            await asyncio.to_thread(self.slots.discard, name, target.manifest_sha256)  # make room for what matters
-            raise
-        return State.STAGED
-
-    def _open(self, name: str, target: Target, manifest: Manifest) -> Assembly:
-        assembly = self.slots.assembly(name, target.manifest_sha256, manifest)
-        left = None if self._budget is None else self._budget - self.slots.size()
-        disk.require(self.slots.root, assembly.size, self._reserve, left)
-        assembly.open(self.slots.seeds())
-        return assembly
+    def _goes_on(self, name: str, target: Target) -> None:
+        """Asked at each piece of a download."""
+        self._still_wanted(name, target)
+        self._timing.check_window("download")
 
     async def _fail(self, name: str, error: Retry) -> None:
         delay = self._delay.get(name, self._retry_s[0])
@@ -495,16 +438,6 @@ class _NoBase(Retry):
 
 class _Superseded(Retry):
     """The hub wants something else by now."""
-
-
-def _read_hold(path: Path) -> Hold | None:
-    with contextlib.suppress(OSError, msgspec.DecodeError):
-        return msgspec.json.decode(path.read_bytes(), type=Hold)
-    return None
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def _disk_error(error: OSError) -> Retry:

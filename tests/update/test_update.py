@@ -246,7 +246,7 @@ async def test_full_disk_is_reported_and_the_update_goes_on_when_there_is_room(h
         report = await it.wants(target, "failed")
         assert "the disk is full" in report.error
         assert not hub.fetched()
-        it.service._reserve = 0
+        it.service.staging.reserve = 0
         await it.wants(target, "committed")
 
 
