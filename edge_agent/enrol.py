@@ -83,7 +83,7 @@ def load(state: Path) -> Identity | None:
         raise Fatal(f"{state / IDENTITY} cannot be read: {error}", hint) from error
 
 
-def enrol(state: Path, hub: str, token: str, name: str, *, ca: str = "", timeout_s: float = 20.0) -> Identity:
+def enrol(state: Path, hub: str, token: str, name: str, *, ca: str = "") -> Identity:
     """Trade the token for an identity. `ca` is a file or a fingerprint; a token may bring one along.
 
     Raises Retry (hub not there), Refused (token, name, address, another CA), Fatal (disk).
@@ -99,14 +99,14 @@ def enrol(state: Path, hub: str, token: str, name: str, *, ca: str = "", timeout
     if base.scheme not in ("http", "https") or not base.host:
         raise Refused(f"{hub!r} is not the address of a hub", "for example https://hub.example:8443")
     token, _, shown = token.partition(https.MARK)
-    pem = https.first_contact(hub, ca or shown, timeout_s)
+    pem = https.first_contact(hub, ca or shown)
     verify = https.verify(pem)
     made = _writable(state)
     fresh = not (state / KEY).exists()
     try:
         key = SigningKey.load_or_create(state / KEY)
         request = {"token": token, "name": name, "public_key": key.public.text, "csr": csr(key, name)}
-        answer = _ask(hub, request, timeout_s, verify)
+        answer = _ask(hub, request, verify)
         identity = Identity(hub, msgspec.structs.replace(answer, certificate=""), pem)
         tls(state, identity, answer.certificate)
         durable.write(state / IDENTITY, msgspec.json.format(msgspec.json.encode(identity)), 0o600)
@@ -189,9 +189,9 @@ class Cut(Retry):
     """Whether the hub enrolled this device is not known."""
 
 
-def _ask(hub: str, request: dict[str, Any], timeout_s: float, verify: ssl.SSLContext | bool) -> Enrolled:
+def _ask(hub: str, request: dict[str, Any], verify: ssl.SSLContext | bool) -> Enrolled:
     try:
-        response = httpx.post(f"{hub.rstrip('/')}/v1/enrol", json=request, timeout=timeout_s, verify=verify)
+        response = httpx.post(f"{hub.rstrip('/')}/v1/enrol", json=request, timeout=https.TIMEOUT_S, verify=verify)
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
         if https.untrusted(error):
             hint = "make the token at the hub again, which then names its CA, or give the CA as --ca"

@@ -34,7 +34,7 @@ class Ask(msgspec.Struct, frozen=True):
     expires: float = 0.0
 
 
-def asks(device: dict[str, Any], now: float | None = None) -> list[Ask]:
+def asks(device: dict[str, Any]) -> list[Ask]:
     """What waits on a device, the first to expire first; what cannot be read is left out."""
     waiting, found = device["reported"].get("waiting"), []
     for id, told in waiting.items() if isinstance(waiting, dict) else ():
@@ -42,7 +42,7 @@ def asks(device: dict[str, Any], now: float | None = None) -> list[Ask]:
             found.append(msgspec.convert({**told, "id": id}, Ask))
         except (msgspec.ValidationError, TypeError):
             continue
-    return sorted((a for a in found if a.expires > (now or time.time())), key=lambda a: (a.expires, a.id))
+    return sorted((a for a in found if a.expires > time.time()), key=lambda a: (a.expires, a.id))
 
 
 def why_not(auth: Auth, subject: Subject, device: str, ask: Ask) -> str:

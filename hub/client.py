@@ -51,10 +51,10 @@ def _kept() -> dict[str, str]:
 class HubClient:
     """A logged-in client. Raises HubError when nobody is logged in."""
 
-    def __init__(self, url: str | None = None, token: str | None = None) -> None:
+    def __init__(self, url: str | None = None) -> None:
         known = _kept()
         url = url or os.environ.get("OUTRIDER_HUB") or known.get("url") or "http://127.0.0.1:8080"
-        token = token or os.environ.get("OUTRIDER_TOKEN") or (known.get("token") if url == known.get("url") else None)
+        token = os.environ.get("OUTRIDER_TOKEN") or (known.get("token") if url == known.get("url") else None)
         if not token:
             raise HubError(f"not logged in at {url}", "outrider hub login, or set OUTRIDER_TOKEN")
         try:

@@ -16,7 +16,7 @@ from hub.rollout_plan import Plan
 from hub.rollout_state import ACTIVE, Decision, Run, Seen, Status, Step
 
 STEP_S = (10.0, 600.0)  # between ticks while something happens, and at most
-LONGEST_S = 120 * 86400.0
+START, LONGEST_S = 1_800_000_000.0, 120 * 86400.0
 WIDTH, ROWS = 60, 24
 MARKS = {"█": {Step.SUCCEEDED}, "▒": ACTIVE, "x": {Step.FAILED}, "?": {Step.MISSED}, "·": {Step.PENDING}}
 
@@ -53,11 +53,10 @@ def play(
     devices: int,
     model: Model,
     seed: int = 1,
-    start: float = 1_800_000_000.0,
     watch: Callable[[Run, dict[str, Seen], list[Decision]], None] | None = None,
 ) -> Play:
     """Until it has ended or paused; `watch` is called after every tick."""
-    chance, now, step = random.Random(seed), start, STEP_S[0]
+    chance, now, step = random.Random(seed), START, STEP_S[0]
     names = plan.select.devices or [f"device-{n:05}" for n in range(devices)]
     fleet = {name: Seen(name, wanted="0", version="0", target="0", state="committed") for name in names}
     run, course, asked = Run(f"sim-{seed}", plan, model.size), list[tuple[float, int, dict[str, int]]](), 0.0
@@ -71,7 +70,7 @@ def play(
             seen.online = False
             if chance.random() < 0.5:
                 happens(now + chance.uniform(0, 2 * plan.timeout_s), name, online=True)
-    while run.live and run.status is not Status.PAUSED and now - start < LONGEST_S:
+    while run.live and run.status is not Status.PAUSED and now - START < LONGEST_S:
         while events and events[0][0] <= now:
             _, _, name, change = heapq.heappop(events)
             for field, value in change.items():
@@ -96,7 +95,7 @@ def play(
             watch(run, fleet, decisions)
         if decisions:
             counts = Counter(str(place.step) for place in run.places.values())
-            course.append((now - start, run.wave, dict(counts)))
+            course.append((now - START, run.wave, dict(counts)))
         if "waits for approval" in run.reason:
             asked = asked or now
             if now - asked >= model.approve_s:
@@ -104,7 +103,7 @@ def play(
                 asked = 0.0
         step = STEP_S[0] if decisions else min(step * 2, STEP_S[1])
         now = min(now + step, max(now + STEP_S[0], events[0][0])) if events else now + step
-    return Play(run, now - start, course)
+    return Play(run, now - START, course)
 
 
 def facts(play: Play) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from edge_agent.wire.bundle import Directive, Manifest, Sealed, Target, open_directive, seal_directive
 from edge_agent.wire.errors import Undecodable
-from edge_agent.wire.messages import TWIN_LIMIT, Desired, check_depth
+from edge_agent.wire.messages import TWIN_LIMIT, Desired, check_depth, merge_patch
 from edge_agent.wire.signing import SigningKey
 from hub import audit
 from hub.db import Database, devices
@@ -28,20 +28,6 @@ _ELSEWHERE = {
     "updates": "PATCH /v1/devices/{device}/updates",
     "activation": "PATCH /v1/devices/{device}/updates",
 }
-
-
-def merge(document: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """A JSON merge patch applied (RFC 7396): null removes."""
-    merged = dict(document)
-    for key, value in patch.items():
-        if value is None:
-            merged.pop(key, None)
-        elif isinstance(value, dict):
-            below = merged.get(key)
-            merged[key] = merge(below if isinstance(below, dict) else {}, value)
-        else:
-            merged[key] = value
-    return merged
 
 
 def apply_reported(connection: sa.Connection, device: str, body: dict[str, Any]) -> None:
@@ -80,7 +66,7 @@ def patch_desired(
         check_depth(given)
     except Undecodable as error:
         raise Refused(422, f"the desired document is refused: {error}", "flatten it") from None
-    document = merge(row.desired, given)
+    document = merge_patch(row.desired, given)
     if len(msgspec.json.encode(document)) > TWIN_LIMIT:
         raise Refused(413, f"the desired document of {device} would pass {TWIN_LIMIT} bytes", "remove something")
     values = {"desired": document, "desired_version": row.desired_version + 1}

@@ -49,14 +49,6 @@ def counts(found: ArrayLike, truth: ArrayLike) -> Counts:
     return Counts(int((a & b).sum()), int((a & ~b).sum()), int((~a & b).sum()))
 
 
-def top_1(scores: ArrayLike, classes: ArrayLike) -> float:
-    """Share of rows of (n, classes) whose largest score is at the class (n,); the first one where scores tie."""
-    a, b = np.asarray(scores, float), np.asarray(classes)
-    if a.ndim != 2:
-        raise ValueError(f"scores are {a.shape}, not (samples, classes)")
-    return agreement(a.argmax(1).tolist(), b.tolist())
-
-
 def agreement(found: Sequence[Hashable], truth: Sequence[Hashable]) -> float:
     """Share of equal answers."""
     _some(len(found), len(truth))
@@ -95,13 +87,12 @@ def match(found: ArrayLike, truth: ArrayLike, scores: ArrayLike, at: float = 0.5
     return right
 
 
-def box_counts(found: Sequence[ArrayLike], truth: Sequence[ArrayLike], at: float = 0.5) -> Counts:
+def box_counts(found: Sequence[ArrayLike], truth: Sequence[ArrayLike]) -> Counts:
     """Counts over pictures, each with boxes (n, 4) found and (m, 4) true."""
     _some(len(found), len(truth))
-    hits = sum(
-        int(match(f, t, np.zeros(len(np.reshape(f, (-1, 4)))), at).sum()) for f, t in zip(found, truth, strict=True)
-    )
-    return Counts(hits, sum(len(np.reshape(f, (-1, 4))) for f in found) - hits, sum(map(_boxes, truth)) - hits)
+    pairs = zip(found, truth, strict=True)
+    hits = sum(int(match(f, t, np.zeros(_boxes(f))).sum()) for f, t in pairs)
+    return Counts(hits, sum(map(_boxes, found)) - hits, sum(map(_boxes, truth)) - hits)
 
 
 def mean_average_precision(

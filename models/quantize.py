@@ -93,12 +93,12 @@ def check(feed: Feeds, declared: dict[str, dict[str, Any]], what: str = "calibra
             raise ModelError(f"{what}: {name} has NaN or infinite values", "remove these samples")
 
 
-def simplify(source: Path, target: Path, version: int = OPSET) -> Path:
-    """Constants folded, normalizations merged, every node named, the opset raised to `version`. Raises ModelError."""
+def simplify(source: Path, target: Path) -> Path:
+    """Constants folded, normalizations merged, every node named, the opset raised to OPSET. Raises ModelError."""
     model = load(source)
     with _tools(f"{source.name} cannot be simplified"):
-        if opset(model) < version:
-            model = version_converter.convert_version(model, version)
+        if opset(model) < OPSET:
+            model = version_converter.convert_version(model, OPSET)
         import onnxslim
 
         model = onnxslim.slim(model)

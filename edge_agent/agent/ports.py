@@ -20,6 +20,8 @@ from edge_agent.engines.base import Generate, Piece
 from edge_agent.errors import Retry
 from edge_agent.serving.supervisor import WorkerProcess
 
+START_S = 60.0  # that a tool runner may take until it serves
+
 
 class WorkerModel:
     """One model of a language worker."""
@@ -40,13 +42,13 @@ class WorkerModel:
 class RunnerTools:
     """The tools of a tool runner."""
 
-    def __init__(self, worker: WorkerProcess, start_s: float = 60.0) -> None:
-        self._worker, self._start_s = worker, start_s
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
         self._specs: tuple[bytes, Sequence[ToolSpec]] = (b"", ())
         self._turn, self._free = asyncio.Lock(), frozenset[str]()
 
     async def specs(self) -> Sequence[ToolSpec]:
-        await self._worker.ready(self._start_s)
+        await self._worker.ready(START_S)
         if self._specs[0] is not self._worker.specs:  # each sample asks; they change with the runner's process
             known = self._worker.specs
             self._specs = (known, tuple(msgspec.msgpack.decode(known, type=list[ToolSpec])))

@@ -21,7 +21,7 @@ from edge_agent.agent.calls import Call
 from edge_agent.store import Connection, Migrations, Store
 from edge_agent.wire.grants import Subject
 
-KEEP = 2000
+KEEP, LATEST = 2000, 50
 State = Literal["running", "waiting", "succeeded", "failed"]
 migrations = Migrations("agent")
 _UPDATE = "UPDATE tasks SET state = ?, head = ? WHERE id = ?"
@@ -202,11 +202,11 @@ class Transcripts:
             task.state, task.error, task.finished = "failed", error, now
             db.execute(_UPDATE, (task.state, _head(task), id))
 
-    async def latest(self, limit: int = 50) -> list[Task]:
+    async def latest(self) -> list[Task]:
         """The newest tasks, with no steps."""
         rows = "SELECT head FROM tasks ORDER BY created DESC LIMIT ?"
         decode = msgspec.json.Decoder(Task).decode
-        return await self._store.read(lambda db: [decode(head) for (head,) in db.execute(rows, (limit,))])
+        return await self._store.read(lambda db: [decode(head) for (head,) in db.execute(rows, (LATEST,))])
 
     async def append(self, task: Task, step: Step, later: bool = False) -> None:
         """Add a step; it is on disk when this returns, or `later`: with the next one that is, or with `save`.

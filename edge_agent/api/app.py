@@ -196,7 +196,6 @@ class LocalApi:
         self,
         device: Device,
         where: str,
-        clock: Callable[[], float] = time.time,
         max_body: int = MAX_BODY_MB << 20,
         name: str = "",
         near: Neighbours | None = None,
@@ -215,7 +214,7 @@ class LocalApi:
             raise (Refused if never else Retry)(text, "choose another --api HOST:PORT, or end what has it") from error
         self.address = host, int(self._socket.getsockname()[1])
         self.url = f"http://{host}:{self.address[1]}"
-        app = create_app(device, clock, max_body, name, near, refused)
+        app = create_app(device, max_body=max_body, name=name, near=near, refused=refused)
         config = uvicorn.Config(
             app,
             lifespan="off",

@@ -34,6 +34,7 @@ from edge_agent.wire.tensor import Tensor
 Answer = Callable[[str, dict[str, Tensor]], Awaitable[dict[str, Tensor]]]
 _KEPT_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "XDG_CACHE_HOME")
 _INNER_REQUESTS = 8
+ADAPT_S = 60.0
 
 
 class WorkerProcess:
@@ -144,7 +145,7 @@ class WorkerProcess:
         self.adapters = {name: where for name, where in self.adapters.items() if where[0] != model}
         return info
 
-    async def adapt(self, model: str, adapter: str, path: Path, timeout_s: float = 60.0) -> None:
+    async def adapt(self, model: str, adapter: str, path: Path, timeout_s: float = ADAPT_S) -> None:
         """Load an adapter into a loaded model and keep it loaded over restarts. Raises Refused (bad adapter), Retry."""
         await self.ready(timeout_s)
         await self._adapt(model, adapter, str(path), timeout_s)
@@ -158,11 +159,11 @@ class WorkerProcess:
         """Whether a version of a model is loaded."""
         return self.connected and model in self._loads
 
-    async def drop(self, adapter: str, timeout_s: float = 60.0) -> None:
+    async def drop(self, adapter: str) -> None:
         """Unload an adapter, after the requests that were sent before. Raises Refused, Retry."""
         model, _ = self.adapters.pop(adapter, ("", ""))
         if model:
-            await self._adapt(model, adapter, "", timeout_s)
+            await self._adapt(model, adapter, "", ADAPT_S)
 
     async def infer(
         self, model: str, inputs: dict[str, Tensor], timeout_s: float = 60.0, priority: int = 2
@@ -387,7 +388,7 @@ class WorkerProcess:
         for adapter, (model, path) in list(self.adapters.items()):
             self._loading = adapter
             try:
-                await self._adapt(model, adapter, path, 60.0)
+                await self._adapt(model, adapter, path, ADAPT_S)
             except OutriderError as error:
                 self._log.error("adapter %s is not loaded again: %s", adapter, error)
                 if isinstance(error, Refused):

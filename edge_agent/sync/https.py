@@ -20,6 +20,7 @@ from edge_agent.sync.broker import NO_CHECK_TIME
 
 MARK = "~"  # stands between an enrolment token and the fingerprint of the hub's CA
 MAX_PEM = 64 * 1024
+TIMEOUT_S = 20.0
 _END = "-----END CERTIFICATE-----"
 
 
@@ -56,7 +57,7 @@ def given(text: str) -> tuple[str, str]:
         raise Refused(f"the CA cannot be read: {error}", "a PEM file, or the fingerprint that the hub shows") from None
 
 
-def first_contact(url: str, text: str, timeout_s: float = 20.0) -> str:
+def first_contact(url: str, text: str, timeout_s: float = TIMEOUT_S) -> str:
     """The PEM text of a CA, given as a file or as the fingerprint by which it is asked for at the hub.
 
     Raises Refused (another CA, no such file), Retry (the hub is not there).

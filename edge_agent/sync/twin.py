@@ -16,7 +16,7 @@ from edge_agent.store import Connection, Store
 from edge_agent.sync.outbox import Outbox
 from edge_agent.wire.errors import Undecodable
 from edge_agent.wire.grants import Grants, verify_grants
-from edge_agent.wire.messages import TWIN_LIMIT, Desired
+from edge_agent.wire.messages import TWIN_LIMIT, Desired, merge_patch
 from edge_agent.wire.signing import VerifyKey
 
 REPORTED_PRIORITY = 2
@@ -97,20 +97,6 @@ class GrantsCache:
             await self._store.write(lambda db: _save(db, "grants", grants.epoch, text.encode()))
             self.grants = grants
         return grants
-
-
-def merge_patch(document: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """RFC 7396: null removes, objects merge, anything else replaces."""
-    merged = dict(document)
-    for name, value in patch.items():
-        if value is None:
-            merged.pop(name, None)
-        elif isinstance(value, dict):
-            inner = merged.get(name)
-            merged[name] = merge_patch(inner if isinstance(inner, dict) else {}, value)
-        else:
-            merged[name] = value
-    return merged
 
 
 def _load(db: Connection, name: str) -> tuple[int, bytes]:

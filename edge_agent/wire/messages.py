@@ -172,6 +172,20 @@ def check_depth(value: object) -> None:
     raise Undecodable(f"nested deeper than {MAX_DEPTH} levels")
 
 
+def merge_patch(document: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    """RFC 7396: null removes, objects merge, anything else replaces."""
+    merged = dict(document)
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        elif isinstance(value, dict):
+            inner = merged.get(name)
+            merged[name] = merge_patch(inner if isinstance(inner, dict) else {}, value)
+        else:
+            merged[name] = value
+    return merged
+
+
 def encode(message: msgspec.Struct) -> bytes:
     """JSON, fields in the order of their declaration."""
     return msgspec.json.encode(message)

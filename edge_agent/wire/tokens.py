@@ -9,9 +9,11 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
+import msgspec
 from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import KeySet, OKPKey
+from joserfc.jws import extract_compact
 
 from edge_agent.wire.errors import BadSignature
 from edge_agent.wire.grants import ALGORITHM, Subject
@@ -35,7 +37,6 @@ def verify_access_token(
     token: str,
     *,
     now: float,
-    audience: str = AUDIENCE,
     device: str = "",
     floor: float = float("-inf"),
 ) -> Subject:
@@ -48,7 +49,7 @@ def verify_access_token(
         keys = KeySet([OKPKey.import_key(dict(jwk)) for jwk in jwks])
     except (JoseError, ValueError) as error:
         raise BadSignature(f"the hub's keys cannot be read: {error}") from None
-    audiences = [audience, f"{audience}/{device}"] if device else [audience]
+    audiences = [AUDIENCE, f"{AUDIENCE}/{device}"] if device else [AUDIENCE]
     claims = _verify(keys, token, "at+jwt", ISSUER, audiences, now, floor)
     roles = claims.get("roles")
     if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
@@ -63,14 +64,9 @@ def issue_device_token(key: SigningKey, fleet: str, device: str, *, now: float, 
 
 def device_of(token: str) -> str:
     """The device a token says it is, unverified: to look up the key to verify it with. Raises BadSignature."""
-    import base64
-    import json
-
     try:
-        body = token.split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
-        return str(claims["sub"])
-    except (IndexError, ValueError, KeyError, TypeError):
+        return str(msgspec.json.decode(extract_compact(token.encode()).payload)["sub"])
+    except (JoseError, ValueError, KeyError, TypeError):
         raise BadSignature("not a device token") from None
 
 

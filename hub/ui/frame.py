@@ -259,9 +259,9 @@ def heading(text: str, note: str = "") -> None:
     ui.html(f'<h2>{e(text)}</h2><span class="muted">{e(note)}</span>').classes("heading")
 
 
-def ago(ts: float | None, now: float | None = None) -> str:
+def ago(ts: float | None) -> str:
     """`12 s ago`."""
-    return "never" if ts is None else f"{span((time.time() if now is None else now) - ts)} ago"
+    return "never" if ts is None else f"{span(time.time() - ts)} ago"
 
 
 def offset(seconds: float | None) -> str:

@@ -46,10 +46,6 @@ def test_perfect_answers_score_one(truth: list[bool]) -> None:
     assert metrics.agreement(truth, truth) == 1
 
 
-def test_top_1_counts_the_largest_score_of_each_row() -> None:
-    assert metrics.top_1([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]], [1, 0, 0, 1]) == 0.5
-
-
 @given(SCORED)
 def test_auc_is_the_share_of_ordered_pairs(rows: list[tuple[int, bool]]) -> None:
     high = [s for s, positive in rows if positive]
@@ -130,7 +126,6 @@ def test_relative_error_scales_with_the_difference(values: list[float], scale: f
         lambda: metrics.counts([], []),
         lambda: metrics.character_error_rate(["a"], [""]),
         lambda: metrics.mean_average_precision([([], [], [])], [([], [])]),
-        lambda: metrics.top_1([0.1, 0.9], [1]),
         lambda: Counts(1, 1, 1).f_beta(-1),
         lambda: metrics.relative_error([1, 2], [1]),
     ],

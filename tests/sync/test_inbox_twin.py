@@ -11,9 +11,9 @@ from edge_agent.store import Store
 from edge_agent.sync import inbox as inbox_module
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Outbox
-from edge_agent.sync.twin import Twin, merge_patch
+from edge_agent.sync.twin import Twin
 from edge_agent.wire.errors import Undecodable
-from edge_agent.wire.messages import Desired, Job, JobKind, JobState, Record
+from edge_agent.wire.messages import Desired, Job, JobKind, JobState, Record, merge_patch
 
 
 def job(id: str, expires: float = 2000.0, key: str = "") -> Job:
