@@ -12,15 +12,18 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from edge_agent import machine
 from edge_agent.agent.calls import Call, CallError, parse, render, validate
+from edge_agent.agent.ports import RunnerTools
 from edge_agent.agent.tool import Param, ToolError, ToolSpec
 from edge_agent.errors import OutriderError, Refused
+from edge_agent.history import History
 from edge_agent.rhythm import rest
+from edge_agent.sync.outbox import Outbox
 from edge_agent.trouble import Trouble
 
 PRIORITY = 6
@@ -29,26 +32,12 @@ _SAMPLED = "read_sensor"
 _log = logging.getLogger("outrider.telemetry")
 
 
-class Tools(Protocol):
-    async def specs(self) -> Sequence[ToolSpec]: ...
-    async def read(self, calls: Sequence[tuple[str, dict[str, Any]]], timeout_s: float) -> list[Any]: ...
-
-
-class Outbox(Protocol):
-    def draft(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> Any: ...
-    async def append_many(self, drafts: Sequence[Any]) -> range: ...
-
-
-class History(Protocol):
-    async def keep(self, bodies: Sequence[Mapping[str, Any]]) -> None: ...
-
-
 class Telemetry:
     """The sampler. `sample` is calls in the compact form; empty means every value of `read_sensor`, if there is one."""
 
     def __init__(
         self,
-        tools: Tools,
+        tools: RunnerTools,
         outbox: Outbox,
         state: Path,
         interval_s: float,

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from edge_agent.config import Settings, nearest
 from edge_agent.errors import OutriderError, Refused
-from edge_agent.wire.messages import Desired
+from edge_agent.sync.twin import Twin
 
 _log = logging.getLogger("outrider")
 _Seconds = Annotated[float, msgspec.Meta(ge=0.1, le=86400)]
@@ -46,15 +46,6 @@ def tune(settings: Settings, asked: Any) -> Settings:
     except msgspec.ValidationError as error:
         raise Refused(f"config is refused: {error}", "see docs/operations.md") from error
     return msgspec.structs.replace(settings, **msgspec.to_builtins(tuning))
-
-
-class Twin(Protocol):
-    """sync.twin.Twin."""
-
-    @property
-    def reported(self) -> dict[str, Any]: ...
-    async def newer_than(self, version: int) -> Desired: ...
-    async def report(self, patch: dict[str, Any]) -> int | None: ...
 
 
 class Tuner:

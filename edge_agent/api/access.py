@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -20,14 +20,16 @@ from starlette.routing import Route
 
 from edge_agent import audit
 from edge_agent.agent.policy import Forbidden
-from edge_agent.api.metrics import Metrics, Worker
-from edge_agent.engines.base import Generate, Piece
+from edge_agent.agent.replay import Replay
+from edge_agent.api.metrics import Metrics
 from edge_agent.errors import OutriderError, Refused, Retry
-from edge_agent.update.slots import Installed
+from edge_agent.hosting import Hosting
+from edge_agent.sync.blobs import Blobs
+from edge_agent.update.service import UpdateService
 from edge_agent.wire.errors import WireError
 from edge_agent.wire.grants import Grants, Subject, allowed
-from edge_agent.wire.tensor import Tensor
 from edge_agent.wire.tokens import verify_access_token
+from edge_agent.work import Work
 
 RUN_MODEL = "run:model"
 MAX_BODY = 64 * 1024
@@ -39,95 +41,17 @@ _OPENAI = ("/v1/models", "/v1/chat/")
 T = TypeVar("T")
 
 
-class Work(Protocol):
-    """What the API sets going; answers are anything msgspec encodes."""
-
-    async def submit(self, text: str, subject: Subject, conversation: str = "") -> str:
-        """The id of the accepted task. Raises Refused, or Retry when the queue is full."""
-        ...
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """What the agent did, by name."""
-        ...
-
-    async def task(self, id: str) -> Any | None: ...
-    async def tasks(self) -> Sequence[Any]: ...
-    async def tools(self, subject: Subject) -> Sequence[Any]: ...
-    async def call(self, name: str, args: dict[str, Any], subject: Subject) -> Any:
-        """The result. Raises Forbidden, Refused, Retry."""
-        ...
-
-
-class Models(Protocol):
-    """The installed models, and what runs them."""
-
-    @property
-    def running(self) -> Mapping[str, Installed]: ...
-    @property
-    def workers(self) -> Mapping[str, Worker]: ...
-    async def ready(self, model: str) -> bool: ...
-    async def infer(self, model: str, inputs: dict[str, Tensor], priority: int, within_s: float) -> dict[str, Tensor]:
-        """Run a network in a serving class. Raises Refused, Retry."""
-        ...
-
-    def languages(self) -> Sequence[str]:
-        """What can be talked to: `NAME` of a language model, `NAME:ADAPTER` of it with an adapter."""
-        ...
-
-    def stream(self, name: str, request: Generate, timeout_s: float) -> AsyncGenerator[Piece, None]:
-        """A completion by one of `languages`; leaving the iteration cancels it. Raises Refused, Retry."""
-        ...
-
-
-class Neighbours(Protocol):
-    """Chunks for the devices next door."""
-
-    async def answer(self, asked: bytes) -> bytes:
-        """Raises Retry when too many ask."""
-        ...
-
-
-class Updates(Protocol):
-    """How updates fare, and an application's "not now"."""
-
-    @property
-    def holding(self) -> Any | None: ...
-    def evidence(self) -> Mapping[str, Any]: ...
-    async def hold(self, minutes: float, reason: str) -> Any:
-        """Raises Refused."""
-        ...
-
-    async def release(self) -> None: ...
-
-
-class Blobs(Protocol):
-    """What goes to the hub beside the records."""
-
-    async def put(self, content: bytes, name: str, media_type: str) -> str:
-        """Its SHA-256. Raises Refused, Retry."""
-        ...
-
-
-class Replay(Protocol):
-    """Decisions of tasks asked again."""
-
-    async def run(self, id: str, name: str) -> Any:
-        """Raises Refused, Retry."""
-        ...
-
-
 class Device(Protocol):
-    """What the API shows, its work and its models."""
+    """The daemon, as far as the API uses its parts."""
 
     @property
     def work(self) -> Work: ...
     @property
-    def updates(self) -> Updates: ...
+    def updates(self) -> UpdateService: ...
     @property
     def blobs(self) -> Blobs: ...
     @property
-    def models(self) -> Models: ...
+    def models(self) -> Hosting: ...
     @property
     def replay(self) -> Replay: ...
     def grants(self) -> Grants | None: ...

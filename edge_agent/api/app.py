@@ -23,9 +23,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edge_agent.api import chat, oip
-from edge_agent.api.access import RUN_MODEL, Caller, Device, Gate, Neighbours, Problem, Refusing, answer, problem
+from edge_agent.api.access import RUN_MODEL, Caller, Device, Gate, Problem, Refusing, answer, problem
 from edge_agent.config import address
 from edge_agent.errors import Refused, Retry
+from edge_agent.update.neighbours import Neighbours
 
 MAX_BODY_MB = 64
 """The largest inference request, unless the settings say otherwise."""

@@ -10,12 +10,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 from starlette.requests import ClientDisconnect
 
-from edge_agent.serving.frames import Served
+from edge_agent.serving.supervisor import WorkerProcess
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TEXTS = {
@@ -24,14 +23,6 @@ _TEXTS = {
     "outrider_agent_total": "counter",
 }  # fmt: skip
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
-
-class Worker(Protocol):
-    """A worker process: how often it started, how many requests wait, what each model did since it was loaded."""
-
-    starts: int
-    waiting: int
-    served: dict[str, Served]
 
 
 @dataclass
@@ -66,7 +57,7 @@ class Metrics:
             for i, bound in enumerate(BUCKETS):
                 count.buckets[i] += took <= bound
 
-    def text(self, workers: Mapping[str, Worker], agent: Mapping[str, int]) -> str:
+    def text(self, workers: Mapping[str, WorkerProcess], agent: Mapping[str, int]) -> str:
         """The exposition."""
         lines: dict[str, list[str]] = {name: [f"# TYPE {name} {kind}"] for name, kind in _TEXTS.items()}
 
