@@ -159,23 +159,12 @@ class EmbeddedBroker:
     def __init__(self, data_dir: str | Path, port: int = 0) -> None:
         self._dir = Path(data_dir) / "broker"
         self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._credentials = self._load(port)
+        known = self._load(port)
+        self.port, self.username, self.password = known.port, known.username, known.password
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
         self._child: iotcore.Broker | None = None
         self.restarts = 0
-
-    @property
-    def port(self) -> int:
-        return self._credentials.port
-
-    @property
-    def username(self) -> str:
-        return self._credentials.username
-
-    @property
-    def password(self) -> str:
-        return self._credentials.password
 
     @property
     def url(self) -> str:

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from functools import lru_cache
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
 
+from edge_agent.sync.broker import Message
 from edge_agent.wire.batch import Header, decode_records, verify_batch
 from edge_agent.wire.errors import Undecodable, WireError
 from edge_agent.wire.messages import Record
@@ -38,17 +39,6 @@ _AT_ONCE = 250  # rows a statement: at each the interpreter goes to another thre
 _encoder = msgspec.json.Encoder()
 _I32 = 2**31 - 1
 _I64 = 2**63 - 1
-
-
-class Message(Protocol):
-    """What the transport hands over."""
-
-    @property
-    def topic(self) -> str: ...
-    @property
-    def payload(self) -> bytes: ...
-    @property
-    def properties(self) -> dict[str, str]: ...
 
 
 class Verdict(Enum):
