@@ -7,6 +7,7 @@ machine, measured), so parts that look once a second do it together.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 
@@ -18,3 +19,10 @@ async def tick(period_s: float) -> None:
 def rest(period_s: float) -> float:
     """Seconds until then."""
     return period_s - time.monotonic() % period_s
+
+
+async def wait_up_to(seconds: float | None, event: asyncio.Event) -> None:
+    """Not `asyncio.wait_for`: in Python 3.11 that loses a cancellation which comes together with the event."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

@@ -7,7 +7,6 @@ samples have a low priority and a TTL, so that they are the first to go when the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
@@ -22,7 +21,7 @@ from edge_agent.agent.ports import RunnerTools
 from edge_agent.agent.tool import Param, ToolError, ToolSpec
 from edge_agent.errors import OutriderError, Refused
 from edge_agent.history import History
-from edge_agent.rhythm import rest
+from edge_agent.rhythm import rest, wait_up_to
 from edge_agent.sync.outbox import Outbox
 from edge_agent.trouble import Trouble
 
@@ -74,9 +73,7 @@ class Telemetry:
                 self._trouble.tell(error)
             else:
                 self._trouble.over()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(rest(self._interval_s)):
-                    await self._changed.wait()
+            await wait_up_to(rest(self._interval_s), self._changed)
 
     def _draft(self, body: dict[str, Any]) -> list[Any]:
         """None of what cannot be a record: the others are kept."""

@@ -21,6 +21,7 @@ import msgspec
 
 from edge_agent.audit import Audit
 from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.rhythm import wait_up_to
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Outbox, Slice
 from edge_agent.sync.transport import Message, MqttSession, Publication
@@ -304,10 +305,3 @@ class Session:
         if self._halted is None:
             log.error("nothing more is sent: %s", error)
         self._halted = error
-
-
-async def wait_up_to(seconds: float, event: asyncio.Event) -> None:
-    """Not `asyncio.wait_for`: in Python 3.11 that loses a cancellation which comes together with the event."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

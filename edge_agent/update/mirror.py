@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.rhythm import wait_up_to
 from edge_agent.update.trial import Figures, Tally, Trial, Why, Worse, figures, judge, slower
 
 BESIDE = 4
@@ -93,11 +94,7 @@ class Mirror(Generic[Q, A]):
                 self._news.clear()
                 if reason := judge(plan, self.traffic, plan.minimum):
                     raise self.worse(reason, "traffic", self.traffic, time.monotonic() - began)
-                try:
-                    async with asyncio.timeout(left):
-                        await self._news.wait()
-                except TimeoutError:
-                    break
+                await wait_up_to(left, self._news)
         finally:
             for task in self._beside:
                 task.cancel()

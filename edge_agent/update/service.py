@@ -11,7 +11,6 @@ is fetched or tried at a bad moment (update/moments.py), but what is installed n
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 from edge_agent.errors import Fatal, Refused, Retry
+from edge_agent.rhythm import wait_up_to
 from edge_agent.update import disk, moments
 from edge_agent.update.download import Downloads
 from edge_agent.update.machine import Machine, State, Update
@@ -185,9 +185,7 @@ class UpdateService:
             self._wake.clear()
             await self._pass()
             wait = max(0.05, min(self._due.values()) - time.monotonic()) if self._due else None
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):  # wait_for of Python 3.11 can lose a cancellation
-                    await self._wake.wait()
+            await wait_up_to(wait, self._wake)
 
     async def reject(self, name: str, reason: str) -> Installed | None:
         """Quarantine the version that runs and go back to the one before, which is returned."""
