@@ -347,11 +347,7 @@ def _mirror(plan: Trial, candidate: Installed, new: Ask) -> Mirror[Any, Any]:
     if candidate.manifest.kind is BundleKind.ONNX:
         least = 0.9 if plan.min_agreement is None else plan.min_agreement
         return Mirror(msgspec.structs.replace(plan, min_agreement=least), new, probe.agreement, probe.shown)
-
-    def agree(old: Piece, answer: Piece) -> float:
-        return probe.said_alike(old, answer)
-
-    return Mirror(plan, new, agree, lambda request: f"{request.prompt[-SAMPLE:]}")
+    return Mirror(plan, new, probe.said_alike, lambda request: request.prompt[-SAMPLE:])
 
 
 def _question(candidate: Installed) -> Any | None:
