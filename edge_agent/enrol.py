@@ -218,11 +218,7 @@ def _problem(response: httpx.Response) -> tuple[str, str]:
         404: "is this the hub's own address?",
         409: "a token works once, a name belongs to one device",
     }
-    try:
-        problem = response.json()
-        detail, hint = str(problem["detail"]), str(problem.get("hint") or "")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        detail, hint = f"the hub answered {response.status_code} {response.reason_phrase}", ""
+    detail, hint = https.problem(response)
     return f"the hub refuses: {detail}", hint or hints.get(response.status_code, "")
 
 

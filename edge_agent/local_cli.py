@@ -5,7 +5,6 @@ Invariants: as cli.py has them; who may do what is decided by the device, by the
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from typer.core import TyperGroup
 from edge_agent.agent import shown
 from edge_agent.agent.transcript import Task
 from edge_agent.errors import Refused, Retry
+from edge_agent.sync.https import problem
 
 
 class _Tasks(TyperGroup):
@@ -267,9 +267,5 @@ def _answer(client: Any, method: str, path: str, **more: Any) -> Any:
     except httpx.HTTPError as error:
         raise Retry(f"no answer from {client.base_url}: {error}", "is `outrider agent` running there?") from error
     if response.is_error:
-        problem = {}
-        with contextlib.suppress(ValueError):
-            problem = response.json()
-        kind = Retry if response.status_code in (429, 503) else Refused
-        raise kind(str(problem.get("detail", response.reason_phrase)), str(problem.get("hint", "")))
+        raise (Retry if response.status_code in (429, 503) else Refused)(*problem(response))
     return response.json()

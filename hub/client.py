@@ -12,7 +12,7 @@ import httpx
 import msgspec
 
 from edge_agent.errors import OutriderError
-from edge_agent.sync.https import first_contact, given, untrusted, verify
+from edge_agent.sync.https import first_contact, given, problem, untrusted, verify
 from edge_agent.wire import durable
 from edge_agent.wire.bundle import BundleKind, FileEntry, Manifest, scan
 from hub.errors import HubError
@@ -147,9 +147,6 @@ def _answer(http: httpx.Client, method: str, path: str, **more: Any) -> Any:
             raise HubError(f"nobody known here vouches for {http.base_url}: {error}", hint) from error
         raise HubError(f"no answer from {http.base_url}: {error}", "is the hub running there?") from error
     if response.is_error:
-        try:
-            said: dict[str, Any] = response.json()
-        except ValueError:
-            said = {"detail": response.text[:200]}
-        raise HubError(f"{response.status_code}: {said.get('detail', '')}", said.get("hint", ""))
+        detail, hint = problem(response)
+        raise HubError(f"{response.status_code}: {detail}", hint)
     return response.json() if response.content else None

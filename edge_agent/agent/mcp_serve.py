@@ -27,6 +27,7 @@ from edge_agent.agent.prompt import result_text
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.config import address
 from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.sync.https import problem
 
 CALL_S = 300.0
 app = typer.Typer(no_args_is_help=True, help="The device's tools for MCP clients.")
@@ -61,8 +62,7 @@ class Device:
         except httpx.HTTPError as error:
             raise Retry(f"the device does not answer: {error}", "is `outrider agent` running there?") from error
         if answer.is_error:
-            told = answer.json()
-            raise Refused(told.get("detail", answer.reason_phrase), told.get("hint", ""))
+            raise Refused(*problem(answer))
         return answer.content
 
 

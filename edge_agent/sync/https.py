@@ -93,3 +93,12 @@ def first_contact(url: str, text: str, timeout_s: float = TIMEOUT_S) -> str:
 def untrusted(error: Exception) -> bool:
     """Whether a connection failed because nobody vouches for the other side."""
     return "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
+def problem(response: httpx.Response) -> tuple[str, str]:
+    """What an error says is wrong, and what to do (RFC 9457, with our `hint`)."""
+    try:
+        found = response.json()
+        return str(found["detail"]), str(found.get("hint") or "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"the answer was {response.status_code} {response.reason_phrase}", ""
