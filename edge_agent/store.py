@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 from edge_agent.errors import Fatal, OutriderError, Refused, Retry
 
 T = TypeVar("T")
-Change = Callable[[sqlite3.Connection], None]
+Change = Callable[[Any], None]
 BUSY_TIMEOUT_S = 5.0
 SWITCH_S = 0.0005  # SQLite's thread gives the interpreter away at each statement: to wait 5 ms for it would cost more
 
 
 class Migrations:
-    """Changes of a schema: `@migrations` adds one, `apply` makes each once, with the note that it was made."""
+    """Changes of a schema: `@migrations` adds one, `apply` makes each once."""
 
     def __init__(self, name: str) -> None:
         self.name, self._changes = name, list[Change]()
@@ -40,21 +40,18 @@ class Migrations:
         return change
 
     def apply(self, db: sqlite3.Connection) -> None:
-        columns = "id INTEGER PRIMARY KEY, migration_set TEXT, name TEXT, applied_at TEXT"
-        db.execute(f"CREATE TABLE IF NOT EXISTS _sqlite_migrations ({columns})")
+        """Make what is missing, by sqlite-utils, which is loaded only then: it costs a daemon 3 MiB."""
+        (noted,) = db.execute("SELECT count(*) FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone()
         query = "SELECT name FROM _sqlite_migrations WHERE migration_set = ?"
-        made = {name for (name,) in db.execute(query, [self.name])}
-        for change in (each for each in self._changes if each.__name__ not in made):
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                change(db)
-                note = "INSERT INTO _sqlite_migrations (migration_set, name, applied_at) VALUES (?, ?, datetime())"
-                db.execute(note, [self.name, change.__name__])
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
+        made = {name for (name,) in db.execute(query, [self.name])} if noted else set[str]()
+        if made.issuperset(change.__name__ for change in self._changes):
+            return
+        import sqlite_utils
+
+        known = sqlite_utils.Migrations(self.name)
+        for change in self._changes:
+            known()(change)
+        known.apply(sqlite_utils.Database(db))
 
 
 migrations = Migrations("edge")
