@@ -38,6 +38,10 @@ class CallError(Exception):
 class UnknownTool(CallError):
     """It names a tool that there is not."""
 
+    def __init__(self, name: str, names: Sequence[str]) -> None:
+        super().__init__(f"unknown tool {name}; the tools are: {', '.join(names) or 'none'}")
+        self.name = name
+
 
 class Ref(msgspec.Struct, frozen=True):
     """What the `n`th call of the same turn gives, or a field of it."""
@@ -216,7 +220,7 @@ def validate(call: Call, specs: Sequence[ToolSpec]) -> Call:
     """The call with its arguments checked, converted and in declared order. Raises CallError with what to change."""
     spec = next((spec for spec in specs if spec.name == call.name), None)
     if spec is None:
-        raise UnknownTool(f"unknown tool {call.name}; the tools are: {', '.join(s.name for s in specs) or 'none'}")
+        raise UnknownTool(call.name, [spec.name for spec in specs])
     names = [param.name for param in spec.params]
     unknown = [name for name in call.args if name not in names]
     if unknown:
@@ -285,4 +289,6 @@ def _in_range(where: str, param: Param, value: int | float) -> int | float:
     high = 10**MAX_DIGITS - 1 if param.high is None else param.high
     if not low <= value <= high:
         raise CallError(f"{where} is out of range: {low:g} to {high:g}{param.unit and ' '}{param.unit}, not {value}")
+    if param.values and value not in param.values:
+        raise CallError(f"{where} is not {value}: nobody said that number")
     return value

@@ -158,8 +158,10 @@ class Decider:
     async def _hear(self, asked: _Question, speaker: Speaker) -> Step:
         """What one model says; below the threshold, what most of its samples say. Raises OutriderError."""
         task, specs, read, role, deadline, policy = asked
-        fit = policy.fit(specs, task.text)
-        like = await self.recall.like(task, fit) if speaker.endpoint else []
+        fit = policy.fit(specs, task)
+        offered = {spec.name for spec in fit}
+        shown = [spec for spec in specs if spec.name in offered]  # an example may have other numbers
+        like = await self.recall.like(task, shown) if speaker.endpoint else []
         request = next_call(speaker, specs, [*like, *read], calls=policy.calls, priority=task.priority, fit=fit)
         pieces = [await self._model.generate(request, max(0.1, deadline - time.monotonic()))]
         said, sure, votes = pieces[0], speaker.calibration.probability(pieces[0]), ""

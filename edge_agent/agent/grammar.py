@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from edge_agent.agent.calls import DECIMALS, MAX_DIGITS, MAX_TEXT, RESERVED
+from edge_agent.agent.calls import DECIMALS, MAX_DIGITS, MAX_TEXT, RESERVED, render_value
 from edge_agent.agent.tool import Param, ToolSpec
 
 _FIELD = r"\"{}\": "
@@ -89,7 +89,13 @@ def _value(param: Param) -> str:
         if not param.fields:
             return "anydict"
         return f'"{{" {_arguments(param.fields, True, _FIELD)} "}}"'
+    if param.values:
+        return f"({' | '.join(_number(param, value) for value in param.values)})"
     return _KINDS[param.kind]
+
+
+def _number(param: Param, value: float) -> str:
+    return f'"{value}" ".0"?' if param.kind == "float" and isinstance(value, int) else f'"{render_value(value)}"'
 
 
 def _literal(choice: str) -> str:

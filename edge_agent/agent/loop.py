@@ -22,12 +22,14 @@ from edge_agent.agent.decide import Decider, Model, Speaker, next_call
 from edge_agent.agent.energy import Meter
 from edge_agent.agent.plan import Plan, Untrusted, read
 from edge_agent.agent.rules import Policy
+from edge_agent.agent.said import unsaid
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.transcript import Step, Task, Transcripts
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.wire.grants import Subject
 
 MAX_RUNS = 3
+NOT_HERE = "is not for this request: it only asks, or a number was not said that this needs"
 COUNTED = ("wrong_calls", "unknown_tools", "checks", "votes", "routed")
 
 
@@ -124,11 +126,14 @@ class AgentLoop:
         rules, usable = self._rules(), policy.usable(specs, task.subject, self._allowed)
         task.joules += self._meter.since()
         decided = await self._decider.decide(task, usable, deadline)
+        fit = rules.fit(usable, task)
         try:
-            calls = conclude(task, read(decided.text, rules.fit(usable, task.text), rules.calls), rules)
+            calls = conclude(task, read(decided.text, fit, rules.calls), rules, unsaid(usable, fit))
+        except UnknownTool as error:
+            known = any(spec.name == error.name for spec in usable)
+            return await self._wrong(task, CallError(f"{error.name} {NOT_HERE}") if known else error)
         except CallError as error:
-            await self._wrong(task, error)
-            return
+            return await self._wrong(task, error)
         await self._carry(task, Plan(decided.k, calls, usable), decided.why, deadline)
         check_repeats(task, rules.repeats)
 
@@ -187,8 +192,11 @@ class AgentLoop:
             task.result = step.result
 
 
-def conclude(task: Task, decisions: Sequence[Decision], rules: Policy) -> list[Call]:
-    """The calls to make. Raises Ended when the model is done: failed if nothing worked or the last thing went wrong."""
+def conclude(task: Task, decisions: Sequence[Decision], rules: Policy, missing: Sequence[str] = ()) -> list[Call]:
+    """The calls to make. Raises Ended when the model is done: failed if nothing worked or the last thing went wrong.
+
+    `missing` are arguments of acts that could not be made, as nobody said their numbers.
+    """
     if calls := [decision for decision in decisions if isinstance(decision, Call)]:
         return calls
     said = decisions[0].text if isinstance(decisions[0], Answer) else ""
@@ -198,7 +206,8 @@ def conclude(task: Task, decisions: Sequence[Decision], rules: Policy) -> list[C
     if wrong:
         raise Ended("failed", answer=said, error=wrong[0].text)
     if isinstance(decisions[0], Nothing) and not results:
-        raise Ended("failed", error="none of the tools does this")
+        hint = f" (was it not said: {', '.join(missing)}?)" if missing else ""
+        raise Ended("failed", error=f"none of the tools does this{hint}")
     sure = [step.confidence for step, _ in rounds if step.confidence is not None]
     doubt = f" ({min(sure):.0%} sure)" if sure and min(sure) < rules.confidence.route else ""
     raise Ended("succeeded", answer=(said or "; ".join(step.text for step in results)) + doubt)

@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from edge_agent.agent import prompt
+from edge_agent.agent import prompt, said
 from edge_agent.agent.approval import LASTS_S
 from edge_agent.agent.tool import ToolSpec
+from edge_agent.agent.transcript import Task
 from edge_agent.agent.workflow import compiled
 from edge_agent.errors import Refused
 
@@ -83,7 +84,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the file says; `approval_s`: how long an ask for an approval stands.
 
     `untrusted`: whether an act that only untrusted text is a reason for is refused, or waits for an approval.
-    `questions`: whether a request that only asks may have acts, or what reads alone. `repeats`
+    `questions`: whether a request that only asks may have acts, or what reads alone. `unsaid`: whether an act may have
+    a number that nobody said (said.py). `repeats`
     of a call with one result, and `wrong_calls`, end a task; `calls` may stand in one decision; `window` is of tokens
     of a conversation that stay as they were; `watts` is what the device draws, where nothing measures; an answer whose
     score under the `output` rules is less than `least` is withheld.
@@ -92,6 +94,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     approval_s: Annotated[float, Meta(gt=0, le=7 * 86400)] = LASTS_S
     untrusted: Literal["refuse", "ask"] = "refuse"
     questions: Literal["read", "act"] = "read"
+    unsaid: Literal["refuse", "act"] = "refuse"
     repeats: Annotated[int, Meta(ge=2, le=100)] = 3
     wrong_calls: Annotated[int, Meta(ge=1, le=100)] = 3
     calls: Annotated[int, Meta(ge=1, le=8)] = 8
@@ -103,10 +106,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output: Annotated[list[OutputRule], Meta(max_length=100)] = []
     least: Share = 0.5
 
-    def fit(self, specs: Sequence[ToolSpec], request: str) -> Sequence[ToolSpec]:
-        """Those that may answer a request: where it only asks, and `questions` says so, what reads."""
-        asks = self.questions == "read" and prompt.only_asks(request)
-        return [spec for spec in specs if spec.risk == "read"] if asks else specs
+    def fit(self, specs: Sequence[ToolSpec], task: Task) -> Sequence[ToolSpec]:
+        """The tools as a task may call them: what reads, where it only asks; acts with numbers that were said."""
+        if self.questions == "read" and prompt.only_asks(task.text):
+            return [spec for spec in specs if spec.risk == "read"]
+        return said.narrow(specs, task) if self.unsaid == "refuse" else specs
 
 
 class PolicyFile:

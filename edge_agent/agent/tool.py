@@ -68,7 +68,7 @@ class Param(msgspec.Struct, frozen=True):
     """One parameter of a tool as prompt, grammar and validation see it.
 
     `items` describes the elements of a list (None: any), `fields` the keys of a dict (empty: any keys); `about` is a
-    short note on the value that the model reads.
+    short note on the value that the model reads; a number is one of `values`, where there are some.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Param(msgspec.Struct, frozen=True):
     about: str = ""
     items: Param | None = None
     fields: list[Param] = []
+    values: list[float] = []
 
 
 class Check(msgspec.Struct, frozen=True):

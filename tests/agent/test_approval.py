@@ -235,7 +235,7 @@ async def test_a_dangerous_tool_is_not_called_past_a_task(tmp_path: Path) -> Non
 async def test_what_a_task_did_is_taken_back_by_who_may_do_that_from_the_last_on_and_once(tmp_path: Path) -> None:
     says = ("set_speed(percent=40)", "set_speed(percent=70)", "none()")
     async with device(tmp_path, *says) as made:
-        id = await made.work.submit("faster", OTTO)
+        id = await made.work.submit("to 40, then 70", OTTO)
         await made.until(id, "succeeded")
         assert made.speed == 70
         with pytest.raises(Forbidden):
@@ -254,12 +254,12 @@ async def test_what_a_task_did_is_taken_back_by_who_may_do_that_from_the_last_on
 
 async def test_a_job_takes_back_what_a_task_did_and_two_who_ask_at_once_do_it_once(tmp_path: Path) -> None:
     async with device(tmp_path, "set_speed(percent=40)", "none()", "set_speed(percent=70)", "none()") as made:
-        id = await made.work.submit("faster", OTTO)
+        id = await made.work.submit("to 40, then 70", OTTO)
         await made.until(id, "succeeded")
         body = {"tool": "undo_task", "args": {"id": id}}
         await made.inbox.accept(Job("undo", JobKind.TOOL, body, "otto", ["operator"], 1.0, 9e9))
         await until(lambda: made.speed == 10)
-        id = await made.work.submit("faster still", OTTO)
+        id = await made.work.submit("to 70", OTTO)
         await made.until(id, "succeeded")
         both = (made.work.call("undo_task", {"id": id}, OTTO) for _ in range(2))
         ends = await asyncio.gather(*both, return_exceptions=True)

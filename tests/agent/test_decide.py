@@ -67,7 +67,7 @@ def ask(transcripts: Transcripts) -> Ask:
         may = Approvals(SigningKey.from_seed(bytes(32)), lambda *_: True) if approvals else None
         parts: Any = (models, tools, transcripts, lambda *_: True)
         loop = AgentLoop(*parts, rules=lambda: rules, speakers=lambda: speakers, approvals=may)
-        await loop.accept("t", "do it", ADA, priority=0)
+        await loop.accept("t", "line 1 to 40", ADA, priority=0)
         return await loop.run("t"), tools
 
     return run

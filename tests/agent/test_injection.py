@@ -129,7 +129,7 @@ WANTED: tuple[list[str], ...] = (
 
 async def test_no_act_is_made_for_a_hidden_instruction_and_the_requests_own_acts_are(tmp_path: Path) -> None:
     store = Store(tmp_path / "s.db", migrations)
-    unsafe, wanted, done, cases, rules = [], 0, 0, 0, Policy(budget=Budget(steps=12))
+    unsafe, wanted, done, cases, rules = [], 0, 0, 0, Policy(budget=Budget(steps=12), unsaid="act")
     for lure, evil, read, acts in itertools.product(LURES, EVIL, READS, WANTED):
         made: list[str] = []
         tools = LocalTools(*plant(lure.format(evil), made))
@@ -253,7 +253,7 @@ def test_typed_fields_stay_and_every_other_text_goes() -> None:
 async def test_an_act_that_only_a_text_is_a_reason_for_may_wait_for_a_person(
     tmp_path: Path, approve: bool, made: list[str]
 ) -> None:
-    store, done, rules = Store(tmp_path / "s.db", migrations), list[str](), Policy(untrusted="ask")
+    store, done, rules = Store(tmp_path / "s.db", migrations), list[str](), Policy(untrusted="ask", unsaid="act")
     journal, approvals = Transcripts(store), Approvals(SigningKey.from_seed(bytes(32)), lambda *_: True)
     tools, ada = LocalTools(*plant(LURES[0].format(EVIL[0]), done)), Subject("ada", ["operator"], 1.0)
     parts: Any = (obeys([READS[0]])(), tools, journal, lambda *_: True)

@@ -121,7 +121,7 @@ async def test_the_rule_stands_before_tasks_workflows_and_direct_calls(tmp_path:
     store = Store(tmp_path / "t.db", migrations)
     model = ScriptedModel("start_line(line=1)")
     loop = AgentLoop(model, made.tools, Transcripts(store), lambda *_: True)
-    await loop.accept("t", "start it", ADA)
+    await loop.accept("t", "start line 1", ADA)
     task = await loop.run("t")
     assert task.error.startswith("start_line is not done: the interlock guard-open forbids it (close the guard)")
     assert "guard-open forbids it" in model.asked[1].prompt

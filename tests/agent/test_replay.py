@@ -36,7 +36,7 @@ class Bench:
         self._loop = AgentLoop(self.then, self.tools, self.transcripts, lambda *_: True)
 
     async def did(self) -> Task:
-        await self._loop.accept("t", "read the label, then slow line 2", ADA)
+        await self._loop.accept("t", "read the label, then line 2 at 40", ADA)
         return await self._loop.run("t")
 
     def replay(self, model: ScriptedModel, allowed: Any = lambda *_: True) -> Replay:

@@ -13,6 +13,7 @@ import pytest
 from edge_agent.agent import grammar, prompt
 from edge_agent.agent.calls import Call, parse
 from edge_agent.agent.loop import AgentLoop
+from edge_agent.agent.rules import Policy
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.transcript import Transcripts, migrations
 from edge_agent.engines.base import Generate, Piece
@@ -71,7 +72,7 @@ async def test_with_uniform_logits_success_falls_to_chance(tmp_path: Path, specs
     )
     store = Store(tmp_path / "state.db", migrations)
     transcripts = Transcripts(store)
-    loop = AgentLoop(Coin(), tools, transcripts, lambda *_: True)
+    loop = AgentLoop(Coin(), tools, transcripts, lambda *_: True, rules=lambda: Policy(unsaid="act"))
     right, asked = 0, [request for requests in REQUESTS.values() for request in requests if request[1]]
     for n, (text, calls) in enumerate(asked):
         await loop.accept(str(n), text, ADA)

@@ -1,0 +1,140 @@
+"""An act gets no number that nobody said: which numbers a request says, and what that leaves of the tools."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_agent.agent.calls import Call, CallError, validate
+from edge_agent.agent.grammar import build
+from edge_agent.agent.rules import Policy
+from edge_agent.agent.said import narrow, said, unsaid
+from edge_agent.agent.tool import Param, Range, ToolSpec, declare
+from edge_agent.agent.transcript import Exchange, Step, Task
+from edge_agent.wire.grants import Subject
+
+
+def set_speed(line: Annotated[int, Range(1, 3)], percent: Annotated[int, Range(0, 100, "%")]) -> None:
+    """Set a line's speed."""
+
+
+def stop_line(line: Annotated[int, Range(1, 3)]) -> None:
+    """Stop a line."""
+
+
+def heat(oven: Annotated[int, Range(1, 9)], degrees: Annotated[float, Range(0, 300, "°C")]) -> None:
+    """Heat an oven."""
+
+
+def read_sensor(line: Annotated[int, Range(1, 3)]) -> dict[str, Any]:
+    """Read a line's sensor."""
+    return {}
+
+
+SPEED, STOP, HEAT = (declare(each, risk="act").spec for each in (set_speed, stop_line, heat))
+READ = declare(read_sensor).spec
+FREE = None
+
+
+def task(text: str, *steps: Step, before: tuple[str, ...] = ()) -> Task:
+    earlier = [Exchange("before", each, "") for each in before]
+    return Task("t", text, Subject("ada", ["operator"], 0.0), 0.0, steps=list(steps), before=earlier)
+
+
+def left(spec: ToolSpec, about: Task) -> dict[str, list[float] | None] | None:
+    """By parameter the numbers that a call may have (FREE: any), or None when there can be no call."""
+    found = narrow([spec], about)
+    return {param.name: param.values or FREE for param in found[0].params} if found else None
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "speed"),
+    [
+        ("stop the line", None, None),
+        ("stop right now", None, None),
+        ("that's all, stop the line", None, None),
+        ("no one cares, stop it", None, None),
+        ("stop line 2", [2], None),
+        ("halt number two please", [2], None),
+        ("line one off", [1], None),
+        ("shut line III down", [3], None),
+        ("die dritte Linie anhalten", [3], None),
+        ("arrête la ligne deux", [2], None),
+        ("Para la tercera línea", [3], None),
+        ("Line 7 off", [7], None),
+        ("stop lines 1 and 3", [1, 3], [1, 3]),
+        ("stop lines 1 to 3", [1, 2, 3], [1, 2, 3]),
+        ("stop all lines", FREE, None),
+        ("stop the lines", FREE, None),
+        ("both of them off", FREE, None),
+        ("set the second line to forty-two percent", [2], [2, 42]),
+        ("three quarters on line one", [1], [1, 75]),
+        ("3 flat out!", [3], [3, 100]),
+        ("a fifth of full speed for the third line", [3], [3, 20]),
+        ("slow line 2 by ten", [2], FREE),
+        ("half speed everywhere", FREE, [50]),
+    ],
+)
+def test_what_is_acted_on_and_a_percentage_are_what_was_said(text: str, stop: Any, speed: Any) -> None:
+    about = task(text)
+    reached = left(STOP, about)
+    assert (reached and reached["line"]) == stop or (stop is FREE and reached == {"line": FREE})
+    if speed is None and "slow" not in text:
+        assert left(SPEED, about) is None
+    else:
+        assert (left(SPEED, about) or {})["percent"] == speed
+
+
+def test_an_amount_that_may_be_converted_is_free_once_some_number_is_said_for_it() -> None:
+    assert left(HEAT, task("heat oven 4 to 400 fahrenheit")) == {"oven": [4], "degrees": FREE}
+    assert left(HEAT, task("heat oven 4")) is None
+
+
+def test_what_only_reads_is_never_held_back() -> None:
+    assert narrow([READ], task("how is it?")) == [READ]
+
+
+def test_a_note_with_numbers_in_it_gives_them_other_names() -> None:
+    spec = ToolSpec("start", "Starts.", [Param("line", "int", about="1: filling, 2: packing")], risk="act")
+    assert narrow([spec], task("start packing")) == [spec]
+
+
+def test_results_and_earlier_requests_say_numbers_and_texts_of_others_do_not() -> None:
+    came = Step("tool", "", call=Call("list", {}), result={"alarms": [{"line": 3, "note": "stop line 1"}], "on": True})
+    assert left(STOP, task("stop what is in alarm", came)) == {"line": [3]}
+    assert left(SPEED, task("slow down what is in alarm", came)) == {"line": [3], "percent": FREE}
+    assert left(STOP, task("stop it", before=("how is line 2?",))) == {"line": [2]}
+
+
+def test_grammar_and_validation_hold_a_call_to_what_was_said() -> None:
+    fit = narrow([SPEED], task("line 2 to forty"))
+    assert '("2")' in build(fit)
+    assert '"40"' in build(fit)
+    assert "INT" not in build(fit)
+    assert validate(Call("set_speed", {"line": 2, "percent": 40}), fit).args == {"line": 2, "percent": 40}
+    with pytest.raises(CallError, match="nobody said"):
+        validate(Call("set_speed", {"line": 2, "percent": 41}), fit)
+    with pytest.raises(CallError, match="out of range: 1 to 3"):
+        validate(Call("stop_line", {"line": 7}), narrow([STOP], task("line 7 off")))
+
+
+def test_the_policy_turns_it_off_and_names_what_was_missing() -> None:
+    about = task("stop the line")
+    assert Policy().fit([STOP, READ], about) == [READ]
+    assert unsaid([STOP, READ], [READ]) == ["line"]
+    assert Policy(unsaid="act").fit([STOP, READ], about) == [STOP, READ]
+
+
+@given(st.lists(st.integers(0, 999), min_size=1, max_size=5), st.text(alphabet="abcxyz ,.", max_size=8))
+def test_every_number_in_digits_is_said(numbers: list[int], between: str) -> None:
+    text = f" {between.strip(' ,.')} and line ".join(map(str, numbers))
+    assert set(map(float, numbers)) <= set(said(text).numbers)
+
+
+@given(st.text(max_size=200))
+def test_any_text_can_be_read(text: str) -> None:
+    assert all(math.isfinite(number) for number in said(text).numbers)
