@@ -126,6 +126,7 @@ class Store:
         self._lock = _lock(path.with_name(path.name + ".lock"))
         sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._full: bool | None = None  # what the connection is set to; nothing was said yet
         try:
             self._db = self._thread.submit(self._open, more).result()
         except BaseException:
@@ -199,7 +200,9 @@ class Store:
     def _transact(self, work: Callable[[Connection], T], durable: bool) -> T:
         db = self._db
         try:
-            db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            if durable is not self._full:
+                db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                self._full = durable
             db.execute("BEGIN IMMEDIATE")
             result = work(db)
             db.execute("COMMIT")

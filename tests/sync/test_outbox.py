@@ -80,6 +80,28 @@ async def test_only_acks_wait_for_the_disk_with_the_next_commit(store: Store, mo
     assert seen == [("_insert", full), ("_ack", normal)] * 2
 
 
+async def test_each_write_is_as_durable_as_it_asks_also_after_one_that_failed_and_the_disk_is_told_of_changes_alone(
+    store: Store,
+) -> None:
+    said, seen = list[str](), list[int]()
+    await store.read(lambda db: db.set_trace_callback(said.append))
+
+    def work(db: sqlite3.Connection, fails: bool) -> None:
+        seen.append(db.execute("PRAGMA synchronous").fetchone()[0])
+        if fails:
+            db.execute("INSERT INTO nowhere VALUES (1)")
+
+    asked = [(durable, fails) for durable in (True, False) for fails in (False, True, True)] * 2 + [(True, False)]
+    for durable, fails in asked:
+        with pytest.raises(sqlite3.OperationalError) if fails else contextlib.nullcontext():
+            await store.write(lambda db, fails=fails: work(db, fails), durable)  # type: ignore[misc]
+    full, normal = 2, 1
+    assert seen == [full if durable else normal for durable, _ in asked]
+    assert [each for each in said if "synchronous=" in each] == [
+        f"PRAGMA synchronous={each}" for each in ("FULL", "NORMAL", "FULL", "NORMAL", "FULL")
+    ]
+
+
 async def test_an_ack_empties_the_outbox_up_to_its_seq_and_no_further(outbox: Outbox) -> None:
     await outbox.append_many([outbox.draft("telemetry", {"n": n}) for n in range(10)])
     await outbox.ack(4)
