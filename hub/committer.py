@@ -140,7 +140,8 @@ class Committer:
         try:
             if condemn:
                 raise Undecodable(condemn)
-            records = [r for r in decode_records(header, message.payload) if r.seq > reached]
+            content_type = message.properties.get("ct", "")
+            records = [r for r in decode_records(header, message.payload, content_type) if r.seq > reached]
             rows = _rows(device, header.epoch, received, records)
         except Undecodable as error:
             _dead_letter(connection, device, header, received, str(error), message)

@@ -254,6 +254,18 @@ def test_what_is_signed_but_unusable_is_dead_lettered_and_covered(sender: Sender
     assert [seq for _, seq, _ in sender.committed()] == [3, 4]
 
 
+def test_a_batch_of_another_content_type_is_dead_lettered_with_its_name(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.wire.batch.CONTENT_TYPE", "parquet")
+    came = sender.batch(make([1]))
+    monkeypatch.undo()
+    assert sender.commit(came).acks[sender.name] == Ackable(1, 1)
+    assert sender.committed() == []
+    (reason,) = sender.rows(sa.select(dead_letters.c.reason).where(dead_letters.c.device == sender.name))[0]
+    assert "'parquet'" in reason
+
+
 def test_dead_letters_are_bounded(sender: Sender) -> None:
     for n in range(1, MAX_DEAD_LETTERS + 20):
         batch = encode_batch([b"rubbish"], sender.key, sender.topic, Header(1, n, n))
