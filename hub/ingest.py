@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 
 import sqlalchemy as sa
 
-from edge_agent.sync.transport import Message, MqttSession
+from edge_agent.sync.broker import Message
+from edge_agent.sync.transport import MqttSession
 from edge_agent.wire.errors import WireError
 from edge_agent.wire.messages import Presence
 from edge_agent.wire.signed import unseal

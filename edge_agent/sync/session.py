@@ -22,9 +22,10 @@ import msgspec
 from edge_agent.audit import Audit
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.rhythm import wait_up_to
+from edge_agent.sync.broker import Message, Publication
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Outbox, Slice
-from edge_agent.sync.transport import Message, MqttSession, Publication
+from edge_agent.sync.transport import MqttSession
 from edge_agent.sync.twin import GrantsCache, Twin
 from edge_agent.trouble import Trouble
 from edge_agent.wire.batch import Batch, Header, encode_batch

@@ -32,7 +32,6 @@ from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.sync.broker import Address, Message, Publication, dial, explain, refusal, tls_context
 from edge_agent.sync.proxy import Proxy
 
-__all__ = ["Address", "Message", "MqttSession", "Publication"]
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 20.0  # TLS takes two round trips: 8 s where one is 4

@@ -19,7 +19,7 @@ from typing import Any
 
 from bench import virtual
 from edge_agent.store import Store
-from edge_agent.sync.transport import Message
+from edge_agent.sync.broker import Message
 from edge_agent.wire.messages import JobState
 from hub import committer
 from hub.app import Settings, create_app

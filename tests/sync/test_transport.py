@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from edge_agent.errors import Refused, Retry
+from edge_agent.sync.broker import Address, Message, Publication
 from edge_agent.sync.proxy import Proxy
-from edge_agent.sync.transport import Address, Message, MqttSession, Publication
+from edge_agent.sync.transport import MqttSession
 from tests.sync.brokers import Embedded, Mosquitto, until
 from tests.sync.conftest import needs_mosquitto
 
