@@ -17,9 +17,9 @@ from edge_agent.engines.base import Network
 from edge_agent.engines.engine_cache import EngineCache
 from edge_agent.engines.onnxruntime import OnnxNetwork
 from edge_agent.engines.tensorrt import Gpu, TensorrtNetwork, engine_for
-from edge_agent.engines.tensorrt_build import contents
 from edge_agent.errors import Refused
 from edge_agent.wire.tensor import Tensor
+from tests.engines.contents import contents
 
 PROFILE = {"x": ((1, 4), (2, 4), (8, 4))}
 WEIGHTS = np.arange(12, dtype=np.float32).reshape(4, 3) / 4

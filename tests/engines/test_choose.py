@@ -17,12 +17,13 @@ from edge_agent.engines.engine_cache import EngineCache
 from edge_agent.engines.onnxruntime import OnnxNetwork
 from edge_agent.engines.providers import CPU, CUDA, PROVIDERS, RTX, TENSORRT
 from edge_agent.engines.tensorrt import engine_for
-from edge_agent.engines.tensorrt_build import Report, contents
+from edge_agent.engines.tensorrt_build import Report
 from edge_agent.errors import Fatal, OutriderError, Refused
 from edge_agent.machine import cpu_count
 from edge_agent.serving.frames import Served
 from edge_agent.wire.tensor import Tensor
 from tests.conformance.test_networks import affine, floats, gpu, values
+from tests.engines.contents import contents
 from tests.engines.test_tensorrt import installed
 
 RANGES = {"x": [[1, 4], [2, 4], [8, 4]]}

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_agent.engines.engine_cache import EngineCache
 from edge_agent.engines.qdq import for_tensorrt
 from edge_agent.engines.tensorrt import engine_for
-from edge_agent.engines.tensorrt_build import contents
 from edge_agent.errors import Refused
+from tests.engines.contents import contents
 from tests.engines.test_tensorrt import installed
 
 

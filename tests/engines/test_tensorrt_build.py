@@ -17,9 +17,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_agent.engines import tensorrt_build
-from edge_agent.engines.tensorrt_build import build, contents, find_runtime, parse_profile
+from edge_agent.engines.tensorrt_build import build, find_runtime, parse_profile, runtime_of
 from edge_agent.errors import Refused, Retry
 from edge_agent.wire.bundle import sha256_file
+from tests.engines.contents import contents
 
 REC = "x=1x3x48x32:1x3x48x320:8x3x48x1280"
 SHAPES = {"w1": (16, 3, 3, 3), "w2": (16, 16, 3, 3), "w3": (16, 10)}
@@ -125,9 +126,10 @@ def test_the_weights_in_an_engine_are_of_the_type_that_the_graph_decides(
 def test_damaged_engines_are_told_from_whole_ones(tmp_path: Path) -> None:
     build(relu(tmp_path / "m.onnx"), tmp_path / "e", "sm86", parse_profile("x=1x4:2x4:8x4"))
     engine = (tmp_path / "e").read_bytes()
-    for damaged, why in [(engine[:-1], "damaged"), (engine[:39], "no engine"), (b"x" + engine[1:], "no engine")]:
-        with pytest.raises(Refused, match=why):
-            contents(damaged)
+    assert runtime_of(engine).name == "tensorrt-rtx"
+    for damaged in (engine[:-1], engine[:39], engine + b"x"):
+        with pytest.raises(Refused, match="damaged"):
+            runtime_of(damaged)
 
 
 @real

@@ -14,11 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from edge_agent.engines.qdq import for_tensorrt
-from edge_agent.engines.tensorrt_build import build, contents
+from edge_agent.engines.tensorrt_build import build
 from edge_agent.errors import Refused
 from edge_agent.wire.bundle import sha256_file
 from models import recipe as recipes
 from models.cli import app
+from tests.engines.contents import contents
 
 real = pytest.mark.skipif(
     find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT for RTX is not installed: pip install '.[tensorrt]'"

@@ -16,7 +16,6 @@ from edge_agent.engines.choose import profile_of
 from edge_agent.engines.engine_cache import EngineCache
 from edge_agent.engines.onnxruntime import OnnxNetwork
 from edge_agent.engines.tensorrt import engine_for
-from edge_agent.engines.tensorrt_build import contents
 from edge_agent.serving.schedule import Serving
 from edge_agent.update import probe
 from edge_agent.update.slots import Installed
@@ -28,6 +27,7 @@ from models.errors import ModelError
 from models.golden import tensors
 from models.package import open_bundle
 from models.recipe import Recipe
+from tests.engines.contents import contents
 
 SHIPPED = {"digits", "efficientnet-lite0", "objects", "ppocr-det", "ppocr-rec", "silero-vad", "smollm2"}
 
