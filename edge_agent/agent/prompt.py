@@ -68,7 +68,9 @@ def form(request: str) -> Form:
 
 def only_asks(request: str) -> bool:
     """Whether a request is one question and no wish or condition in a question's form (English, German)."""
-    return bool(_ASKS.fullmatch(request)) and not _WISH.search(request) and not _CONDITION.search(request)
+    after = request.strip().partition(" ")[2]  # the question's own word is no condition: "which line is hot?"
+    condition = _CONDITION.search(request if "," in request else after)
+    return bool(_ASKS.fullmatch(request)) and not _WISH.search(request) and not condition
 
 
 def joined(request: str) -> bool:

@@ -37,6 +37,8 @@ ONLY_ASKS = (
     "Has the pump been started?",
     "Did somebody turn the oven down to 180?",
     "wie schnell läuft Linie 2?",
+    "Which line is the hottest?",
+    "When did line 2 stop?",
 )
 WISHES = (
     "Can you stop line 2?",
@@ -47,6 +49,8 @@ WISHES = (
     "Is it possible to stop line 2?",
     "What if line 2 is too hot, stop it?",
     "Kannst du Linie 2 stoppen?",
+    "When line 2 is hot, stop it?",
+    "Is it best to stop whichever line is hot?",
     "stop line 2",
 )
 
