@@ -101,9 +101,8 @@ def decode_records(header: Header, payload: bytes, content_type: str = CONTENT_T
 
 
 def _check_depth(text: bytes, records: Sequence[Record]) -> None:
-    lines = text.split(b"\n")
-    one_each = len(lines) == len(records)  # else a record may stretch over lines
-    if not one_each or any(line.count(b"{") + line.count(b"[") > MAX_DEPTH for line in lines):
+    between = text.count(b"\n") == text.count(b"}\n{")  # else a record may stretch over lines
+    if not between or any(line.count(b"{") + line.count(b"[") > MAX_DEPTH for line in text.split(b"\n")):
         for record in records:
             check_depth(record.body)
 

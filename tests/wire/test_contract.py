@@ -223,3 +223,12 @@ def test_a_record_is_read_up_to_the_depth_and_dead_past_it(levels: int, wide: bo
             decode_records(Header(1, 1, 1), batch.payload)
         with pytest.raises(Undecodable, match="deeper"):
             check_depth(record.body)
+
+
+def test_a_deep_record_that_is_written_over_lines_is_dead_too_whatever_stands_beside_it() -> None:
+    line, n = encode(Record(1, 1.0, "reported", 1, {})), MAX_DEPTH - 2
+    deep = line.replace(b'"body":{}', b'"body":{"a":' + (b"[" * n + b"\n") * 3 + b"]" * 3 * n + b"}")
+    text = deep + b"".join(line.replace(b":1,", b":%d," % seq, 1) for seq in (2, 3, 4))
+    assert text.count(b"\n") == 3
+    with pytest.raises(Undecodable, match="deeper"):
+        decode_records(Header(1, 1, 4), zstandard.compress(text))
