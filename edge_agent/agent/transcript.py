@@ -197,8 +197,8 @@ class Transcripts:
         return self._whole(await self._store.write(work))
 
     def unbegun(self, db: Connection, id: str, error: str, now: float) -> None:
-        """A task that will not begin has failed, inside the caller's transaction."""
-        if task := _get(db, id):
+        """A task that will not begin has failed, inside the caller's transaction; one that has ended stays as it is."""
+        if (task := _get(db, id)) and task.state == "running":
             task.state, task.error, task.finished = "failed", error, now
             db.execute(_UPDATE, (task.state, _head(task), id))
 

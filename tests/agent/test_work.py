@@ -242,6 +242,14 @@ async def test_tasks_that_were_cancelled_or_expired_before_they_began_are_listed
         assert all(task.finished for task in listed.values())
 
 
+async def test_a_late_word_about_a_task_whose_job_is_forgotten_changes_nothing_of_its_end(tmp_path: Path) -> None:
+    ended = Task("old", "x", Subject("ann", ["operator"], 1.0), 1.0, "succeeded", "done", finished=2.0)
+    async with rig(tmp_path / "s.db") as made:
+        await made.transcripts.add(ended)
+        await made.inbox.accept(Job("cancel", JobKind.CANCEL, {"job": "old"}, "bob", [], 1.0, 9e9))
+        assert await made.work.task("old") == ended
+
+
 async def test_a_conversation_goes_on_through_the_api_and_through_jobs(tmp_path: Path) -> None:
     ann = Subject("ann", ["operator"], 1.0)
     async with rig(tmp_path / "s.db") as device:
