@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,16 @@ async def test_the_same_model_is_asked_the_same_and_decides_the_same_with_nothin
         (r.prefix, r.prompt, r.grammar) for r in bench.then.asked
     ]
     assert {request.priority for request in again.asked} == {3}
+
+
+async def test_a_decision_is_asked_again_with_the_numbers_that_were_known_then(tmp_path: Path) -> None:
+    says = ('read_sensor(sensor="vibration", line=2)', "set_speed(line=2, percent=40.0)", "none()")
+    with contextlib.closing(Store(tmp_path / "s.db", migrations)) as store:
+        bench, again = Bench(store, *says), ScriptedModel(*says)
+        await bench.did()
+        await bench.replay(again).run("t")
+        assert [request.grammar for request in again.asked] == [request.grammar for request in bench.then.asked]
+        assert len({request.grammar for request in again.asked}) > 1
 
 
 async def test_what_differs_is_told_and_changes_nothing_of_what_is_asked_next(bench: Bench) -> None:
