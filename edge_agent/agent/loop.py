@@ -127,8 +127,9 @@ class AgentLoop:
         task.joules += self._meter.since()
         decided = await self._decider.decide(task, usable, deadline)
         fit = rules.fit(usable, task)
+        missing = [] if prompt.only_asks(task.text) else unsaid(usable, fit)
         try:
-            calls = conclude(task, read(decided.text, fit, rules.calls), rules, unsaid(usable, fit))
+            calls = conclude(task, read(decided.text, fit, rules.calls), rules, missing)
         except UnknownTool as error:
             known = any(spec.name == error.name for spec in usable)
             return await self._wrong(task, CallError(f"{error.name} {NOT_HERE}") if known else error)

@@ -2,36 +2,44 @@
 
 Invariants: pure; only acts are held to it. What an act is done to (a whole number without a unit: line, valve, dock)
 and a percentage must be said: in the request or an earlier one, as digits or words (of seven languages),
-or by a typed field of a result; "half" and "flat out" are parts of the range. Other amounts can be converted, so it is
-enough that some number is said for them. Words like "all", "other" or "than" say numbers that are not written;
-a note of a parameter that holds digits ("1: filling, 2: packing") gives them other names: both leave the model free.
+or by a typed field of a result; "half" and "flat out" are parts of the range. So must a number with decimals and no
+unit, unless nothing that is said is in its range. Amounts with a unit can be converted, so it is enough that some
+number is said for them. Words like "all", "other" or "than" say numbers that are not written; a note of a parameter
+that holds digits ("1: filling, 2: packing") gives them other names; where more than MAX_VALUES are said, all may be
+meant: these leave the model free. What no number is said for is left out: an optional argument, else the act.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import msgspec
+from msgspec.structs import replace
 
+from edge_agent.agent.calls import DECIMALS, MAX_DIGITS
+from edge_agent.agent.taint import without
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.agent.transcript import Task
 
-MAX_SPAN = 64
+MAX_SPAN, MAX_VALUES, MAX_NAMED = 64, 128, 5
 LANGUAGES = ("en", "de", "fr", "es", "it", "nl", "pt")  # of text2num
-_NUMBER = re.compile(r"(?:(?<=\s)-)?\d{1,15}(?:[.,]\d{1,10})?")
-_THOUSANDS = re.compile(r"(?<=\d)[,.](?=\d{3}\b)")
-_SPAN = re.compile(  # lines 1 to 3, from 1 to 3, 1-3; not: line 2 to 40
-    r"\b(?:[^\W\d]+s|from|von|de|da)\s+(\d+)\w*\s+(?:to|bis|tot|à|a)\s+(\d+)|\b(\d+)\s?(?:[-–]|through)\s?(\d+)\b",
+_NUMBER = re.compile(
+    rf"(?:(?<![\w)])[-−]|\bminus )?\d{{1,{MAX_DIGITS}}}(?:[.,]\d{{1,{DECIMALS}}}){{0,9}}", re.IGNORECASE
+)
+_SPAN = re.compile(  # lines 1 to 3, from line 1 to line 3, 1-3; not: line 2 to 40
+    r"\b(?:[^\W\d]+s|(?:from|von|de|da)(?: [^\W\d]+)?)\s+(\d{1,9})(?:st|nd|rd|th)?\s+(?:to|bis|tot|à|a)\s+"
+    r"(?:[^\W\d]+ )?(\d{1,9})|\b(\d{1,9})\s?(?:[-–]|through)\s?(\d{1,9})\b",
     re.IGNORECASE,
 )
-_ROMAN = {"II": 2.0, "III": 3.0, "IV": 4.0, "V": 5.0, "VI": 6.0, "VII": 7.0, "VIII": 8.0, "IX": 9.0, "X": 10.0}
-_NO_NUMBER = re.compile(  # pronouns and articles
+_WORDS = {"II": 2.0, "III": 3.0, "IV": 4.0, "V": 5.0, "VI": 6.0, "VII": 7.0, "VIII": 8.0, "IX": 9.0, "X": 10.0}
+_WORDS |= {"twice": 2.0, "zweimal": 2.0, "dreimal": 3.0}
+_NO_NUMBER = re.compile(  # pronouns, articles, and English words that are numbers in Spanish and Italian
     r"\b(?:no|any|some|this|that|the|which|every|each|another|other) one\b"
-    r"|(?<!\bet )\b(?:un|une|una|um|uma|een|ein|eine[mnrs]?)\b(?= \w)",
+    r"|(?<!\bet )\b(?:un|une|una|um|uma|een|ein|eine[mnrs]?)\b(?= \w)"
+    r"|\bat once\b|\bonce (?:more|again)\b|\b(?:is|are|was|were) due\b|\bdue (?:to|for|on|in|at|by)\b",
     re.IGNORECASE,
 )
 _ANY = re.compile(
@@ -48,32 +56,55 @@ _RELATIVE = re.compile(
     re.IGNORECASE,
 )
 _PARTS = {
-    2: "half|halve[ds]?|hälfte|halb|halbe[mnrs]?|moitié|mitad",
+    2: "half|halve[ds]?|halfway|hälfte|halb|halbe[mnrs]?|moitié|mitad",
     3: "thirds?|3rds?|drittel|tiers|tercios?",
     4: "quarters?|viertel|quart|cuartos?",
     5: "fifths?|5ths?|fünftel",
     10: "tenths?|10ths?|zehntel",
 }
 _A = r"(?:a|an|one|1|ein|eine[mnrs]?|un|une)\s+"  # a third, not the third
+_ONE = r"(?!hal|quarter\b|quart\b|cuarto\b|moitié|mitad)"  # 3 quarters, not: line 3 half speed
 _PART = re.compile(
     "|".join(
-        rf"\b(?:(?P<n{whole}>[2-9])\s+|{'' if whole in (2, 4) else _A})(?P<of{whole}>{words})\b"
+        rf"\b(?:(?P<n{whole}>[2-9])\s+{_ONE}|{'' if whole in (2, 4) else _A})(?P<of{whole}>{words})\b"
         for whole, words in _PARTS.items()
-    ),
+    )
+    + "|(?P<sign>[½¼¾])",
     re.IGNORECASE,
 )
+_SIGNS = {"½": 0.5, "¼": 0.25, "¾": 0.75}
 _WHOLE = re.compile(
     r"\b(?:full|flat out|all out|maximum|max|top speed|volle?[mnrs]?|vollgas|maximal|plein|fond|tope|máxim[oa])\b",
+    re.IGNORECASE,
+)
+_AMOUNT = re.compile(  # a minute, an hour, tomorrow
+    r"\b(?:an?|per|each|every|eine[rmn]?|jede[mnrs]?|une?|cada|chaque|un[oa]?|ogni|een|elk[e]?|uma?)\s+"
+    r"(?:sec|min|hour|day|week|month|notch|sekunde|stunde|tag|woche|monat|heure|jour|semaine|mois|hora|día|dia|semana"
+    r"|mes|mês|ora|giorno|settimana|mese|uur|dag|maand)"
+    r"|\b(?:noon|midnight|tomorrow|tonight|hourly|daily|nightly|weekly|mittags?|mitternacht|demain|midi|minuit|mañana"
+    r"|mediodía|domani|mezzogiorno|mezzanotte|morgen|middag|middernacht|amanhã|meio-dia)\b",
     re.IGNORECASE,
 )
 
 
 class Said(NamedTuple):
-    """A text with its numbers as digits; each number as often as it is said; parts of a whole (0 to 1)."""
+    """A text with its numbers as digits; what they can be read as, and how many there are; parts of a whole (0 to 1);
+    whether an amount is said in words alone."""
 
     text: str
-    numbers: tuple[float, ...]
+    numbers: frozenset[float]
+    many: int
     parts: tuple[float, ...]
+    amount: bool
+
+
+class _Known(NamedTuple):
+    texts: list[str]  # whose words may leave a parameter free
+    requests: frozenset[float]
+    results: frozenset[float]
+    parts: tuple[float, ...]
+    many: int
+    amount: bool
 
 
 @lru_cache(64)
@@ -84,74 +115,131 @@ def said(text: str) -> Said:
     read = [(alpha2digit(_NO_NUMBER.sub(" ", text), language, 0.0), language) for language in LANGUAGES]
     found, language = max(read, key=lambda each: len(_NUMBER.findall(each[0])))
     whole = alpha2digit(text, language, 0.0)
-    plain = _THOUSANDS.sub("", _PART.sub("", found))
-    numbers = [float(number.replace(",", ".")) for number in _NUMBER.findall(plain)]
-    numbers += [_ROMAN[word] for word in re.findall(r"\b[IVX]+\b", text) if word in _ROMAN]
+    written = _NUMBER.findall(_PART.sub("", found))
+    words = [_WORDS[word] for word in re.findall(r"\w+", text) if word in _WORDS]
+    numbers = {number for each in written for number in _readings(each)}.union(words)
     for ends in _SPAN.findall(found):
         low, high = (int(end) for end in ends if end)
         if 0 < high - low <= MAX_SPAN:
-            numbers += map(float, range(low + 1, high))
-    return Said(whole, tuple(numbers), tuple(_parts(whole)))
+            numbers.update(map(float, range(low + 1, high)))
+    count = len(words) + sum(each.count(",") + 1 for each in written)
+    return Said(whole, frozenset(numbers), count, tuple(_parts(whole)), bool(_AMOUNT.search(text)))
+
+
+def _readings(written: str) -> Iterator[float]:
+    """1,200 can be a thousand and more, one and a bit, or two numbers; 1.2 is one."""
+    sign, parts = -1.0 if written[0] in "-−mM" else 1.0, re.findall(r"\d+", written)
+    if len(parts) <= 2:
+        yield sign * float(".".join(parts))
+    thousands = 1 < len(parts) <= MAX_DIGITS // 3 and all(len(part) == 3 for part in parts[1:])
+    if thousands:
+        yield sign * float("".join(parts)[:MAX_DIGITS])
+    if (len(parts) > 2 or "," in written) and parts[0] != "0" and not (thousands and len(parts[0]) < 3):
+        yield from (sign * float(part) for part in parts)
 
 
 def _parts(text: str) -> list[float]:
-    found = (match.groupdict() for match in _PART.finditer(text))
+    found = [match.groupdict() for match in _PART.finditer(text)]
     parts = [int(got[f"n{n}"] or 1) / n for got in found for n in _PARTS if got[f"of{n}"]]
-    return parts or [1.0] * bool(_WHOLE.search(text))
+    parts += [_SIGNS[got["sign"]] for got in found if got["sign"]]
+    return [part for part in parts if part <= 1] or [1.0] * bool(_WHOLE.search(text))
 
 
 def narrow(specs: Sequence[ToolSpec], task: Task) -> list[ToolSpec]:
     """The tools as this task may call them: an act's numbers are those that are said; without them it is left out."""
-    narrowed = (spec if spec.risk == "read" else _narrow(spec, task) for spec in specs)
+    if all(spec.risk == "read" for spec in specs):
+        return list(specs)
+    request, earlier = said(task.text), [said(each.text) for each in task.before]
+    texts = [request.text, *(each.text for each in earlier[-1:] if not request.many)]
+    requests = request.numbers.union(*(each.numbers for each in earlier))
+    many = request.many + len(request.parts) + sum(each.many for each in earlier)
+    known = _Known(texts, requests, frozenset(_results(task, specs)), request.parts, many, request.amount)
+    narrowed = (spec if spec.risk == "read" else _narrow(spec, known) for spec in specs)
     return [spec for spec in narrowed if spec is not None]
 
 
 def unsaid(specs: Sequence[ToolSpec], fit: Sequence[ToolSpec]) -> list[str]:
-    """The numbers that acts left out need."""
+    """The numbers that acts left out need, the first few."""
     left = {spec.name for spec in fit}
-    names = (param.name for spec in specs if spec.name not in left for param in spec.params if _held(param))
-    return list(dict.fromkeys(names))
+    names = (param.name for spec in specs if spec.name not in left for param in _needed(spec.params))
+    return list(dict.fromkeys(names))[:MAX_NAMED]
 
 
-def _narrow(spec: ToolSpec, task: Task) -> ToolSpec | None:
-    if not (held := [param for param in spec.params if _held(param)]):
-        return spec
-    request, results = said(task.text), list(_results(task))
-    numbers = [*request.numbers, *(n for each in task.before for n in said(each.text).numbers)]
-    free = {param.name for param in held if _free(param, request.text)}
-    needed = [param for param in held if param.required and param.name not in free]
-    if len(needed) > len(numbers) + len(request.parts) and not results:
+def _narrow(spec: ToolSpec, known: _Known) -> ToolSpec | None:
+    needed = [param for param in _needed(spec.params) if not _free(param, known.texts)]
+    in_words = known.amount and any(param.unit not in ("", "%") for param in needed)
+    if len(needed) > known.many + in_words and not known.results:
         return None
-    params = list[Param]()
-    for param in spec.params:
-        if param not in held or param.name in free or (results and not _target(param)):
-            params.append(param)
-        else:
-            parts = [] if _target(param) else [_share(param, part) for part in request.parts]
-            params.append(_held_to(param, sorted({*numbers, *parts, *(results if _target(param) else ())})))
-    return msgspec.structs.replace(spec, params=params)
+    params = _all(spec.params, known)
+    return None if params is None else replace(spec, params=params)
 
 
-def _free(param: Param, text: str) -> bool:
-    if not _target(param):
-        return bool(_RELATIVE.search(text))
-    return bool(_ANY.search(text) or re.search(rf"\b{re.escape(param.name)}s\b(?!\W*\d)", text, re.IGNORECASE))
+def _needed(params: Sequence[Param]) -> Iterator[Param]:
+    """The numbers that a call cannot be without; of a list, what its items are."""
+    for param in params:
+        if param.required and param.items is not None:
+            yield from _needed([_item(param, param.items)])
+        elif param.required:
+            yield from _needed(param.fields)
+        if param.required and _held(param):
+            yield param
 
 
-def _share(param: Param, part: float) -> float:
-    """A part of what the parameter can be, "half" of 0..100."""
-    low, high = param.low or 0.0, 100.0 if param.high is None else param.high
-    return round(low + part * (high - low))
+def _all(params: Sequence[Param], known: _Known) -> list[Param] | None:
+    """Held to what is known; None when one that is required has no number."""
+    held = [(param, _held_to(param, known)) for param in params]
+    if any(param.required and made is None for param, made in held):
+        return None
+    return [made for _, made in held if made is not None]
 
 
-def _held_to(param: Param, said: Sequence[float]) -> Param:
-    """Out of range only what is said and nothing else: that is refused by its name."""
-    if param.unit not in ("", "%"):
+def _held_to(param: Param, known: _Known) -> Param | None:
+    """None when nobody said a number for it. Out of range only what is said and nothing else: that is refused by its
+    name."""
+    if param.items is not None:
+        items = _held_to(_item(param, param.items), known)
+        return None if items is None else replace(param, items=items)
+    if param.fields:
+        fields = _all(param.fields, known)
+        return None if fields is None else replace(param, fields=fields)
+    if not _held(param) or param.unit not in ("", "%") or _free(param, known.texts):
         return param
-    known: list[float] = [int(value) if value == int(value) else value for value in said]
-    values = [v for v in known if param.kind == "float" or isinstance(v, int)]
+    if known.results and not _target(param):
+        return param
     low, high = (-math.inf if param.low is None else param.low), (math.inf if param.high is None else param.high)
-    return msgspec.structs.replace(param, values=[v for v in values if low <= v <= high] or values)
+    values = sorted(_values(param, known))
+    within = [value for value in values if low <= value <= high]
+    if len(within) > MAX_VALUES or (values and not within and param.kind == "float" and not param.unit):
+        return param
+    return replace(param, values=within or values[:MAX_VALUES]) if values else None
+
+
+def _values(param: Param, known: _Known) -> set[float]:
+    """What is said, as the parameter can have it."""
+    if _target(param):
+        return {int(number) for number in known.requests | known.results if number == int(number)}
+    low, high = param.low or 0.0, 100.0 if param.high is None else param.high
+    numbers = {*known.requests, *(low + part * (high - low) for part in known.parts)}
+    if param.unit:
+        numbers |= {100 * part for part in (*known.parts, *known.requests) if 0 < part < 1}
+    else:
+        numbers |= {number / 100 for number in known.requests if high == 1}
+        numbers |= {number + part for number in known.requests for part in known.parts if part < 1}
+    if param.kind == "int":
+        return {rounded(number) for number in numbers for rounded in (math.floor, math.ceil)}
+    return {int(number) if number == int(number) else round(number, DECIMALS) for number in numbers}
+
+
+def _item(of: Param, items: Param) -> Param:
+    """What a list has, under a name of its own: `lines` are of each a line."""
+    return replace(items, name=of.name.removesuffix("s"), required=True)
+
+
+def _free(param: Param, texts: Iterable[str]) -> bool:
+    if not _target(param):
+        return any(_RELATIVE.search(text) for text in texts)
+    plural = re.compile(rf"\b{re.escape(param.name.partition('_')[0])}s\b(?!\W*\d)", re.IGNORECASE)
+    return any(_ANY.search(text) or plural.search(text) for text in texts)
 
 
 def _held(param: Param) -> bool:
@@ -162,17 +250,21 @@ def _target(param: Param) -> bool:
     return param.kind == "int" and not param.unit
 
 
-def _results(task: Task) -> Iterator[float]:
+def _results(task: Task, specs: Sequence[ToolSpec]) -> Iterator[float]:
+    returns = {spec.name: spec.returns for spec in specs}
     for step in task.steps:
         if step.role == "tool" and step.ok:
-            yield from _numbers(step.result)
+            yield from _numbers(without(step.result, returns.get(step.call.name) if step.call else None))
 
 
 def _numbers(value: Any) -> Iterator[float]:
+    """Of a result with no text in it but declared choices."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         for each in value:
             yield from _numbers(each)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, str):
+        yield from map(float, re.findall(rf"\d{{1,{MAX_DIGITS}}}", value))
+    elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 10**MAX_DIGITS:  # not NaN
         yield float(value)

@@ -83,6 +83,8 @@ async def test_none_at_once_means_no_tool_fits(build: Build) -> None:
     task = await ask(loop)
     assert (task.state, tools.calls) == ("failed", [])
     assert task.error == "none of the tools does this (was it not said: line, percent?)"
+    asks = await ask(build("none()")[0], text="what is the weather?", id="t2")
+    assert asks.error == "none of the tools does this"
 
 
 @pytest.mark.parametrize(

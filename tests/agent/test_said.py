@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +78,15 @@ def left(spec: ToolSpec, about: Task) -> dict[str, list[float] | None] | None:
         ("a fifth of full speed for the third line", [3], [3, 20]),
         ("slow line 2 by ten", [2], FREE),
         ("half speed everywhere", FREE, [50]),
+        ("stop lines 1,2 and 3", [1, 2, 3], [1, 2, 3]),
+        ("from line 1 to line 3 off", [1, 2, 3], [1, 2, 3]),
+        ("line 3 half speed", [3], [3, 50]),
+        ("line 2 to 40.5 percent", [2], [2, 40, 41]),
+        ("line 2 to ¾", [2], [2, 75]),
+        ("line 3.5 off", None, None),
+        ("line two at once, stop it once more, at once", [2], None),
+        ("stop the line, it is due for service", None, None),
+        ("tomorrow we need line 2", [2], None),
     ],
 )
 def test_what_is_acted_on_and_a_percentage_are_what_was_said(text: str, stop: Any, speed: Any) -> None:
@@ -92,6 +102,65 @@ def test_what_is_acted_on_and_a_percentage_are_what_was_said(text: str, stop: An
 def test_an_amount_that_may_be_converted_is_free_once_some_number_is_said_for_it() -> None:
     assert left(HEAT, task("heat oven 4 to 400 fahrenheit")) == {"oven": [4], "degrees": FREE}
     assert left(HEAT, task("heat oven 4")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "param", "values"),
+    [
+        ("order 1,200 of 4711", Param("order", "int"), [1200, 4711]),
+        ("-5 as offset", Param("offset", "int", low=-10, high=10), [-5]),
+        ("offset: minus five", Param("offset", "int", low=-10, high=10), [-5]),
+        ("beep twice", Param("times", "int", low=1, high=9), [2]),
+        ("gain 0.125", Param("gain", "float", low=0, high=10), [0.125]),
+        ("gain two and a half", Param("gain", "float", low=0, high=10), [2, 2.5, 5]),
+        ("valve to 50 %", Param("opening", "float", low=0, high=1), [0.5]),
+        ("open it halfway", Param("opening", "float", low=0, high=1), [0.5]),
+        ("to 350 Kelvin", Param("celsius", "float", low=0, high=100), FREE),
+        ("for a minute", Param("time", "int", unit="s"), FREE),
+        ("tomorrow", Param("time", "int", unit="min"), FREE),
+    ],
+)
+def test_numbers_are_read_as_people_write_them(text: str, param: Param, values: list[float] | None) -> None:
+    assert left(ToolSpec("do", "Does.", [param], risk="act"), task(text)) == {param.name: values}
+
+
+def test_an_optional_number_that_nobody_said_is_left_out_and_a_list_or_a_dict_is_held_to_its_numbers() -> None:
+    line = Param("line", "int", low=1, high=3)
+    beep = ToolSpec("beep", "Beeps.", [msgspec.structs.replace(line, required=False)], risk="act")
+    many = ToolSpec("stop", "Stops.", [Param("lines", "list", items=line)], risk="act")
+    deep = ToolSpec("stop", "Stops.", [Param("at", "dict", fields=[line])], risk="act")
+    assert narrow([beep], task("beep")) == [msgspec.structs.replace(beep, params=[])]
+    assert narrow([many, deep], task("stop the line")) == []
+    assert unsaid([many], []) == ["line"]
+    fit = narrow([many, deep], task("stop 1 and 3"))
+    assert [build([each]).count('"1" | "3"') for each in fit] == [2, 1]
+    for call in ({"lines": [1, 2]}, {"at": {"line": 2}}):
+        with pytest.raises(CallError, match="nobody said"):
+            validate(Call("stop", call), [fit["at" in call]])
+    assert narrow([many], task("stop the lines")) == [many]
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 10**400, "9", None])
+def test_what_is_no_number_in_a_result_is_no_number_to_act_on(odd: Any) -> None:
+    came = Step("tool", "", call=Call("list", {}), result={"alarms": [odd, 2]})
+    assert left(STOP, task("stop it", came)) == {"line": [2]}
+
+
+def test_a_result_says_numbers_in_what_its_tool_declares_and_thousands_of_them_leave_the_model_free() -> None:
+    alarms = Param("result", "list", items=Param("", "choice", choices=["line 1", "line 3"]))
+    reads = ToolSpec("alarms", "Alarms.", [], returns=alarms)
+    came = Step("tool", "", call=Call("alarms", {}), result=["line 3", "line 2"])
+    assert narrow([reads, STOP], task("stop what is in alarm", came))[1].params[0].values == [3]
+    order = ToolSpec("cancel", "Cancels.", [Param("order", "int")], risk="act")
+    many = Step("tool", "", call=Call("list", {}), result=list(range(10_000)))
+    fit = narrow([order, STOP], task("cancel the oldest", many))
+    assert [spec.params[0].values for spec in fit] == [[], [1, 2, 3]]
+    assert len(build(fit)) < 1000
+
+
+def test_what_was_said_of_all_holds_for_the_next_request_that_says_no_number() -> None:
+    assert left(STOP, task("ok, now stop them", before=("start all lines",))) == {"line": FREE}
+    assert left(STOP, task("ok, now stop line 2", before=("start all lines",))) == {"line": [2]}
 
 
 def test_what_only_reads_is_never_held_back() -> None:
