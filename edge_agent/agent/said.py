@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from edge_agent.agent.taint import without
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.agent.transcript import Task
 
-MAX_SPAN, MAX_VALUES, MAX_NAMED = 64, 128, 5
+MAX_SPAN, MAX_VALUES, MAX_NAMED = 64, 64, 5
 LANGUAGES = ("en", "de", "fr", "es", "it", "nl", "pt")  # of text2num
 _NUMBER = re.compile(
     rf"(?:(?<![\w)])[-−]|\bminus )?\d{{1,{MAX_DIGITS}}}(?:[.,]\d{{1,{DECIMALS}}}){{0,9}}", re.IGNORECASE
@@ -94,15 +94,18 @@ class Said(NamedTuple):
     text: str
     numbers: frozenset[float]
     many: int
-    parts: tuple[float, ...]
+    parts: frozenset[float]
     amount: bool
 
 
 class _Known(NamedTuple):
-    texts: list[str]  # whose words may leave a parameter free
+    texts: list[str]
+    every: bool  # a word of them leaves what is acted on free
+    relative: bool  # one leaves the amounts free
     requests: frozenset[float]
-    results: frozenset[float]
-    parts: tuple[float, ...]
+    targets: list[int]  # of requests and results
+    results: bool
+    parts: frozenset[float]
     many: int
     amount: bool
 
@@ -123,7 +126,7 @@ def said(text: str) -> Said:
         if 0 < high - low <= MAX_SPAN:
             numbers.update(map(float, range(low + 1, high)))
     count = len(words) + sum(each.count(",") + 1 for each in written)
-    return Said(whole, frozenset(numbers), count, tuple(_parts(whole)), bool(_AMOUNT.search(text)))
+    return Said(whole, frozenset(numbers), count, frozenset(_parts(whole)), bool(_AMOUNT.search(text)))
 
 
 def _readings(written: str) -> Iterator[float]:
@@ -152,8 +155,13 @@ def narrow(specs: Sequence[ToolSpec], task: Task) -> list[ToolSpec]:
     request, earlier = said(task.text), [said(each.text) for each in task.before]
     texts = [request.text, *(each.text for each in earlier[-1:] if not request.many)]
     requests = request.numbers.union(*(each.numbers for each in earlier))
+    if len(requests) > MAX_VALUES:
+        return list(specs)
+    results = set(_results(task, specs))
+    targets = sorted(int(number) for number in requests | results if number == int(number))
     many = request.many + len(request.parts) + sum(each.many for each in earlier)
-    known = _Known(texts, requests, frozenset(_results(task, specs)), request.parts, many, request.amount)
+    every, relative = (any(words.search(text) for text in texts) for words in (_ANY, _RELATIVE))
+    known = _Known(texts, every, relative, requests, targets, bool(results), request.parts, many, request.amount)
     narrowed = (spec if spec.risk == "read" else _narrow(spec, known) for spec in specs)
     return [spec for spec in narrowed if spec is not None]
 
@@ -166,7 +174,7 @@ def unsaid(specs: Sequence[ToolSpec], fit: Sequence[ToolSpec]) -> list[str]:
 
 
 def _narrow(spec: ToolSpec, known: _Known) -> ToolSpec | None:
-    needed = [param for param in _needed(spec.params) if not _free(param, known.texts)]
+    needed = [param for param in _needed(spec.params) if not _free(param, known)]
     in_words = known.amount and any(param.unit not in ("", "%") for param in needed)
     if len(needed) > known.many + in_words and not known.results:
         return None
@@ -202,12 +210,12 @@ def _held_to(param: Param, known: _Known) -> Param | None:
     if param.fields:
         fields = _all(param.fields, known)
         return None if fields is None else replace(param, fields=fields)
-    if not _held(param) or param.unit not in ("", "%") or _free(param, known.texts):
+    if not _held(param) or param.unit not in ("", "%") or _free(param, known):
         return param
     if known.results and not _target(param):
         return param
     low, high = (-math.inf if param.low is None else param.low), (math.inf if param.high is None else param.high)
-    values = sorted(_values(param, known))
+    values = known.targets if _target(param) else sorted(_values(param, known))
     within = [value for value in values if low <= value <= high]
     if len(within) > MAX_VALUES or (values and not within and param.kind == "float" and not param.unit):
         return param
@@ -215,9 +223,7 @@ def _held_to(param: Param, known: _Known) -> Param | None:
 
 
 def _values(param: Param, known: _Known) -> set[float]:
-    """What is said, as the parameter can have it."""
-    if _target(param):
-        return {int(number) for number in known.requests | known.results if number == int(number)}
+    """What is said, as a percentage or a number with decimals can have it."""
     low, high = param.low or 0.0, 100.0 if param.high is None else param.high
     numbers = {*known.requests, *(low + part * (high - low) for part in known.parts)}
     if param.unit:
@@ -235,11 +241,11 @@ def _item(of: Param, items: Param) -> Param:
     return replace(items, name=of.name.removesuffix("s"), required=True)
 
 
-def _free(param: Param, texts: Iterable[str]) -> bool:
+def _free(param: Param, known: _Known) -> bool:
     if not _target(param):
-        return any(_RELATIVE.search(text) for text in texts)
-    plural = re.compile(rf"\b{re.escape(param.name.partition('_')[0])}s\b(?!\W*\d)", re.IGNORECASE)
-    return any(_ANY.search(text) or plural.search(text) for text in texts)
+        return known.relative
+    plural = rf"\b{re.escape(param.name.partition('_')[0])}s\b(?!\W*\d)"
+    return known.every or any(re.search(plural, text, re.IGNORECASE) for text in known.texts)
 
 
 def _held(param: Param) -> bool:

@@ -156,6 +156,8 @@ def test_a_result_says_numbers_in_what_its_tool_declares_and_thousands_of_them_l
     fit = narrow([order, STOP], task("cancel the oldest", many))
     assert [spec.params[0].values for spec in fit] == [[], [1, 2, 3]]
     assert len(build(fit)) < 1000
+    said_many = task(" ".join(map(str, range(99))))
+    assert narrow([order, STOP], said_many) == [order, STOP]
 
 
 def test_what_was_said_of_all_holds_for_the_next_request_that_says_no_number() -> None:
