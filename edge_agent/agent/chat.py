@@ -107,8 +107,6 @@ def _schema(param: Param) -> dict[str, Any]:
         return schema | {"type": "string", "enum": param.choices}
     schema["type"] = _TYPES[param.kind]
     schema |= {key: at for key, at in (("minimum", param.low), ("maximum", param.high)) if at is not None}
-    if param.values:
-        schema["enum"] = param.values
     if param.items:
         schema["items"] = _schema(param.items)
     return schema | schema_of(param.fields) if param.fields else schema

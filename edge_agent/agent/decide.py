@@ -159,9 +159,11 @@ class Decider:
         """What one model says; below the threshold, what most of its samples say. Raises OutriderError."""
         task, specs, read, role, deadline, policy = asked
         fit = policy.fit(specs, task)
-        offered = {spec.name for spec in fit}
-        shown = [spec for spec in specs if spec.name in offered]  # an example may have other numbers
-        like = await self.recall.like(task, shown) if speaker.endpoint else []
+        like = list[prompt.Turn]()
+        if speaker.endpoint:  # told as they are declared: no grammar holds it, and a server keeps what it has read
+            offered = {spec.name for spec in fit}
+            fit = [spec for spec in specs if spec.name in offered]
+            like = await self.recall.like(task, fit)
         request = next_call(speaker, specs, [*like, *read], calls=policy.calls, priority=task.priority, fit=fit)
         pieces = [await self._model.generate(request, max(0.1, deadline - time.monotonic()))]
         said, sure, votes = pieces[0], speaker.calibration.probability(pieces[0]), ""
