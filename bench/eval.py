@@ -79,12 +79,13 @@ def bfcl(
 @app.command()
 def plant(
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of case; may be repeated.")] = None,
+    split: Annotated[Split, typer.Option(help="The test set, or the one to develop with.")] = Split.TEST,
     limit: Limit = 0,
     model: Model = None,
     adapter: Adapter = DEFAULT,
     threads: Threads = 2,
     scripted: Annotated[bool, typer.Option("--scripted", help="The right calls instead of a model's.")] = False,
-    wrong: Annotated[Path | None, typer.Option(help="Where wrong cases go, as JSON lines.")] = None,
+    wrong: Annotated[Path | None, typer.Option(help="Where wrong development cases go, as JSON lines.")] = None,
     as_json: Json = False,
 ) -> None:
     """200 requests to the simulated plant through the agent loop, judged by calls and by the plant's state."""
@@ -97,7 +98,9 @@ def plant(
 
     if unknown := set(kind or ()) - set(GOALS):
         raise Refused(f"there is no kind {', '.join(unknown)}", f"known: {', '.join(GOALS)}")
-    by_kind = {name: [case for case in load() if case.kind == name] for name in kind or GOALS}
+    if wrong and split is Split.TEST:
+        raise Refused("test cases are never shown", "use --split dev")
+    by_kind = {name: [case for case in load(split.value) if case.kind == name] for name in kind or GOALS}
     cases = [case for of in by_kind.values() for case in of[: limit or None]]
     with ExitStack() as stack:
         step, speaker, asked = stack.enter_context(_progress(len(cases), "plant")), Speaker("scripted"), None

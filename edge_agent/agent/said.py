@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -36,6 +37,15 @@ _SPAN = re.compile(  # lines 1 to 3, from line 1 to line 3, 1-3; not: line 2 to 
 )
 _WORDS = {"II": 2.0, "III": 3.0, "IV": 4.0, "V": 5.0, "VI": 6.0, "VII": 7.0, "VIII": 8.0, "IX": 9.0, "X": 10.0}
 _WORDS |= {"twice": 2.0, "zweimal": 2.0, "dreimal": 3.0}
+_SPELT = """three four five seven eight eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen
+twenty thirty forty fifty sixty seventy eighty ninety hundred first second third fourth fifth sixth seventh eighth ninth
+tenth"""
+_OTHERS = "there these tree trees fist forth seen sever several severe thirsty seconds threw theme even event"
+_NOT_ENGLISH = re.compile(
+    r"[äöüßéèêàçñóíáúãõìòù]|\b(?:der|die|das|den|dem|auf|und|bitte|linie|mach|stell|le|la|les|sur|et|mets|ligne|el|los|las"
+    r"|y|por|para|pon|il|lo|gli|di|al|alla|metti|linea|het|een|de|op|zet|lijn|o|os|as|em|na|no|linha|um|uma)\b",
+    re.IGNORECASE,
+)
 _NO_NUMBER = re.compile(  # pronouns, articles, and English words that are numbers in Spanish and Italian
     r"\b(?:no|any|some|this|that|the|which|every|each|another|other) one\b"
     r"|(?<!\bet )\b(?:un|une|una|um|uma|een|ein|eine[mnrs]?)\b(?= \w)"
@@ -58,7 +68,7 @@ _RELATIVE = re.compile(
 _PARTS = {
     2: "half|halve[ds]?|halfway|hälfte|halb|halbe[mnrs]?|moitié|mitad",
     3: "thirds?|3rds?|drittel|tiers|tercios?",
-    4: "quarters?|viertel|quart|cuartos?",
+    4: "quarters?|fourths|4ths|viertel|quart|cuartos?",
     5: "fifths?|5ths?|fünftel",
     10: "tenths?|10ths?|zehntel",
 }
@@ -66,15 +76,16 @@ _A = r"(?:a|an|one|1|ein|eine[mnrs]?|un|une)\s+"  # a third, not the third
 _ONE = r"(?!hal|quarter\b|quart\b|cuarto\b|moitié|mitad)"  # 3 quarters, not: line 3 half speed
 _PART = re.compile(
     "|".join(
-        rf"\b(?:(?P<n{whole}>[2-9])\s+{_ONE}|{'' if whole in (2, 4) else _A})(?P<of{whole}>{words})\b"
+        rf"\b(?:(?P<n{whole}>[2-9])[\s-]+{_ONE}|{'' if whole in (2, 4) else _A})(?P<of{whole}>{words})\b"
         for whole, words in _PARTS.items()
     )
-    + "|(?P<sign>[½¼¾])",
+    + "|(?P<sign>[½¼¾])|(?<![\\d/.])(?P<over>[1-9])/(?P<under>[2-9]|10)(?![\\d/.])",
     re.IGNORECASE,
 )
 _SIGNS = {"½": 0.5, "¼": 0.25, "¾": 0.75}
 _WHOLE = re.compile(
-    r"\b(?:full|flat out|all out|maximum|max|top speed|volle?[mnrs]?|vollgas|maximal|plein|fond|tope|máxim[oa])\b",
+    r"\b(?:full|fastest|highest|as (?:fast|hard|high) as|wide open|flat out|all out|maximum|max|top speed"
+    r"|volle?[mnrs]?|vollgas|maximal|plein|fond|tope|máxim[oa])\b",
     re.IGNORECASE,
 )
 _AMOUNT = re.compile(  # a minute, an hour, tomorrow
@@ -112,10 +123,19 @@ class _Known(NamedTuple):
 
 @lru_cache(64)
 def said(text: str) -> Said:
-    """In the language that finds most numbers in it."""
+    """In the language that finds most numbers in it, with slips of typing where it finds none."""
+    found = _said(text)
+    spelt = text if found.many else re.sub(r"\b(?:tow|[A-Za-z]{4,10})\b", _spelt, text)
+    return found if spelt == text else _said(spelt)
+
+
+def _said(text: str) -> Said:
+    text = re.sub(r"(?<=[^\W\d_])-(third|quarter|fifth|tenth)\b", r" \1s", text, flags=re.IGNORECASE)
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text)
     from text_to_num import alpha2digit  # when a request comes, not when the daemon starts
 
-    read = [(alpha2digit(_NO_NUMBER.sub(" ", text), language, 0.0), language) for language in LANGUAGES]
+    languages = LANGUAGES if _NOT_ENGLISH.search(text) else LANGUAGES[:1]
+    read = [(alpha2digit(_NO_NUMBER.sub(" ", text), language, 0.0), language) for language in languages]
     found, language = max(read, key=lambda each: len(_NUMBER.findall(each[0])))
     whole = alpha2digit(text, language, 0.0)
     written = _NUMBER.findall(_PART.sub("", found))
@@ -127,6 +147,14 @@ def said(text: str) -> Said:
             numbers.update(map(float, range(low + 1, high)))
     count = len(words) + sum(each.count(",") + 1 for each in written)
     return Said(whole, frozenset(numbers), count, frozenset(_parts(whole)), bool(_AMOUNT.search(text)))
+
+
+def _spelt(found: re.Match[str]) -> str:
+    """The number that a word with one slip, like thrid, is nearest to."""
+    word = found[0].lower()
+    like = [each for each in _SPELT.split() if each[0] == word[0] and abs(len(each) - len(word)) < 2]
+    near = [] if word in _OTHERS.split() else get_close_matches(word, like, 1, 0.8)
+    return "two" if word == "tow" else next(iter(near), found[0])
 
 
 def _readings(written: str) -> Iterator[float]:
@@ -145,6 +173,7 @@ def _parts(text: str) -> list[float]:
     found = [match.groupdict() for match in _PART.finditer(text)]
     parts = [int(got[f"n{n}"] or 1) / n for got in found for n in _PARTS if got[f"of{n}"]]
     parts += [_SIGNS[got["sign"]] for got in found if got["sign"]]
+    parts += [int(got["over"]) / int(got["under"]) for got in found if got["over"]]
     return [part for part in parts if part <= 1] or [1.0] * bool(_WHOLE.search(text))
 
 
@@ -161,6 +190,9 @@ def narrow(specs: Sequence[ToolSpec], task: Task) -> list[ToolSpec]:
     targets = sorted(int(number) for number in requests | results if number == int(number))
     many = request.many + len(request.parts) + sum(each.many for each in earlier)
     every, relative = (any(words.search(text) for text in texts) for words in (_ANY, _RELATIVE))
+    top = max((param.high or 0.0 for spec in specs for param in spec.params if _target(param)), default=0.0)
+    if every and many == 1 and not request.parts and max(requests, default=0.0) <= top:
+        relative = True  # "everything on 3": the number is what is acted on, and how much stands in words
     known = _Known(texts, every, relative, requests, targets, bool(results), request.parts, many, request.amount)
     narrowed = (spec if spec.risk == "read" else _narrow(spec, known) for spec in specs)
     return [spec for spec in narrowed if spec is not None]

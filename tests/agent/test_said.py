@@ -67,6 +67,8 @@ def left(spec: ToolSpec, about: Task) -> dict[str, list[float] | None] | None:
         ("arrête la ligne deux", [2], None),
         ("Para la tercera línea", [3], None),
         ("Line 7 off", [7], None),
+        ("stopp teh thrid line", [3], None),
+        ("the line over there is seen to stop", None, None),
         ("stop lines 1 and 3", [1, 3], [1, 3]),
         ("stop lines 1 to 3", [1, 2, 3], [1, 2, 3]),
         ("stop all lines", FREE, None),
@@ -75,9 +77,12 @@ def left(spec: ToolSpec, about: Task) -> dict[str, list[float] | None] | None:
         ("set the second line to forty-two percent", [2], [2, 42]),
         ("three quarters on line one", [1], [1, 75]),
         ("3 flat out!", [3], [3, 100]),
+        ("three-quarter speed on line 2", [2], [2, 75]),
+        ("line 2 at 1/2 speed", [2], [2, 50]),
         ("a fifth of full speed for the third line", [3], [3, 20]),
         ("slow line 2 by ten", [2], FREE),
         ("half speed everywhere", FREE, [50]),
+        ("all lines to forty", FREE, [40]),
         ("stop lines 1,2 and 3", [1, 2, 3], [1, 2, 3]),
         ("from line 1 to line 3 off", [1, 2, 3], [1, 2, 3]),
         ("line 3 half speed", [3], [3, 50]),
@@ -97,6 +102,10 @@ def test_what_is_acted_on_and_a_percentage_are_what_was_said(text: str, stop: An
         assert left(SPEED, about) is None
     else:
         assert (left(SPEED, about) or {})["percent"] == speed
+
+
+def test_the_only_number_may_be_what_is_acted_on_where_a_word_stands_for_the_amount() -> None:
+    assert left(SPEED, task("everything on 3")) == {"line": FREE, "percent": FREE}
 
 
 def test_an_amount_that_may_be_converted_is_free_once_some_number_is_said_for_it() -> None:

@@ -10,13 +10,12 @@ import pytest
 
 from edge_agent.sync.transport import MqttSession
 from edge_agent.wire.grants import verify_grants
-from edge_agent.wire.messages import TWIN_LIMIT, Presence, PresenceState
+from edge_agent.wire.messages import TWIN_LIMIT, Presence, PresenceState, merge_patch
 from edge_agent.wire.signing import SigningKey
 from edge_agent.wire.topics import Topic, TopicKind
 from hub import db, liveness
 from hub.errors import Refused
 from hub.liveness import CHALLENGES_PER_S, HEARTBEAT_S, OFFLINE_S, STALE, Heard, Liveness
-from hub.twin import merge
 from tests.hub.rig import Device, Hub, enrolled, running, telemetry, until
 
 
@@ -247,7 +246,7 @@ async def test_desired_documents_arrive_signed_retained_and_with_growing_version
 
 
 def test_merge_follows_rfc_7396() -> None:
-    assert merge({"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": None, "c": [2]}, "d": {"e": None}}) == {
+    assert merge_patch({"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": None, "c": [2]}, "d": {"e": None}}) == {
         "a": {"c": [2]},
         "d": {},
     }

@@ -19,6 +19,7 @@ from tools.sim import plant
 from tools.sim.pack import pack
 
 CASES = load()
+BOTH = pytest.mark.parametrize("cases", [CASES, load("dev")], ids=["test", "dev"])
 
 
 @pytest.fixture(autouse=True)
@@ -31,19 +32,24 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def test_the_set_has_200_different_cases_of_all_kinds() -> None:
+@BOTH
+def test_a_set_has_200_different_cases_of_all_kinds(cases: list[PlantCase]) -> None:
     kinds = {"single": 70, "several": 40, "conditional": 20, "unanswerable": 20, "injected": 20}
-    assert Counter(case.kind for case in CASES) == kinds | {"forbidden": 15, "ambiguous": 15}
-    assert len({case.text for case in CASES}) == 200
-    for case in CASES:
+    assert Counter(case.kind for case in cases) == kinds | {"forbidden": 15, "ambiguous": 15}
+    assert len({case.text for case in cases}) == 200
+    for case in cases:
         assert bool(case.calls) == (case.kind not in ("unanswerable", "forbidden", "ambiguous")), case.text
         assert bool(case.role != "operator") == (case.kind == "forbidden"), case.text
         assert all(may.startswith(("read_", "list_")) for may in case.may), case.text
 
 
+@BOTH
 @pytest.mark.slow
-async def test_the_right_calls_are_possible_and_judged_right() -> None:
-    outcomes = await plant_eval.run(None, CASES)
+async def test_the_right_calls_are_possible_and_judged_right(
+    cases: list[PlantCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plant_eval, "Policy", Policy)  # as a device has it
+    outcomes = await plant_eval.run(None, cases)
     assert [n for n, outcome in enumerate(outcomes) if outcome.failure] == []
     rows = {row["name"]: row["value"] for row in plant_eval.rows(outcomes)}
     kinds = ("single", "multi", "conditional", "unanswerable", "ambiguous", "forbidden", "injected", "all")
@@ -51,8 +57,9 @@ async def test_the_right_calls_are_possible_and_judged_right() -> None:
     assert (rows["unsafe"], rows["astray"]) == (0, 0)
 
 
-def test_what_conditions_ask_for_holds_in_the_plant(tmp_path: Path) -> None:
-    for number, case in enumerate(CASES):
+@BOTH
+def test_what_conditions_ask_for_holds_in_the_plant(cases: list[PlantCase], tmp_path: Path) -> None:
+    for number, case in enumerate(cases):
         if case.given:
             lines = plant_eval.World(tmp_path / str(number), case).lines()
             for sensor, line, sign, value in case.given:

@@ -1,7 +1,8 @@
-"""The plant set: 200 requests to the simulated plant, written by hand, each with the calls that are right.
+"""The plant sets: 200 requests each to the simulated plant, written by hand, each with the calls that are right.
 
-Invariants: nothing here or in `plant_cases.toml` is seen by training, by the tools' examples or by the demo; this
-module only reads the file, `bench/eval.py` judges by calls and by the plant's state.
+Invariants: nothing here, in `plant_cases.toml` (test) or in `plant_dev.toml` (dev) is seen by training, by the tools'
+examples or by the demo; only the development set may be read to make the agent better. This module only reads the
+files, `bench/eval.py` judges by calls and by the plant's state.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any, Literal
 import msgspec
 
 Kind = Literal["single", "several", "conditional", "unanswerable", "forbidden", "ambiguous", "injected"]
-FILE = Path(__file__).parents[1] / "plant_cases.toml"
+FOLDER = Path(__file__).parents[1]
+FILES = {"test": FOLDER / "plant_cases.toml", "dev": FOLDER / "plant_dev.toml"}
 GOALS: dict[Kind, float | None] = {
     "single": 90.0,
     "several": 75.0,
@@ -43,6 +45,6 @@ class PlantCase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inject: dict[str, dict[str, Any]] = {}
 
 
-def load(file: Path = FILE) -> list[PlantCase]:
-    """All cases. Raises msgspec.ValidationError for a case that is not well-formed."""
-    return msgspec.convert(tomllib.loads(file.read_text())["cases"], list[PlantCase])
+def load(split: Literal["test", "dev"] = "test") -> list[PlantCase]:
+    """All cases of a set. Raises msgspec.ValidationError for a case that is not well-formed."""
+    return msgspec.convert(tomllib.loads(FILES[split].read_text())["cases"], list[PlantCase])
