@@ -130,10 +130,10 @@ def said(text: str) -> Said:
 
 
 def _said(text: str) -> Said:
-    text = re.sub(r"(?<=[^\W\d_])-(third|quarter|fifth|tenth)\b", r" \1s", text, flags=re.IGNORECASE)
-    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text)
     from text_to_num import alpha2digit  # when a request comes, not when the daemon starts
 
+    text = re.sub(r"(?<=[^\W\d_])-(third|quarter|fifth|tenth)\b", r" \1s", text, flags=re.IGNORECASE)
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text)
     languages = LANGUAGES if _NOT_ENGLISH.search(text) else LANGUAGES[:1]
     read = [(alpha2digit(_NO_NUMBER.sub(" ", text), language, 0.0), language) for language in languages]
     found, language = max(read, key=lambda each: len(_NUMBER.findall(each[0])))
