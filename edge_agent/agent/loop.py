@@ -64,10 +64,15 @@ class AgentLoop:
         self._meter = Meter(lambda: rules().watts)
 
     async def warm(self) -> None:
-        """Have the model read the preamble of all tools, so that a first task finds it read. Raises Retry, Refused."""
-        specs, rules = await self._tools.specs(), self._rules()
-        asked = next_call(self._speakers()[0], specs, [], max_tokens=1)
-        await self._model.generate(asked, rules.budget.seconds)
+        """Have the model read the preamble of all tools, so that a first task finds it read; an endpoint is not asked.
+
+        Raises Retry, Refused.
+        """
+        speaker = self._speakers()[0]
+        if speaker.endpoint:
+            return
+        asked = next_call(speaker, await self._tools.specs(), [], max_tokens=1)
+        await self._model.generate(asked, self._rules().budget.seconds)
 
     async def accept(self, id: str, text: str, subject: Subject, priority: int = 1, conversation: str = "") -> Task:
         """Save a new task; asking again with the same id gives the one there is. Raises Refused."""

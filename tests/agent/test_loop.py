@@ -73,6 +73,17 @@ async def test_an_adapter_for_signatures_gets_no_examples_and_is_named_in_the_tr
     assert "how hot is line 2" in model.asked[2].prefix
 
 
+@pytest.mark.parametrize("endpoint", [False, True])
+async def test_a_model_here_reads_its_tools_before_a_task_and_an_endpoint_is_not_asked_for_nothing(
+    transcripts: Transcripts, endpoint: bool
+) -> None:
+    model = ScriptedModel()
+    speaker = Speaker("d", endpoint=endpoint)
+    loop = AgentLoop(model, LocalTools(*plant.ALL), transcripts, lambda *_: True, speakers=lambda: [speaker])
+    await loop.warm()
+    assert ["read_sensor" in asked.prefix for asked in model.asked] == ([] if endpoint else [True])
+
+
 async def test_the_models_own_words_are_the_answer(build: Build) -> None:
     loop, _, _ = build(READ, 'answer("all calm")')
     assert (await ask(loop)).answer == "all calm"
