@@ -1,10 +1,10 @@
 """The peer over NATS JetStream: a producer and a consumer as one writes them with nats-py.
 
 Equal to ours are the records and their bytes, the Ed25519 signature (one a message), the batch form of `bulk` (NDJSON,
-zstd, at most 256 KiB, sixteen on their way), the tables, SQLite's durability (one FULL commit for all that has come,
-then the ack) and the threads: an event loop and a second one for packing or committing. The stream is a file store with
-one acknowledgement a message; the server fsyncs it at an interval, not before that acknowledgement, so the peer is the
-less durable one until the consumer's commit.
+zstd, one of as many records as ours appends at once, sixteen on their way), the tables, SQLite's durability (one FULL
+commit for all that has come, then the ack) and the threads: an event loop and a second one for packing or committing.
+The stream is a file store with one acknowledgement a message; the server fsyncs it at an interval, not before that
+acknowledgement, so the peer is the less durable one until the consumer's commit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import msgspec
 from bench import virtual
 from bench.fleet import free_port
 from edge_agent.errors import Fatal, Refused
-from edge_agent.wire.batch import MAX_BATCH, Header, decode_records, encode_batch, verify_batch
+from edge_agent.wire.batch import Batch, Header, decode_records, encode_batch, verify_batch
 from edge_agent.wire.messages import Record
 from edge_agent.wire.signing import SigningKey, VerifyKey
 
@@ -81,7 +81,7 @@ def produce(url: str, folder: Path, key: Path, how: str, seconds: float) -> None
 
 
 async def _produce(url: str, folder: Path, key: SigningKey, how: str, seconds: float) -> None:
-    js, topic = await _stream(url, how), f"{SUBJECT}.{how}"
+    js, topic, encoder = await _stream(url, how), f"{SUBJECT}.{how}", msgspec.json.Encoder()
     path, first = folder / f"js-{how}", virtual.held(folder / f"js-{how}.db", DEVICE) + 1
     numbers, began = itertools.count(first), time.monotonic()
     with path.open("a") as ledger:
@@ -90,41 +90,34 @@ async def _produce(url: str, folder: Path, key: SigningKey, how: str, seconds: f
             while time.monotonic() - began < seconds:
                 n = next(numbers)
                 content = virtual.body(n)
-                line = msgspec.json.encode(Record(n, time.time(), "telemetry", 5, content))
+                line = encoder.encode(Record(n, time.time(), "telemetry", 5, content))
                 done = await js.publish_async(topic, line, headers={"sig": key.sign(topic, line)})
                 await done
                 ledger.write(virtual.line(n, content))
 
         async def bulk() -> None:
-            waiting: deque[tuple[Any, list[str]]] = deque()
-            lines: list[bytes] = []
-            promises: list[str] = []
-            size, start = 0, first
+            waiting: deque[tuple[Any, list[dict[str, Any]], int]] = deque()
 
-            async def cut() -> None:
-                header = Header(1, start, start + len(lines) - 1)
-                batch = await asyncio.to_thread(encode_batch, lines, key, topic, header)
-                done = await js.publish_async(topic, batch.payload, headers=batch.properties)
-                waiting.append((done, promises))
+            async def settle() -> None:
+                done, contents, start = waiting.popleft()
+                await done
+                ledger.writelines(map(virtual.line, itertools.count(start), contents))
+
+            def pack(contents: list[dict[str, Any]], start: int) -> Batch:
+                now = time.time()
+                records = [Record(n, now, "telemetry", 5, each) for n, each in enumerate(contents, start)]
+                return encode_batch([encoder.encode_lines(records)[:-1]], key, topic, Header(1, start, records[-1].seq))
 
             while time.monotonic() - began < seconds:
-                n = next(numbers)
-                content = virtual.body(n)
-                line = msgspec.json.encode(Record(n, time.time(), "telemetry", 5, content))
-                if size + len(line) + 1 > MAX_BATCH:
-                    await cut()
-                    lines, promises, size, start = [], [], 0, n
-                lines.append(line)
-                promises.append(virtual.line(n, content))
-                size += len(line) + 1
+                taken = list(itertools.islice(numbers, virtual.CHUNK))
+                contents, start = [virtual.body(n) for n in taken], taken[0]
+                batch = await asyncio.to_thread(pack, contents, start)
+                done = await js.publish_async(topic, batch.payload, headers=batch.properties)
+                waiting.append((done, contents, start))
                 while len(waiting) >= WINDOW:
-                    done, kept = waiting.popleft()
-                    await done
-                    ledger.writelines(kept)
-            await cut()
-            for done, kept in waiting:
-                await done
-                ledger.writelines(kept)
+                    await settle()
+            while waiting:
+                await settle()
 
         await asyncio.gather(*([bulk()] if how == "bulk" else [sensor() for _ in range(virtual.SENSORS)]))
     virtual.tell(path, next(numbers) - first, began)

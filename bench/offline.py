@@ -77,7 +77,7 @@ async def _serve(folder: Path, broker: str, count: int) -> None:
         with (folder / "ledger").open("w") as ledger:
             for at in range(0, count, CHUNK):
                 bodies = [virtual.body(n) for n in range(at, min(at + CHUNK, count))]
-                seqs = await outbox.append_many([outbox.draft("telemetry", each) for each in bodies])
+                seqs = await outbox.append_many("telemetry", bodies)
                 ledger.writelines(map(virtual.line, seqs, bodies))
         took["queue_s"] = time.monotonic() - began
         took["disk_mib"] = round(sum(f.stat().st_size for f in (folder / "device").glob("outrider.db*")) / 2**20, 1)

@@ -135,7 +135,8 @@ class Soak:
         database = hub.data / "hub.db"
         books = virtual.books(self._folder / name / "ledger", database, name)
         with contextlib.closing(sqlite3.connect(self._folder / name / "outrider.db")) as db:
-            (made,) = db.execute("SELECT last_seq FROM outbox_state").fetchone()
+            (known, stored) = db.execute("SELECT last_seq, (SELECT max(last) FROM outbox) FROM outbox_state").fetchone()
+            made = max(known, stored or 0)
         query = "SELECT count(*), count(DISTINCT seq), coalesce(max(seq), 0) FROM telemetry WHERE device = ?"
         with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
             rows, distinct, newest = db.execute(query, [name]).fetchone()

@@ -1,7 +1,7 @@
 """Durable records a second, from an append on a device to the hub's commit, against plain MQTT and NATS JetStream.
 
 Ours: a producer process with the real store, outbox and session, the embedded broker, a real `outrider hub`. One by
-one, 256 sensors each wait until their record is on disk; in bulk, four callers append 1,900 at a time. Peers: paho
+one, 256 sensors each wait until their record is on disk; in bulk, four callers append 1,800 at a time. Peers: paho
 publishes each record with QoS 1 to the same broker, and its consumer commits to SQLite (WAL, synchronous=FULL, one
 commit for all that has come) before it acknowledges; JetStream, see `bench.jetstream`, in rounds that alternate with
 ours. All keep a ledger outside the system under test, which is compared with what the receiving database holds. Time
@@ -29,7 +29,6 @@ from edge_agent.enrol import Broker
 from edge_agent.wire.signing import SigningKey
 
 BACKLOG = 50_000  # records not committed at which a producer waits
-CHUNK = 1900  # records an append in bulk: about a batch
 PIPELINE = 4  # appends that wait for the disk
 PEER_WINDOW = 1000  # PUBACKs the peer's publisher waits for at most
 ROUNDS = 3
@@ -128,8 +127,8 @@ async def _produce_ours(state: Path, how: str, seconds: float) -> None:
 
             async def bulk() -> None:
                 while time.monotonic() - began < seconds:
-                    contents = [virtual.body(n) for n in itertools.islice(numbers, CHUNK)]
-                    seqs = await outbox.append_many([outbox.draft("telemetry", each) for each in contents])
+                    contents = [virtual.body(n) for n in itertools.islice(numbers, virtual.CHUNK)]
+                    seqs = await outbox.append_many("telemetry", contents)
                     ledger.writelines(map(virtual.line, seqs, contents))
                     if outbox.depth > BACKLOG:
                         await virtual.until(lambda: outbox.depth <= BACKLOG)

@@ -40,6 +40,7 @@ from edge_agent.wire.topics import Topic, TopicKind
 from hub.db import Database, devices
 
 SENSORS = 256  # callers that each wait until their record is on disk
+CHUNK = 1800  # records made at once in bulk: about a batch
 KINDS = ("vibration", "temperature", "speed")
 _sorted = msgspec.json.Encoder(order="sorted")
 

@@ -66,7 +66,7 @@ class Telemetry:
                 try:
                     await self._sample(bodies)
                 finally:
-                    await self._outbox.append_many([each for body in bodies for each in self._draft(body)])
+                    await self._append(bodies)
                     if self._history:
                         await self._history.keep(bodies)
             except OutriderError as error:
@@ -75,13 +75,17 @@ class Telemetry:
                 self._trouble.over()
             await wait_up_to(rest(self._interval_s), self._changed)
 
-    def _draft(self, body: dict[str, Any]) -> list[Any]:
-        """None of what cannot be a record: the others are kept."""
+    async def _append(self, bodies: list[dict[str, Any]]) -> None:
+        """What cannot be a record keeps no other back."""
         try:
-            return [self._outbox.draft("telemetry", body, PRIORITY, self._ttl_s)]
-        except Refused as error:
-            self._fails(Call(body["tool"], body["args"]), error)
-            return []
+            await self._outbox.append_many("telemetry", bodies, PRIORITY, self._ttl_s)
+        except Refused:
+            each = (self._outbox.append("telemetry", body, PRIORITY, self._ttl_s) for body in bodies)
+            for body, end in zip(bodies, await asyncio.gather(*each, return_exceptions=True), strict=True):
+                if isinstance(end, Refused) and "tool" in body:
+                    self._fails(Call(body["tool"], body["args"]), end)
+                elif isinstance(end, BaseException):
+                    raise end from None
 
     async def _sample(self, bodies: list[dict[str, Any]]) -> None:
         specs = await self._tools.specs()

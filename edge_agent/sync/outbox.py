@@ -15,10 +15,11 @@ second (a block goes with the last of them). So the work of SQLite is paid a blo
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -33,8 +34,8 @@ log = logging.getLogger(__name__)
 MAX_RECORD = 64 * 1024  # bytes, encoded
 LOWEST = 9
 _KEPT = -1  # stored priority of a loss record: never let go
-_PREFIX = len(b'{"seq":0')
-BLOCK = 64 * 1024  # bytes of a block at most, but for one record that is larger
+BLOCK = MAX_RECORD  # bytes of a block at most, so that any record is one
+_ROWS = 16  # blocks an INSERT
 _SECOND = 1.0  # how far apart TTLs may end within a block
 _COUNT = "coalesce(sum(last - first + 1), 0), coalesce(sum(length(lines)), 0)"
 _encoder = msgspec.json.Encoder()
@@ -64,19 +65,24 @@ class Slice(NamedTuple):
         return b"\n".join(self.blocks).split(b"\n")
 
 
-class Draft(msgspec.Struct, frozen=True, gc=False):
-    """A record encoded but for its seq."""
+class _Run(NamedTuple):
+    """Records of one kind that were made at once."""
 
-    tail: bytes
+    kind: str
+    bodies: Sequence[dict[str, Any]]
     priority: int
+    at: float
     expires: float | None
 
 
-class _Block(msgspec.Struct, gc=False):
+class _Block(NamedTuple):
+    """As it lies on disk; `expires` is the latest."""
+
     first: int
+    last: int
     priority: int
-    expires: float | None  # the latest
-    lines: list[bytes]
+    expires: float | None
+    lines: bytes
 
 
 class _State(msgspec.Struct):
@@ -98,7 +104,7 @@ class Outbox:
         self.epoch = epoch
         self.found: float = state.last_seq
         self.changed = asyncio.Event()  # set after each commit of new records; its consumer clears it
-        self._waiting: list[tuple[Draft, asyncio.Future[int]]] = []
+        self._waiting: list[tuple[_Run, asyncio.Future[int]]] = []
         self._flusher: asyncio.Task[None] | None = None
         self._handed_out = state.acked  # the newest seq that may be on its way
         self._next_expiry = 0.0  # nothing outlives its TTL before
@@ -109,6 +115,7 @@ class Outbox:
         """Read where the last process stopped."""
 
         def load(db: Connection) -> tuple[int, int, _State]:
+            db.execute("UPDATE outbox_state SET last_seq = max(last_seq, (SELECT coalesce(max(last), 0) FROM outbox))")
             db.execute("UPDATE outbox_state SET found = coalesce(found, last_seq)")
             epoch, last, acked, found = db.execute("SELECT epoch, last_seq, acked, found FROM outbox_state").fetchone()
             rows, size = db.execute(f"SELECT {_COUNT} FROM outbox").fetchone()
@@ -142,34 +149,27 @@ class Outbox:
         """Another quota: what is past it goes with the next append."""
         self._limits = limits
 
-    def draft(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> Draft:
-        """Encode once, now. `ttl` is in seconds. Raises Refused when it cannot be a record."""
-        if not 0 <= priority <= LOWEST:
-            raise Refused(f"priority {priority} of a {kind} record", f"0 is the highest, {LOWEST} the lowest")
-        now = self._clock()
-        try:
-            line = _encoder.encode(Record(0, now, kind, priority, body))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise Refused(f"the body of a {kind} record is not JSON: {error}", "use text, numbers, lists") from None
-        if len(line) > MAX_RECORD:
-            raise Refused(f"a {kind} record of {len(line)} bytes", f"at most {MAX_RECORD}: send a blob, or split it")
-        return Draft(line[_PREFIX:], priority, None if ttl is None else now + ttl)
-
     async def append(self, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int:
-        """The record's seq, once it is on disk. Concurrent callers share one commit. Raises Refused or Retry."""
+        """The record's seq, once it is on disk; the body is not to change until then. `ttl` is in seconds.
+
+        Concurrent callers share one commit. Raises Refused when it cannot be a record, or Retry.
+        """
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append((self.draft(kind, body, priority, ttl), future))
+        self._waiting.append((self._run(kind, [body], priority, ttl), future))
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush(), name="outbox-flush")
         return await future
 
-    async def append_many(self, drafts: Sequence[Draft]) -> range:
-        """The seqs of records that `draft` made, in one commit, begun at once. Raises Retry."""
-        return await self._store.write(lambda db: self._insert(db, drafts))
+    async def append_many(
+        self, kind: str, bodies: Sequence[dict[str, Any]], priority: int = 5, ttl: float | None = None
+    ) -> range:
+        """The seqs of records that are made at once, in one commit: all of them or none. As `append` else."""
+        run = self._run(kind, bodies, priority, ttl)
+        return await self._store.write(lambda db: self._insert(db, [run]))
 
     def put(self, db: Connection, kind: str, body: dict[str, Any], priority: int = 5, ttl: float | None = None) -> int:
         """Append inside the caller's transaction."""
-        return self._insert(db, [self.draft(kind, body, priority, ttl)])[0]
+        return self._insert(db, [self._run(kind, [body], priority, ttl)])[0]
 
     async def batches(self, after: int, most: int) -> list[Slice]:
         """The next records after a seq, in slices of at most MAX_BATCH bytes: so many slices, or all there are."""
@@ -217,25 +217,37 @@ class Outbox:
         if self._clock() >= self._next_expiry:
             await self._store.write(self._expire)
 
+    def _run(self, kind: str, bodies: Sequence[dict[str, Any]], priority: int, ttl: float | None) -> _Run:
+        if not 0 <= priority <= LOWEST:
+            raise Refused(f"priority {priority} of a {kind} record", f"0 is the highest, {LOWEST} the lowest")
+        now = self._clock()
+        return _Run(kind, bodies, priority, now, None if ttl is None else now + ttl)
+
     async def _flush(self) -> None:
         try:
             while self._waiting:
                 group, self._waiting = self._waiting, []
-                drafts = [draft for draft, _ in group]
-                try:
-                    seqs = await self.append_many(drafts)
-                except Exception as error:  # noqa: BLE001 - every caller gets it
-                    for _, future in group:
-                        if not future.done():
-                            future.set_exception(error)
-                else:
-                    for seq, (_, future) in zip(seqs, group, strict=True):
-                        if not future.done():
-                            future.set_result(seq)
+                await self._commit(group)
         finally:
             self._flusher = None
             for _, future in self._waiting:
                 future.cancel()
+
+    async def _commit(self, group: Sequence[tuple[_Run, asyncio.Future[int]]]) -> None:
+        """One that cannot be a record keeps no other back."""
+        try:
+            seqs = await self._store.write(lambda db: self._insert(db, [run for run, _ in group]))
+        except Exception as error:  # noqa: BLE001 - every caller gets it, or its own
+            wrong = [_refusal(run) for run, _ in group] if isinstance(error, Refused) else []
+            if any(wrong):
+                await self._commit([each for each, own in zip(group, wrong, strict=True) if own is None])
+            for (_, future), own in itertools.zip_longest(group, wrong):
+                if not future.done():
+                    future.set_exception(own or error)
+        else:
+            for seq, (_, future) in zip(seqs, group, strict=True):
+                if not future.done():
+                    future.set_result(seq)
 
     # What follows runs in the store's thread, inside a transaction.
 
@@ -249,24 +261,25 @@ class Outbox:
         self._state = msgspec.structs.replace(before)
         return self._state
 
-    def _insert(self, db: Connection, drafts: Iterable[Draft], stored_priority: int | None = None) -> range:
+    def _insert(self, db: Connection, runs: Sequence[_Run], stored_priority: int | None = None) -> range:
+        """`last_seq` is not written: what is there tells it, and what removes blocks keeps it."""
         state = self._begin(db)
         first = state.last_seq + 1
-        blocks = _blocks(first, drafts, stored_priority)
+        blocks = list(_blocks(first, runs, stored_priority))
+        for at in range(0, len(blocks), _ROWS):
+            some = blocks[at : at + _ROWS]
+            rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
+            db.execute(f"INSERT INTO outbox VALUES {rows}", list(itertools.chain.from_iterable(some)))
         for block in blocks:
-            last, lines = block.first + len(block.lines) - 1, b"\n".join(block.lines)
-            values = (block.first, last, block.priority, block.expires, lines)
-            db.execute("INSERT INTO outbox VALUES (?, ?, ?, ?, ?)", values)
-            state.last_seq = last
-            state.bytes += len(lines)
+            state.last_seq = block.last
+            state.bytes += len(block.lines)
             if block.expires is not None:
                 self._next_expiry = min(self._next_expiry, block.expires)
         state.rows += state.last_seq - first + 1
-        db.execute("UPDATE outbox_state SET last_seq = ?", [state.last_seq])
         if stored_priority is None and (state.rows > self._limits.rows or state.bytes > self._limits.bytes):
             self._make_room(db)
         db.on_commit(self.changed.set)
-        return range(first, state.last_seq + 1)
+        return range(first, first + sum(len(run.bodies) for run in runs))
 
     def _batches(self, db: Connection, after: int, most: int) -> list[Slice]:
         found = list[Slice]()
@@ -296,21 +309,21 @@ class Outbox:
 
     def _cut(self, db: Connection, seq: int) -> None:
         """No block holds both `seq` and what follows it."""
-        whole = "SELECT first, lines FROM outbox WHERE first <= ? ORDER BY first DESC LIMIT 1"
-        first, lines = db.execute(whole, [seq]).fetchone() or (seq + 1, b"")
-        parts = lines.split(b"\n", seq - first + 1) if first <= seq else []
-        if len(parts) > seq - first + 1:
-            rest = "INSERT INTO outbox SELECT ?, last, priority, expires, ? FROM outbox WHERE first = ?"
-            db.execute(rest, [seq + 1, parts.pop(), first])
-            db.execute("UPDATE outbox SET last = ?, lines = ? WHERE first = ?", [seq, b"\n".join(parts), first])
-            self._state.bytes -= 1
+        within = db.execute("SELECT first, lines FROM outbox WHERE first <= ? AND last > ?", [seq, seq]).fetchone()
+        if within is None:
+            return
+        first, lines = within
+        *parts, rest = lines.split(b"\n", seq - first + 1)
+        after = "INSERT INTO outbox SELECT ?, last, priority, expires, ? FROM outbox WHERE first = ?"
+        db.execute(after, [seq + 1, rest, first])
+        db.execute("UPDATE outbox SET last = ?, lines = ? WHERE first = ?", [seq, b"\n".join(parts), first])
+        self._state.bytes -= 1
 
     def _ack(self, db: Connection, seq: int) -> None:
         state = self._begin(db)
+        state.acked = max(state.acked, seq)
         self._cut(db, seq)
         self._delete(db, "last <= ?", [seq])
-        db.execute("UPDATE outbox_state SET acked = ?", [seq])
-        state.acked = max(state.acked, seq)
         self._handed_out = max(self._handed_out, seq)
 
     def _renew(self, db: Connection, epoch: int, base: int) -> None:
@@ -336,6 +349,7 @@ class Outbox:
     def _delete(self, db: Connection, where: str, values: Sequence[float]) -> None:
         rows, size = db.execute(f"SELECT {_COUNT} FROM outbox WHERE {where}", values).fetchone()
         db.execute(f"DELETE FROM outbox WHERE {where}", values)
+        db.execute("UPDATE outbox_state SET last_seq = ?, acked = ?", [self._state.last_seq, self._state.acked])
         self._state.rows -= rows
         self._state.bytes -= size
 
@@ -401,28 +415,57 @@ class Outbox:
             db.execute("UPDATE outbox SET lines = ? WHERE first = ?", [line, seq])
             self._state.bytes += len(line) - before
         else:
-            (seq,) = self._insert(db, [self.draft("loss", msgspec.to_builtins(loss), 0)], _KEPT)
+            (seq,) = self._insert(db, [self._run("loss", [msgspec.to_builtins(loss)], 0, None)], _KEPT)
         self._state.losses = {**self._state.losses, reason: (seq, loss)}
 
 
-def _blocks(first: int, drafts: Iterable[Draft], stored_priority: int | None) -> list[_Block]:
-    blocks = list[_Block]()
-    block, room, begun = None, 0, None
-    for seq, draft in enumerate(drafts, first):
-        line, expires = b'{"seq":%d%b' % (seq, draft.tail), draft.expires
-        priority = draft.priority if stored_priority is None else stored_priority
-        room -= len(line) + 1
-        if block is None or room < 0 or block.priority != priority or (expires != begun and _apart(begun, expires)):
-            block, room, begun = _Block(seq, priority, expires, []), BLOCK - len(line) - 1, expires
-            blocks.append(block)
-        block.lines.append(line)
-        if expires is not None and expires != begun:
-            block.expires = max(block.expires or expires, expires)
-    return blocks
+def _blocks(first: int, runs: Iterable[_Run], stored_priority: int | None) -> Iterator[_Block]:
+    """Raises Refused when one of the records cannot be."""
+    records = list[Record]()
+    priority, begun, expires = 0, None, None
+    for run in runs:
+        stored = run.priority if stored_priority is None else stored_priority
+        if records and (stored != priority or _apart(begun, run.expires)):
+            yield from _encoded(records, priority, expires)
+            first, records = first + len(records), []
+        if not records:
+            priority, begun, expires = stored, run.expires, run.expires
+        elif expires is not None and run.expires is not None:
+            expires = max(expires, run.expires)
+        numbered = enumerate(run.bodies, first + len(records))
+        records += [Record(seq, run.at, run.kind, run.priority, body) for seq, body in numbered]
+    if records:
+        yield from _encoded(records, priority, expires)
+
+
+def _refusal(run: _Run) -> Refused | None:
+    try:
+        for _ in _blocks(1, [run], None):
+            pass
+    except Refused as error:
+        return error
+    return None
+
+
+def _encoded(records: Sequence[Record], priority: int, expires: float | None) -> Iterator[_Block]:
+    first, at, kind = records[0].seq, 0, records[0].kind
+    try:
+        text = _encoder.encode_lines(records)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Refused(f"the body of a {kind} record is not JSON: {error}", "use text, numbers, lists") from None
+    while at < len(text):
+        end = text.rfind(b"\n", at, at + BLOCK + 1)
+        if end < 0:
+            size = text.index(b"\n", at) - at
+            raise Refused(f"a {kind} record of {size} bytes", f"at most {MAX_RECORD}: send a blob, or split it")
+        lines = text[at:end]
+        last = first + lines.count(b"\n")
+        yield _Block(first, last, priority, expires, lines)
+        first, at = last + 1, end + 1
 
 
 def _apart(a: float | None, b: float | None) -> bool:
-    return a is None or b is None or abs(a - b) > _SECOND
+    return a != b and (a is None or b is None or abs(a - b) > _SECOND)
 
 
 def _enough(lines: bytes, rows: int, size: int) -> int:

@@ -84,7 +84,7 @@ def job(id: str, ttl: float = 60, key: str = "") -> Job:
 
 async def test_every_record_arrives_once_in_order_and_the_outbox_empties(hub: Hub, device: Device) -> None:
     for n in range(20):
-        await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n * 100 + i}) for i in range(100)])
+        await device.outbox.append_many("telemetry", [{"n": n * 100 + i} for i in range(100)])
     await until(lambda: device.outbox.depth == 0)
     assert [r.seq for r in hub.records] == list(range(1, 2001))
     assert [r.body["n"] for r in hub.records] == list(range(2000))
@@ -116,7 +116,7 @@ async def test_cuts_lose_and_double_nothing(hub: Hub, device: Device) -> None:
 
 async def test_a_restarted_broker_loses_and_doubles_nothing(hub: Hub, device: Device, broker: Broker) -> None:
     hub.deaf = True
-    await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n}) for n in range(3000)])
+    await device.outbox.append_many("telemetry", [{"n": n} for n in range(3000)])
     await until(lambda: device.session.counters.batches >= 1)
     await asyncio.to_thread(broker.stop)
     await until(lambda: not device.session.connected)
@@ -240,18 +240,18 @@ async def test_a_device_put_back_to_an_older_state_loses_nothing_of_either_life(
     path, copy = tmp_path / "d" / "s.db", tmp_path / "copy" / "s.db"
     copy.parent.mkdir()
     async with device_of(hub, broker, key, path) as device:
-        await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n}) for n in range(10)])
+        await device.outbox.append_many("telemetry", [{"n": n} for n in range(10)])
         await until(lambda: device.outbox.depth == 0)
         hub.deaf = True
-        await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n}) for n in range(10, 20)])
+        await device.outbox.append_many("telemetry", [{"n": n} for n in range(10, 20)])
         await device.store.read(lambda db: db.execute("VACUUM INTO ?", [str(copy)]))  # the backup: 10 are not acked
         hub.deaf = False
-        await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n}) for n in range(20, 30)])
+        await device.outbox.append_many("telemetry", [{"n": n} for n in range(20, 30)])
         device.session._patience = 0.1
         await until(lambda: device.outbox.depth == 0)
     store = Store(copy)
     outbox = await Outbox.open(store)
-    await outbox.append_many([outbox.draft("telemetry", {"n": n}) for n in range(100, 130)])  # seqs the hub knows
+    await outbox.append_many("telemetry", [{"n": n} for n in range(100, 130)])  # seqs the hub knows
     store.close()
     async with device_of(hub, broker, key, copy) as device:
         await until(lambda: device.outbox.depth == 0)
@@ -264,7 +264,7 @@ async def test_a_device_flashed_anew_with_its_clock_behind_moves_past_the_known_
 ) -> None:
     hub.epoch, hub.watermark = 10**15, 7
     async with device_of(hub, broker, key, tmp_path / "d" / "s.db") as device:
-        await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n}) for n in range(5)])
+        await device.outbox.append_many("telemetry", [{"n": n} for n in range(5)])
         await until(lambda: device.outbox.depth == 0)
         assert device.outbox.epoch == hub.epoch == 10**15 + 1
     assert [r.body["n"] for r in hub.records if r.kind == "telemetry"] == list(range(5))
@@ -298,7 +298,7 @@ async def test_a_device_whose_epoch_the_hub_has_left_behind_stops_sending_and_sa
 
 
 async def test_a_hub_restored_from_a_backup_goes_on_and_the_hole_is_told(hub: Hub, device: Device) -> None:
-    await device.outbox.append_many([device.outbox.draft("telemetry", {"n": n}) for n in range(10)])
+    await device.outbox.append_many("telemetry", [{"n": n} for n in range(10)])
     await until(lambda: device.outbox.depth == 0)
     hub.watermark, hub.records = 4, hub.records[:4]
     await device.outbox.append("telemetry", {"n": 10})
