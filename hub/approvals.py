@@ -22,7 +22,8 @@ ACTION = "approve:call"
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """A call of `tool` that a task waits with, in words; who asked for the task, with which text, and until when."""
+    """A call of `tool` that a task waits with, in words; who asked for the task, with which text, and until when; `why`
+    it needs an approval, if not for its danger."""
 
     id: str
     digest: str
@@ -30,6 +31,7 @@ class Ask(msgspec.Struct, frozen=True):
     tool: str
     text: str = ""
     at: str = ""
+    why: str = ""
     subject: str = ""
     expires: float = 0.0
 

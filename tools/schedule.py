@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypedDict
 import msgspec
 
 from edge_agent.agent.schedule import Entry, Schedule
-from edge_agent.agent.tool import Context, Range, Tool, ToolError, declare
+from edge_agent.agent.tool import Context, ForLater, Range, Tool, ToolError, declare
 from edge_agent.errors import Refused
 from edge_agent.wire.grants import Subject
 from tools import settings
@@ -53,7 +53,7 @@ class Later:
 
     def schedule_request(
         self,
-        text: str,
+        text: Annotated[str, ForLater()],
         key: str,
         subject: dict[str, Any],
         ctx: Context,
@@ -70,7 +70,7 @@ class Later:
         key: str,
         subject: dict[str, Any],
         ctx: Context,
-        inputs: dict[str, Any] = {},  # noqa: B006 - shown as the default, never changed
+        inputs: Annotated[dict[str, Any], ForLater()] = {},  # noqa: B006 - shown as the default, never changed
         in_minutes: Minutes = 0,
         at: str = "",
         every_minutes: Minutes = 0,

@@ -240,6 +240,13 @@ def _arguments(spec: ToolSpec, args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(tool: str, param: Param, value: Any) -> Any:
     where = f"{param.name} of {tool}"
+    made = _typed(tool, where, param, value)
+    if why := param.refused(made):
+        raise CallError(f"{where} {why}")
+    return made
+
+
+def _typed(tool: str, where: str, param: Param, value: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # not NaN either
     match param.kind:
         case "choice" if value in param.choices:
@@ -289,6 +296,4 @@ def _in_range(where: str, param: Param, value: int | float) -> int | float:
     high = 10**MAX_DIGITS - 1 if param.high is None else param.high
     if not low <= value <= high:
         raise CallError(f"{where} is out of range: {low:g} to {high:g}{param.unit and ' '}{param.unit}, not {value}")
-    if param.values and value not in param.values:
-        raise CallError(f"{where} is not {value}: nobody said that number")
     return value

@@ -20,9 +20,10 @@ import msgspec
 
 from edge_agent.agent import chat, confidence, grammar, prompt, taint
 from edge_agent.agent.act import Ended
-from edge_agent.agent.calls import Call
+from edge_agent.agent.calls import Call, render
 from edge_agent.agent.recall import Recall
 from edge_agent.agent.rules import Budget, Policy
+from edge_agent.agent.said import added
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.transcript import Step, Task, Transcripts
 from edge_agent.engines.base import Generate, Piece
@@ -63,6 +64,7 @@ class Speaker(msgspec.Struct, frozen=True):
 class _Question(NamedTuple):
     task: Task
     specs: Sequence[ToolSpec]
+    fit: Sequence[ToolSpec]
     read: Sequence[prompt.Turn]
     role: Literal["model", "check"]
     deadline: float
@@ -70,10 +72,12 @@ class _Question(NamedTuple):
 
 
 class Decided(msgspec.Struct, frozen=True):
-    """What is to be done, as text, by the decision at place `k`; `why` a person has to approve the acts in it."""
+    """What is to be done, as text, by the decision at place `k`, with the tools as they `fit` the task; `why` a person
+    has to approve the acts in it."""
 
     k: int
     text: str
+    fit: Sequence[ToolSpec]
     why: str = ""
 
 
@@ -84,32 +88,33 @@ class Decider:
         self,
         model: Model,
         transcripts: Transcripts,
-        rules: Callable[[], Policy],
         speakers: Callable[[], Sequence[Speaker]],
         clock: Callable[[], float],
         counts: Counter[str],
     ) -> None:
-        self._model, self._transcripts, self._rules = model, transcripts, rules
-        self._speakers, self._clock, self._counts = speakers, clock, counts
+        self._model, self._transcripts, self._speakers = model, transcripts, speakers
+        self._clock, self._counts = clock, counts
         self.recall = Recall(transcripts.store)
 
-    async def decide(self, task: Task, specs: Sequence[ToolSpec], deadline: float) -> Decided:
+    async def decide(self, task: Task, specs: Sequence[ToolSpec], rules: Policy, deadline: float) -> Decided:
         """What the model says next, or has said and is not yet carried out. Raises Ended."""
-        known, k, rules = {spec.name: spec for spec in specs}, undone(task.steps), self._rules()
+        known, k, fit = {spec.name: spec for spec in specs}, undone(task.steps), rules.fit(specs, task)
         if k is None:
-            await self._ask(_Question(task, specs, taint.turns(task, known), "model", deadline, rules))
+            await self._ask(_Question(task, specs, fit, taint.turns(task, known), "model", deadline, rules))
             k = len(task.steps) - 1
         said = task.steps[k]
+        if said.role == "model" and (len(task.steps) > k + 1 or not taint.steers(said.text, task, known)):
+            return Decided(k, said.text, fit, _unsure(said, rules))
+        held = rules.fit(specs, task, hide=True)
         if said.role == "model":
-            if len(task.steps) > k + 1 or not taint.steers(said.text, task, known):
-                return Decided(k, said.text, _unsure(said, rules))
             self._counts["checks"] += 1
-            await self._ask(_Question(task, specs, taint.turns(task, known, hide=True), "check", deadline, rules))
+            await self._ask(_Question(task, specs, held, taint.turns(task, known, hide=True), "check", deadline, rules))
             k += 1
-        proposed, checked = task.steps[k - 1], task.steps[k]
-        if rules.untrusted == "ask" and _gives_up(checked.text) and len(taint.decisions(proposed.text)) == 1:
-            return Decided(k, proposed.text, LURED)
-        return Decided(k, checked.text, _unsure(checked, rules))
+        checked, lured = task.steps[k], taint.decisions(task.steps[k - 1].text)
+        if rules.untrusted == "ask" and _gives_up(checked.text) and len(lured) == 1 and isinstance(lured[0], Call):
+            new = added(lured[0], specs, task)
+            return Decided(k, render(lured[0]), fit, f"{LURED}{', and says ' * bool(new)}{', '.join(new)}")
+        return Decided(k, checked.text, held, _unsure(checked, rules))
 
     async def _ask(self, asked: _Question) -> None:
         """Append what the surest of the models says. Raises Ended."""
@@ -157,8 +162,7 @@ class Decider:
 
     async def _hear(self, asked: _Question, speaker: Speaker) -> Step:
         """What one model says; below the threshold, what most of its samples say. Raises OutriderError."""
-        task, specs, read, role, deadline, policy = asked
-        fit = policy.fit(specs, task)
+        task, specs, fit, read, role, deadline, policy = asked
         like = list[prompt.Turn]()
         if speaker.endpoint:  # told as they are declared: no grammar holds it, and a server keeps what it has read
             offered = {spec.name for spec in fit}
@@ -261,6 +265,6 @@ def _unsure(step: Step, rules: Policy) -> str:
 
 
 def _gives_up(said: str) -> bool:
-    """Whether a model wants nothing done."""
+    """Whether a model wants nothing done, or something with a hole where the text was."""
     found = taint.decisions(said)
-    return bool(found) and not any(isinstance(decision, Call) for decision in found)
+    return bool(found) and (taint.HIDDEN in said or not any(isinstance(decision, Call) for decision in found))

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from edge_agent.agent import output, policy, prompt, taint
 from edge_agent.agent.act import Acts, Ended, Tools
 from edge_agent.agent.approval import Approvals
-from edge_agent.agent.calls import Answer, Call, CallError, Decision, Nothing, UnknownTool, render
+from edge_agent.agent.calls import Answer, Call, CallError, Nothing, UnknownTool, render
 from edge_agent.agent.conversation import Conversations
-from edge_agent.agent.decide import Decider, Model, Speaker, next_call
+from edge_agent.agent.decide import Decided, Decider, Model, Speaker, next_call
 from edge_agent.agent.energy import Meter
 from edge_agent.agent.plan import Plan, Untrusted, read
 from edge_agent.agent.rules import Policy
@@ -59,7 +59,7 @@ class AgentLoop:
         self._allowed, self._rules, self._clock, self._speakers = allowed, rules, clock, speakers
         self._acts = Acts(tools, transcripts, allowed, clock, approvals)
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
-        self._decider = Decider(model, transcripts, rules, speakers, clock, self.counts)
+        self._decider = Decider(model, transcripts, speakers, clock, self.counts)
         self._conversations = Conversations(transcripts.store, model, speakers)
         self._meter = Meter(lambda: rules().watts)
 
@@ -130,11 +130,9 @@ class AgentLoop:
         """Decide → policy → act → validate. Raises Ended."""
         rules, usable = self._rules(), policy.usable(specs, task.subject, self._allowed)
         task.joules += self._meter.since()
-        decided = await self._decider.decide(task, usable, deadline)
-        fit = rules.fit(usable, task)
-        missing = [] if prompt.only_asks(task.text) else unsaid(usable, fit)
+        decided = await self._decider.decide(task, usable, rules, deadline)
         try:
-            calls = conclude(task, read(decided.text, fit, rules.calls), rules, missing)
+            calls = conclude(task, decided, usable, rules)
         except UnknownTool as error:
             known = any(spec.name == error.name for spec in usable)
             return await self._wrong(task, CallError(f"{error.name} {NOT_HERE}") if known else error)
@@ -198,11 +196,10 @@ class AgentLoop:
             task.result = step.result
 
 
-def conclude(task: Task, decisions: Sequence[Decision], rules: Policy, missing: Sequence[str] = ()) -> list[Call]:
-    """The calls to make. Raises Ended when the model is done: failed if nothing worked or the last thing went wrong.
-
-    `missing` are arguments of acts that could not be made, as nobody said their numbers.
-    """
+def conclude(task: Task, decided: Decided, specs: Sequence[ToolSpec], rules: Policy) -> list[Call]:
+    """The calls to make. Raises CallError, and Ended when the model is done: failed if nothing worked or the last thing
+    went wrong."""
+    decisions = read(decided.text, decided.fit, rules.calls)
     if calls := [decision for decision in decisions if isinstance(decision, Call)]:
         return calls
     said = decisions[0].text if isinstance(decisions[0], Answer) else ""
@@ -212,6 +209,7 @@ def conclude(task: Task, decisions: Sequence[Decision], rules: Policy, missing: 
     if wrong:
         raise Ended("failed", answer=said, error=wrong[0].text)
     if isinstance(decisions[0], Nothing) and not results:
+        missing = [] if prompt.only_asks(task.text) else unsaid(specs, decided.fit)
         hint = f" (was it not said: {', '.join(missing)}?)" if missing else ""
         raise Ended("failed", error=f"none of the tools does this{hint}")
     sure = [step.confidence for step, _ in rounds if step.confidence is not None]

@@ -85,7 +85,7 @@ class Replay:
     async def _again(self, task: Task, n: int, specs: Sequence[ToolSpec], speaker: Speaker, rules: Policy) -> Again:
         step, until = task.steps[n], msgspec.structs.replace(task, steps=task.steps[:n])
         read = taint.turns(until, {spec.name: spec for spec in specs}, hide=step.role == "check")
-        fit = rules.fit(specs, until)
+        fit = rules.fit(specs, until, hide=step.role == "check")
         asked = next_call(speaker, specs, read, calls=rules.calls, priority=PRIORITY, fit=fit)
         piece = await self._model.generate(asked, TIMEOUT_S)
         same = _meant(step.text) == _meant(piece.text)

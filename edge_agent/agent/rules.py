@@ -106,11 +106,15 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output: Annotated[list[OutputRule], Meta(max_length=100)] = []
     least: Share = 0.5
 
-    def fit(self, specs: Sequence[ToolSpec], task: Task) -> Sequence[ToolSpec]:
-        """The tools as a task may call them: what reads, where it only asks; acts with numbers that were said."""
+    def fit(self, specs: Sequence[ToolSpec], task: Task, hide: bool = False) -> Sequence[ToolSpec]:
+        """The tools as a task may call them: what reads, where it only asks; acts with numbers that were said.
+
+        Where a person may decide, also with numbers of untrusted texts, unless they are hidden from the model (`hide`).
+        """
         if self.questions == "read" and prompt.only_asks(task.text):
             return [spec for spec in specs if spec.risk == "read"]
-        return said.narrow(specs, task) if self.unsaid == "refuse" else specs
+        heard = self.untrusted == "ask" and not hide
+        return said.narrow(specs, task, heard) if self.unsaid == "refuse" else specs
 
 
 class PolicyFile:

@@ -6,7 +6,8 @@ or by a typed field of a result; "half" and "flat out" are parts of the range. S
 unit, unless nothing that is said is in its range. Amounts with a unit can be converted, so it is enough that some
 number is said for them. Words like "all", "other" or "than" say numbers that are not written; a note of a parameter
 that holds digits ("1: filling, 2: packing") gives them other names; where more than MAX_VALUES are said, all may be
-meant: these leave the model free. What no number is said for is left out: an optional argument, else the act.
+meant: these leave the model free. What no number is said for is left out: an optional argument, else the act. What a
+model writes for later (`ForLater`), a request or a workflow's inputs, says no such number or word that is not known.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
-from edge_agent.agent.calls import DECIMALS, MAX_DIGITS
-from edge_agent.agent.taint import without
+from edge_agent.agent.calls import DECIMALS, MAX_DIGITS, Call, CallError, render_value, validate
+from edge_agent.agent.taint import HIDDEN, texts, without
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.agent.transcript import Task
 
@@ -115,10 +116,21 @@ class _Known(NamedTuple):
     relative: bool  # one leaves the amounts free
     requests: frozenset[float]
     targets: list[int]  # of requests and results
-    results: bool
+    results: frozenset[float]
     parts: frozenset[float]
     many: int
     amount: bool
+    names: frozenset[str]  # of what is acted on
+
+
+class _Later(Param, frozen=True):
+    """Words that a model writes for later: they say nothing that is not known now."""
+
+    known: _Known | None = None
+
+    def refused(self, value: Any) -> str:
+        new = _new(re.sub(r"\\.", " ", render_value(value)), self.known) if self.known else ""
+        return f"says {new}, which nobody said here: only what was said, not quoted, can be done later" if new else ""
 
 
 @lru_cache(64)
@@ -177,25 +189,60 @@ def _parts(text: str) -> list[float]:
     return [part for part in parts if part <= 1] or [1.0] * bool(_WHOLE.search(text))
 
 
-def narrow(specs: Sequence[ToolSpec], task: Task) -> list[ToolSpec]:
-    """The tools as this task may call them: an act's numbers are those that are said; without them it is left out."""
+def narrow(specs: Sequence[ToolSpec], task: Task, heard: bool = False) -> list[ToolSpec]:
+    """The tools as this task may call them: an act's numbers are those that are said; without them it is left out.
+
+    With `heard` untrusted texts say numbers too: for a call that a person has to approve.
+    """
     if all(spec.risk == "read" for spec in specs):
         return list(specs)
-    request, earlier = said(task.text), [said(each.text) for each in task.before]
-    texts = [request.text, *(each.text for each in earlier[-1:] if not request.many)]
-    requests = request.numbers.union(*(each.numbers for each in earlier))
-    if len(requests) > MAX_VALUES:
+    known = _know(specs, task, heard)
+    if len(known.requests) > MAX_VALUES:
         return list(specs)
-    results = set(_results(task, specs))
-    targets = sorted(int(number) for number in requests | results if number == int(number))
-    many = request.many + len(request.parts) + sum(each.many for each in earlier)
-    every, relative = (any(words.search(text) for text in texts) for words in (_ANY, _RELATIVE))
-    top = max((param.high or 0.0 for spec in specs for param in spec.params if _target(param)), default=0.0)
-    if every and many == 1 and not request.parts and max(requests, default=0.0) <= top:
-        relative = True  # "everything on 3": the number is what is acted on, and how much stands in words
-    known = _Known(texts, every, relative, requests, targets, bool(results), request.parts, many, request.amount)
     narrowed = (spec if spec.risk == "read" else _narrow(spec, known) for spec in specs)
     return [spec for spec in narrowed if spec is not None]
+
+
+def added(call: Call, specs: Sequence[ToolSpec], task: Task) -> list[str]:
+    """The arguments of a call that say what was not said: `line 2`."""
+    spec, known, found = next(spec for spec in specs if spec.name == call.name), _know(specs, task), list[str]()
+    for param in spec.params:
+        if param.name in call.args:
+            one, held = Call(call.name, {param.name: call.args[param.name]}), _all([param], known)
+            try:
+                validate(one, [replace(spec, params=held or [])])
+            except CallError:
+                found.append(f"{param.name} {render_value(call.args[param.name])}")
+    return found
+
+
+def _know(specs: Sequence[ToolSpec], task: Task, heard: bool = False) -> _Known:
+    request, earlier = said(task.text), [said(each.text) for each in task.before]
+    others = list(map(said, texts(task, {spec.name: spec for spec in specs}))) if heard else []
+    read = [request.text, *(each.text for each in (*others, *(() if request.many else earlier[-1:])))]
+    requests = request.numbers.union(*(each.numbers for each in (*earlier, *others)))
+    parts = request.parts.union(*(each.parts for each in others))
+    results = frozenset(_results(task, specs))
+    targets = sorted(int(number) for number in requests | results if number == int(number))
+    many = request.many + len(parts) + sum(each.many for each in (*earlier, *others))
+    every, relative = (any(words.search(text) for text in read) for words in (_ANY, _RELATIVE))
+    top = max((param.high or 0.0 for spec in specs for param in spec.params if _target(param)), default=0.0)
+    if every and many == 1 and not parts and max(requests, default=0.0) <= top:
+        relative = True  # "everything on 3": the number is what is acted on, and how much stands in words
+    names = frozenset(name for spec in specs for name in _names(spec.params))
+    amount = request.amount or any(each.amount for each in others)
+    return _Known(read, every, relative, requests, targets, results, parts, many, amount, names)
+
+
+def _new(text: str, known: _Known) -> str:
+    """The first of what a text says that is not known: a number, or a word that would leave one open."""
+    says = said(text)
+    have = known.requests.union(known.results, (100 * part for part in known.parts))
+    numbers = sorted(says.numbers.union(100 * part for part in says.parts) - have)
+    open_ = [(_ANY, known.every), (_RELATIVE, known.relative), (_AMOUNT, known.amount)]
+    open_ += [(words, any(map(words.search, known.texts))) for words in map(_plural, known.names)]
+    words = [found[0] for each, free in open_ if not free and (found := each.search(says.text))]
+    return next((new for new in (HIDDEN * (HIDDEN in text), *(f"{n:.15g}" for n in numbers), *words) if new), "")
 
 
 def unsaid(specs: Sequence[ToolSpec], fit: Sequence[ToolSpec]) -> list[str]:
@@ -236,6 +283,8 @@ def _all(params: Sequence[Param], known: _Known) -> list[Param] | None:
 def _held_to(param: Param, known: _Known) -> Param | None:
     """None when nobody said a number for it. Out of range only what is said and nothing else: that is refused by its
     name."""
+    if param.later:
+        return _Later(**asdict(param), known=known)
     if param.items is not None:
         items = _held_to(_item(param, param.items), known)
         return None if items is None else replace(param, items=items)
@@ -276,8 +325,18 @@ def _item(of: Param, items: Param) -> Param:
 def _free(param: Param, known: _Known) -> bool:
     if not _target(param):
         return known.relative
-    plural = rf"\b{re.escape(param.name.partition('_')[0])}s\b(?!\W*\d)"
-    return known.every or any(re.search(plural, text, re.IGNORECASE) for text in known.texts)
+    return known.every or any(map(_plural(param.name).search, known.texts))
+
+
+def _plural(name: str) -> re.Pattern[str]:
+    return re.compile(rf"\b{re.escape(name.partition('_')[0])}s\b(?!\W*\d)", re.IGNORECASE)
+
+
+def _names(params: Sequence[Param]) -> Iterator[str]:
+    for param in params:
+        yield from _names(param.fields if param.items is None else [_item(param, param.items)])
+        if _target(param):
+            yield param.name
 
 
 def _held(param: Param) -> bool:

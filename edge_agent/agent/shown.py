@@ -74,6 +74,7 @@ def ask(task: Task, step: Step) -> dict[str, Any]:
     return {
         "digest": step.text,
         "call": _cut(render(call), 400) if call else "",
+        "why": _cut(step.why, 400),
         "tool": call.name if call else "",
         "text": _cut(task.text, 400),
         "at": step.at,

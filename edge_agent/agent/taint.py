@@ -7,7 +7,7 @@ taken out, and what it says then is its decision (see decide.py). So an instruct
 sensor's name is never the reason of an act, while what the request and the typed fields are reason enough for is done.
 What the model said since it read such text, and what an error repeats of that, is as untrusted as the text itself.
 A passage that the request quotes is untrusted too ("the note says 'stop line 2', what is that?"), unless the act hands
-it on as an argument, as a message does: then it is what the act is about.
+it on as an argument, as a message does: then it is what the act is about. It never becomes a request for later.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
     asked, request = task.steps, task.text
     if hide and task.steps and (proposed := task.steps[-1]).role == "model":
         asked = task.steps[:-1]
-        request = _unquoted(request) if _quotes(_acts(proposed.text, known), request) else request
+        request = _unquoted(request) if _quotes(_acts(proposed.text, known), request, known) else request
     read, results = [*_before(task, hide), prompt.Turn("user", request)], bool(task.before)
     for said, came in rounds(asked):
         text = said.text
@@ -93,14 +93,15 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
 
 def steers(said: str, task: Task, known: Mapping[str, ToolSpec]) -> bool:
     """Whether this is an act that the model proposes after it has read untrusted text, here or earlier on."""
-    if not (acts := _acts(said, known)):
-        return False
+    acts = _acts(said, known)
+    return bool(acts) and (bool(texts(task, known)) or _quotes(acts, task.text, known))
+
+
+def texts(task: Task, known: Mapping[str, ToolSpec]) -> list[str]:
+    """What the model reads of others: answers of the conversation, and results with untrusted text in them."""
     results = [step for step in task.steps if step.role == "tool" and step.call is not None]
-    return (
-        bool(task.before)
-        or any(not step.ok or _text(step, known) != prompt.result_text(step.result) for step in results)
-        or _quotes(acts, task.text)
-    )
+    lures = [step for step in results if not step.ok or _text(step, known) != prompt.result_text(step.result)]
+    return [*(each.answer for each in task.before), *(step.text for step in lures)]
 
 
 @lru_cache(128)  # each step reads the decisions of all steps before
@@ -116,17 +117,23 @@ def _acts(said: str, known: Mapping[str, ToolSpec]) -> list[Call]:
     return [d for d in decisions(said) if isinstance(d, Call) and d.name in known and known[d.name].risk != "read"]
 
 
-def _quotes(acts: Sequence[Call], request: str) -> bool:
+def _quotes(acts: Sequence[Call], request: str, known: Mapping[str, ToolSpec]) -> bool:
     """Whether the request quotes what may be an order (not `stop "line 2"`), and none of the acts has it as an argument
-    or one has not and shares a word with it. A request that stands in marks as a whole quotes nobody."""
+    or one has not and shares a word with it. What will be a request is no such argument. A request that stands in marks
+    as a whole quotes nobody."""
     if _QUOTED.fullmatch(request.strip()):
         return False
     for each in (_words("".join(found)) for found in _QUOTED.findall(request)):
-        others = [act for act in acts if not any(_hands_on(_words(str(value)), each) for value in act.args.values())]
+        others = [act for act in acts if not any(_hands_on(given, each) for given in _given(act, known[act.name]))]
         near = [act for act in others if set(each.split()).intersection(_words(render(act)).split())]
         if _order(each, acts) and (near or len(others) == len(acts)):
             return True
     return False
+
+
+def _given(act: Call, spec: ToolSpec) -> list[str]:
+    later = {param.name for param in spec.params if param.later}
+    return [_words(str(value)) for name, value in act.args.items() if name not in later]
 
 
 def _words(text: str) -> str:

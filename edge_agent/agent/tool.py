@@ -64,6 +64,10 @@ class Range(msgspec.Struct, frozen=True):
     unit: str = ""
 
 
+class ForLater(msgspec.Struct, frozen=True):
+    """What will be a request, or go with one: `Annotated[str, ForLater()]`; a model adds nothing to it (said.py)."""
+
+
 class Param(msgspec.Struct, frozen=True):
     """One parameter of a tool as prompt, grammar and validation see it.
 
@@ -83,6 +87,11 @@ class Param(msgspec.Struct, frozen=True):
     items: Param | None = None
     fields: list[Param] = []
     values: list[float] = []
+    later: bool = False
+
+    def refused(self, value: Any) -> str:
+        """Why a value of the right type may not be it, or an empty text."""
+        return f"is not {value}: nobody said that number" if self.values and value not in self.values else ""
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -220,10 +229,11 @@ def declare(function: Callable[..., Any], **declared: Unpack[Declared]) -> Tool:
 
 
 def _param(tool_name: str, name: str, hint: Any, default: Any) -> Param:
-    bounds = Range()
+    bounds, later = Range(), False
     if get_origin(hint) is Annotated:
         hint, *extras = get_args(hint)
         bounds = next((e for e in extras if isinstance(e, Range)), bounds)
+        later = ForLater() in extras
     required = default is inspect.Parameter.empty
     fallback = None if required else default
     if get_origin(hint) is Literal:
@@ -238,9 +248,9 @@ def _param(tool_name: str, name: str, hint: Any, default: Any) -> Param:
         fields = [msgspec.structs.replace(f, required=f.name in hint.__required_keys__) for f in fields]
         return Param(name, "dict", required=required, default=fallback, fields=fields)
     if hint is dict or get_origin(hint) is dict:
-        return Param(name, "dict", required=required, default=fallback)
+        return Param(name, "dict", required=required, default=fallback, later=later)
     kind = _KINDS.get(hint)
     if kind is None:
         hint_text = "use int, float, bool, str, Literal, list[...] or dict"
         raise TypeError(f"tool {tool_name}: parameter {name} has type {hint!r}; {hint_text}")
-    return Param(name, kind, low=bounds.low, high=bounds.high, unit=bounds.unit, required=required, default=fallback)
+    return Param(name, kind, [], bounds.low, bounds.high, bounds.unit, required, fallback, later=later)

@@ -86,10 +86,11 @@ def card(job: dict[str, Any], ask: Ask | None = None) -> str:
 
 
 def ask_html(ask: Ask) -> str:
-    """The call in words, and the digest that an answer is good for."""
+    """The call in words, why it waits, and the digest that an answer is good for."""
     left = f"{span(ask.expires - time.time())} left"
     digest = f'<code title="{e(ask.digest)}">{e(ask.digest[:16])}</code>'
-    return f'<code>{e(ask.call)}</code><span class="result">digest {digest}, {e(left)}</span>'
+    why = f"{e(ask.why)}; " if ask.why else ""
+    return f'<code>{e(ask.call)}</code><span class="result">{why}digest {digest}, {e(left)}</span>'
 
 
 def transcript(job: dict[str, Any]) -> str:

@@ -161,13 +161,14 @@ async def test_a_dangerous_call_is_shown_in_words_and_approved_by_who_may_once(s
         )
         [asked] = await until(lambda: sent(device))
         await report(device, asked.id, JobState.RUNNING)
-        local = waits("local-7", "purge(line=1)", text="<b>of a trigger</b>")["waiting"]
+        local = waits("local-7", "purge(line=1)", text="<b>of a trigger</b>", why="it says <b>line 1</b>")["waiting"]
         rubbish = {"x": 3, "y": {"digest": 4}, "z": {}}
         doc = {"waiting": waits(asked.id)["waiting"] | local | rubbish}
         await device.report("reported", {"version": 1, "doc": doc})
         await log_in(window, url, "/devices/press-1", user="olga")
         await window.see("otto asked: empty line 2", ".waits")
         await window.see("otto asked: <b>of a trigger</b>", ".waits")  # what people and devices say is text
+        await window.see("it says <b>line 1</b>; digest", ".waits")
         assert await window.run("return document.querySelectorAll('.waits').length") == 2
         await window.see("purge(line=2)", ".waits code")
         await window.see("waiting for approval", ".job:not(.waits) .badge.wait")
