@@ -51,7 +51,7 @@ class Window(TypedDict):
 
 
 class Alarm(TypedDict):
-    """A stretch past a limit; `worst` is the furthest value, `active`: it goes on."""
+    """A stretch past a limit; `worst` is the furthest value, `active`: nothing that was measured since is within it."""
 
     series: str
     minutes_ago: int
@@ -62,7 +62,7 @@ class Alarm(TypedDict):
 
 
 class Alarms(TypedDict):
-    """The newest first."""
+    """Those that are active, then the others, the newest first."""
 
     alarms: list[Alarm]
 
@@ -102,7 +102,7 @@ class History:
         for name in self.list_history()["series"]:
             for limit in (limit for limit in self._limits if fnmatchcase(name, limit.series)):
                 alarms += _alarms(name, limit, self._buckets(name, now - 3600 * hours, now), span, now)
-        alarms.sort(key=lambda alarm: alarm["minutes_ago"])
+        alarms.sort(key=lambda alarm: (not alarm["active"], alarm["minutes_ago"]))
         return {"alarms": alarms[:MAX_ALARMS]}
 
     def _unit(self, series: str) -> str:
@@ -146,7 +146,7 @@ def _alarms(name: str, limit: Limit, buckets: Sequence[Any], span: int, now: flo
             since, until = run[0][0], run[-1][0] + span
             about = {"series": name, "limit": float(bound or 0), "worst": most(bucket[column] for bucket in run)}
             ago, long = int((now - since) // 60), int((until - since) // 60)
-            found.append(Alarm(**about, minutes_ago=ago, minutes=long, active=now - until < span))  # type: ignore[typeddict-item]
+            found.append(Alarm(**about, minutes_ago=ago, minutes=long, active=run[-1] is buckets[-1]))  # type: ignore[typeddict-item]
     return found
 
 

@@ -38,8 +38,9 @@ from edge_agent.wire.grants import Subject
 
 _EVENTS = re.compile(
     r"(task|workflow)\.(succeeded|failed)(:[\w-]+)?|link\.(up|down)|approval\.(asked|given|denied)"
-    r"|update\.(committed|rolled_back)(:[\w.-]+)?"
+    r"|update\.(committed|rolled_back)(:[\w.-]+)?|alarm\.(raised|cleared)(:.+)?"
 )
+ALARMS = Call("past_alarms", {"hours": 1})
 _STEP_NAMES = re.compile(r"\bsteps\.([A-Za-z_]\w*)")
 _LITERALS = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 _STREAM = 'such as read_sensor(sensor="vibration", line=2), value: result.value'
@@ -125,19 +126,13 @@ class _Check:
             self._tell(f"{where}.on_error", told, "fail or continue")
 
     def _step(self, where: str, step: Step) -> None:
-        before, spec = self._before(step), self._specs.get(step.tool)
+        before = self._before(step)
         if step.when:
             self._expression(f"{where}.when", step.when, before, Param("", "bool"))
         items = step.for_each and self._expression(f"{where}.for_each", step.for_each, before, Param("", "list"))
         item = items[0] if items and isinstance(items, list) else None
-        if spec is None:
-            tools = f"tools: {', '.join(self._specs) or 'none'}"
-            return self._tell(f"{where}.tool", f"there is no tool {step.tool!r}", tools)
-        try:
-            policy.check(spec, self._subject, self._allowed)
-        except Refused as refused:
-            if self._subject.roles:
-                self._tell(f"{where}.tool", refused.message, refused.hint)
+        if (spec := self._tool(f"{where}.tool", step.tool)) is None:
+            return
         if step.timeout_s > spec.timeout_s:
             told = f"{step.tool} has at most {spec.timeout_s:g} s"
             self._tell(f"{where}.timeout_s", told, "shorter, or leave it out")
@@ -150,7 +145,18 @@ class _Check:
                 self._argument(f"{where}.args.{name}", spec, param, step.args[name], before, item)
             elif param.required:
                 self._tell(f"{where}.args", f"{spec.name} needs the argument {name}", "add it to args")
-        return None
+
+    def _tool(self, where: str, name: str) -> ToolSpec | None:
+        """The tool, if there is one; a problem too where it may not be used."""
+        if (spec := self._specs.get(name)) is None:
+            self._tell(where, f"there is no tool {name!r}", f"tools: {', '.join(self._specs) or 'none'}")
+            return None
+        try:
+            policy.check(spec, self._subject, self._allowed)
+        except Refused as refused:
+            if self._subject.roles:
+                self._tell(where, refused.message, refused.hint)
+        return spec
 
     def _argument(self, where: str, spec: ToolSpec, param: Param, value: Any, before: set[str], item: Any) -> None:
         if isinstance(value, str) and (whole := HOLE.fullmatch(value)):
@@ -220,7 +226,10 @@ class _Check:
             self._tell(f"{where}.cron", f"{trigger.cron!r} is no cron line: {error}", "such as */10 * * * *")
         if trigger.event and not _EVENTS.fullmatch(trigger.event):
             told = f"there is no event {trigger.event!r}"
-            self._tell(f"{where}.event", told, "task.failed, workflow.failed:NAME, link.down, update.rolled_back …")
+            hint = "task.failed, workflow.failed:NAME, link.down, update.rolled_back, alarm.raised:SERIES …"
+            self._tell(f"{where}.event", told, hint)
+        elif trigger.event.startswith("alarm."):
+            self._tool(f"{where}.event", ALARMS.name)  # of the pack history
         if trigger.event.endswith(f":{self._flow.workflow}"):
             self._tell(f"{where}.event", "its own end would start it again", "name another workflow")
         if trigger.stream:

@@ -157,6 +157,7 @@ def simulate(
         list[str] | None,
         typer.Option(metavar="STEP=JSON", help="What a step's tool gives, or TOOL= an interlock's; over the sample's."),
     ] = None,
+    event: Annotated[list[str] | None, typer.Option(metavar="NAME=JSON", help="A field of what started it.")] = None,
     fail: Annotated[list[str] | None, typer.Option(metavar="STEP=TEXT", help="A step whose tool fails.")] = None,
     approve: Annotated[bool, typer.Option("--approve/--deny", help="What is said to each dangerous call.")] = True,
     policy: Annotated[Path | None, typer.Option(help="A policy.toml whose interlocks hold.")] = None,
@@ -172,10 +173,10 @@ def simulate(
         _tell(file, found)
         raise typer.Exit(1)
     subject = Subject("simulate", role or flow.run_as or ["admin"], time.time())
-    inputs, results = ({n: json_of(v) for n, v in map(_pair, texts or [])} for texts in (given, result))
+    inputs, results, began = ({n: json_of(v) for n, v in map(_pair, texts or [])} for texts in (given, result, event))
     if policy is not None and not policy.is_file():
         raise Refused(f"{policy} is no file", "give the policy.toml of the device or of a bundle")
-    says = Told(inputs, results, dict(map(_pair, fail or [])), approve, policy or there.policy, there.times)
+    says = Told(inputs, results, dict(map(_pair, fail or [])), approve, policy or there.policy, there.times, began)
     told = asyncio.run(simulated(flow, text, there.specs, says, subject, there.allowed))
     if as_json:
         typer.echo(json.dumps(told, indent=1))

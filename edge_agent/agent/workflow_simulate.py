@@ -34,7 +34,8 @@ from edge_agent.wire.signing import SigningKey
 
 class Told(msgspec.Struct, frozen=True):
     """What the simulation is told: inputs, what a step's tool (or a tool that an interlock looks at) gives, steps that
-    fail and with what, whether dangerous calls are approved, the policy file, seconds that calls of each tool take."""
+    fail and with what, whether dangerous calls are approved, the policy file, seconds that calls of each tool take, and
+    the event that starts it."""
 
     inputs: dict[str, Any] = {}
     results: dict[str, Any] = {}
@@ -42,6 +43,7 @@ class Told(msgspec.Struct, frozen=True):
     approve: bool = True
     policy: Path | None = None
     times: Mapping[str, float] = {}
+    event: dict[str, Any] = {}
 
 
 class _Simulated:
@@ -85,7 +87,7 @@ async def simulate(
         transcripts, tools = Transcripts(store), Interlocked(_Simulated(flow, specs, told), rules)
         approvals = Approvals(SigningKey.generate(), lambda *_: True)
         runner = Runner(tools, transcripts, allowed, clock=time.time, sleep=sleep, approvals=approvals)
-        await runner.accept("simulated", text, told.inputs, subject, {})
+        await runner.accept("simulated", text, told.inputs, subject, told.event)
         while (task := await runner.run("simulated")).state == "waiting":
             step = approvals.give(task, task.steps[-1].text, told.approve, boss, time.time())
             await transcripts.append(task, step)

@@ -1,8 +1,9 @@
 """What starts workflows by itself: the clock, a reading past its threshold, an event, a message of the site's broker.
 
 Invariants: a start has an id made of its cause, so the same minute of a clock that was set back starts nothing twice; a
-stream fires once until it was quiet again, across restarts too; a file that is no workflow, a sample that fails and a
-start that is refused are told and stop nothing. A minute that passed while the device was off is not made up for.
+stream, and an alarm of the pack `history`, fires once until it was quiet again, across restarts too; a file that is no
+workflow, a sample that fails and a start that is refused are told and stop nothing. A minute that passed while the
+device was off is not made up for.
 """
 
 from __future__ import annotations
@@ -12,25 +13,27 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime
+from fnmatch import fnmatchcase
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from cronsim import CronSim
+from cronsim import CronSim, CronSimError
 
 from edge_agent.agent import policy
 from edge_agent.agent.act import Tools, shaped
-from edge_agent.agent.calls import Call, parse, validate
+from edge_agent.agent.calls import Call, CallError, Decision, parse, render, validate
 from edge_agent.agent.tool import ToolError
 from edge_agent.agent.workflow import Broken, Trigger, Workflow, evaluate, read, topic_pattern
-from edge_agent.agent.workflow_check import check, runs_as
+from edge_agent.agent.workflow_check import ALARMS, check, runs_as
 from edge_agent.errors import OutriderError
 from edge_agent.rhythm import tick
 from edge_agent.trouble import Trouble
 from edge_agent.wire import durable, windows
 from edge_agent.wire.grants import Subject
 
-TICK_S = 0.5
+TICK_S, ALARMS_S = 0.5, 10.0
 MAX_DEPTH = 4  # runs that start each other by their ends
 _log = logging.getLogger("outrider.workflows")
 
@@ -131,6 +134,7 @@ class Triggers:
         self.zone: Callable[[], str] = lambda: "UTC"  # the site's, for workflows that name none
         self._streams: dict[tuple[str, int, float], tuple[Threshold, float]] = {}
         self._trouble: dict[str, Trouble] = {}
+        self._on, self._alarms_at = {key for key in self._fired if key.startswith("alarm ")}, 0.0
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -144,14 +148,14 @@ class Triggers:
         self._last = now
         streams = {}
         for flow, n, trigger in self._all():
-            if trigger.cron and (due := _latest(trigger.cron, last, now, flow.flow.zone or self.zone())):
+            if trigger.cron and (due := self._due(flow.flow, n, trigger.cron, last, now)):
                 await self._fire(flow, f"cron-{n}-{due}", trigger, {"time": due})
             elif trigger.stream:
                 key = (flow.flow.workflow, n, flow.since)
                 known = self._streams.get(key) or (Threshold(trigger, _key(key) in self._fired), 0.0)
                 streams[key] = await self._sample(flow, n, trigger, *known)
-        self._streams = streams
-        fired = {_key(key) for key, (threshold, _) in streams.items() if threshold.fired}
+        self._streams, self._on = streams, await self._alarms(now)
+        fired = {_key(key) for key, (threshold, _) in streams.items() if threshold.fired} | self._on
         if fired != self._fired and self._kept is not None:
             try:
                 await asyncio.to_thread(durable.write, self._kept, msgspec.json.encode(sorted(fired)))
@@ -187,13 +191,56 @@ class Triggers:
             raise problem
 
     async def event(self, kind: str, name: str, data: dict[str, Any]) -> None:
-        """Something happened: `task.failed`, `workflow.succeeded` of a name, `link.down`."""
+        """Something happened: `task.failed`, `workflow.succeeded` of a name, `alarm.raised` of one, `link.down`."""
         if data["depth"] > MAX_DEPTH:
             _log.error("%s of %s starts nothing: %d runs have started each other", kind, name, data["depth"])
             return
         for flow, n, trigger in self._all():
-            if trigger.event in (kind, f"{kind}:{name}") and flow.flow.workflow != name:
+            own = kind.startswith("workflow.") and flow.flow.workflow == name
+            if (trigger.event == kind or fnmatchcase(f"{kind}:{name}", trigger.event)) and not own:
                 await self._fire(flow, f"event-{n}-{data['id']}", trigger, data | {"kind": kind, "name": name})
+
+    async def _alarms(self, now: float) -> set[str]:
+        """The alarms that are on, looked at while a workflow waits for some; tells of those that began or ended."""
+        if not any(trigger.event.startswith("alarm.") for _, _, trigger in self._all()):
+            return set()
+        if 0 <= now - self._alarms_at < ALARMS_S:
+            return self._on
+        self._alarms_at, latest = now, dict[str, dict[str, Any]]()
+        trouble = self._trouble.setdefault("alarms", Trouble(_log, "alarms are not seen"))
+        try:
+            for alarm in (await self._read(ALARMS))["alarms"]:  # the newest first
+                latest.setdefault(f"alarm {alarm['limit']:g} {alarm['series']}", alarm)
+            trouble.over()
+        except (OutriderError, ToolError, CallError) as error:
+            trouble.tell(error)
+            return self._on
+        on = {key for key, alarm in latest.items() if alarm["active"]}
+        for key in sorted(on ^ self._on):
+            alarm, minute = latest.get(key, {}), int(now // 60)
+            minute -= alarm.get("minutes_ago", 0) - (0 if key in on else alarm.get("minutes", 0))
+            about = alarm | {"id": f"{sha256(key.encode()).hexdigest()[:12]}-{minute}", "depth": 1}
+            await self.event(f"alarm.{'raised' if key in on else 'cleared'}", key.split(" ", 2)[2], about)
+        return on
+
+    def _due(self, flow: Workflow, n: int, cron: str, after: float, until: float) -> int:
+        where = f"{flow.workflow}, cron {n}"
+        try:
+            return _latest(cron, after, until, flow.zone or self.zone())
+        except (CronSimError, ValueError) as error:
+            self._trouble.setdefault(where, Trouble(_log, where)).tell(error)
+            return 0
+
+    async def _read(self, call: Decision, subject: Subject | None = None) -> Any:
+        """Its result, as a subject or the device itself. Raises CallError, ToolError, Refused, Retry."""
+        if not isinstance(call, Call):
+            raise CallError(f"{render(call)} is no call")
+        specs = await self._tools.specs()
+        call = validate(call, specs)
+        spec = next(spec for spec in specs if spec.name == call.name)
+        if subject is not None:
+            policy.check(spec, subject, self._allowed)
+        return shaped(call.name, spec.returns, await self._tools.call(call.name, call.args, spec.timeout_s))
 
     def _all(self) -> Iterator[tuple[Installed, int, Trigger]]:
         for each in self._library.all().values():
@@ -209,17 +256,12 @@ class Triggers:
         where = f"{flow.flow.workflow}, stream {n}"
         trouble = self._trouble.setdefault(where, Trouble(_log, where))
         try:
-            call, specs = parse(trigger.stream), await self._tools.specs()
-            assert isinstance(call, Call)
-            call = validate(call, specs)
-            spec = next(spec for spec in specs if spec.name == call.name)
-            policy.check(spec, runs_as(flow.flow, flow.since), self._allowed)
-            result = shaped(call.name, spec.returns, await self._tools.call(call.name, call.args, spec.timeout_s))
+            result = await self._read(parse(trigger.stream), runs_as(flow.flow, flow.since))
             value = evaluate(trigger.value or "result", {"result": result})
             if threshold.feed(float(value), now):
                 await self._fire(flow, f"stream-{n}-{int(now * 1e3)}", trigger, {"value": value, "result": result})
             trouble.over()
-        except (OutriderError, ToolError, ValueError, TypeError) as error:
+        except (OutriderError, ToolError, CallError, ValueError, TypeError) as error:
             trouble.tell(error)
         due = next_at if 0 <= now - next_at < trigger.every_s else now
         return threshold, due + trigger.every_s

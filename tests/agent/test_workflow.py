@@ -140,6 +140,7 @@ result: steps.look.result.value
         (f"{HEAD}triggers: [{{mqtt: a, when: inputs.x > 1}}]\nsteps:\n{LOOK}", "inputs", "there is no inputs"),
         (f"{HEAD}triggers: [{{mqtt: a, event: task.failed}}]\nsteps:\n{LOOK}", "{mqtt", "one of cron, stream, event"),
         (f"{HEAD}triggers: [{{event: boom}}]\nsteps:\n{LOOK}", "boom", "there is no event"),
+        (f"{HEAD}triggers: [{{event: 'alarm.raised:x'}}]\nsteps:\n{LOOK}", "'alarm", "there is no tool 'past_alarms'"),
         (f"{HEAD}triggers: [{{event: 'workflow.failed:w'}}]\nsteps:\n{LOOK}", "'workflow.failed", "start it again"),
         (
             f"{HEAD}triggers: [{{stream: 'stamp(text=\"x\")', above: 1}}]\nsteps:\n{LOOK}",

@@ -292,6 +292,25 @@ async def test_a_stream_is_sampled_at_its_interval_though_each_look_comes_late(t
     assert sampled == [600.0, 605.4, 610.0, 615.0, 700.3, 705.3, 650.0, 655.0]
 
 
+@pytest.mark.parametrize(
+    ("trigger", "more"),
+    [
+        *(("{stream: 'gone(line=1)', above: 1}", ""), ("{stream: 'read_gauge(line=9)', above: 1}", "")),
+        *(("{stream: 'what?', above: 1}", ""), ("{stream: 'none()', above: 1}", "")),
+        *(("{cron: '* *'}", ""), ("{cron: '* * * * *'}", "zone: Mars/Crater\n")),
+    ],
+)
+async def test_a_trigger_that_means_nothing_on_this_device_is_told_and_stops_nothing(
+    tmp_path: Path, trigger: str, more: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "w.yaml").write_text(f"{HEAD}{more}triggers: [{trigger}]\n{GAUGE}")
+
+    async def start(*_: Any) -> None: ...
+
+    await Triggers(Library(tmp_path), LocalTools(read_gauge), permit, start).look()
+    assert f"w, {trigger[1:].partition(':')[0]} 0: " in caplog.text
+
+
 async def test_a_stream_does_not_fire_again_for_the_same_excursion_after_a_restart(tmp_path: Path) -> None:
     trigger = "{stream: read_gauge(line=2), value: result.value, above: 1, every_s: 5}"
     (tmp_path / "w.yaml").write_text(f"{HEAD}triggers:\n  - {trigger}\n{GAUGE}")
