@@ -5,6 +5,7 @@ hint on stderr and exit status 1.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -173,6 +174,7 @@ async def _serve(settings: Any, host: str, port: int, names: list[str], given: t
     with listening:
         async with application.router.lifespan_context(application):
             services = application.state.services
+            gc.freeze()  # what is there by now stays: no collection looks through it again
             if given or names:
                 config.ssl = services.authority.https(settings.data / "https", names, given)
                 typer.echo(

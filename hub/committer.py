@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from enum import Enum, auto
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
 import msgspec
@@ -34,7 +33,7 @@ MAX_GAPS = 100  # kept of a device
 MAX_KIND = 64
 _COLUMNS = ("device", "epoch", "seq", "ts", "received", "kind", "priority", "body")
 MAX_SPAN = 1_000_000  # seqs a batch may leave out and still have its gap's ends found exactly
-Row = tuple[str, int, int, float, float, str, int, str]
+_WIDTH = len(_COLUMNS)
 _AT_ONCE = 250  # rows a statement: at each the interpreter goes to another thread, and back when that lets it go
 _encoder = msgspec.json.Encoder()
 _I32 = 2**31 - 1
@@ -94,7 +93,7 @@ class Committer:
     def commit(self, connection: sa.Connection, messages: Sequence[Message], condemn: str = "") -> Committed:
         """Take messages in their order; with `condemn`, dead-letter what would be taken, for that reason."""
         states = self._states(connection, messages)
-        done, rows = Committed(acks={}), list[Row]()
+        done, values = Committed(acks={}), list[Any]()
         for message in messages:
             device = device_of(message.topic, self._fleet)
             state = states.get(device)
@@ -108,17 +107,16 @@ class Committer:
                 continue
             if header.epoch == state.epoch:
                 done.doubled += max(0, min(header.last, state.watermark) - header.first + 1)
-            taken = self._take(connection, device, state, header, message, condemn)
-            rows += taken
-            done.records += len(taken)
+            values += self._take(connection, device, state, header, message, condemn)
             acked = Ackable(state.epoch, state.watermark) if header.epoch <= state.epoch else Ackable(header.epoch, 0)
             done.acks[device] = acked
-        _insert(connection, rows)
+        _insert(connection, values)
+        done.records = len(values) // _WIDTH
         for device, state in states.items():
             if state.moved:
-                values = {"epoch": state.epoch, "watermark": state.watermark, "lost": devices.c.lost + state.lost}
-                values["missing"] = devices.c.missing + state.missing
-                connection.execute(devices.update().where(devices.c.name == device).values(**values))
+                moved = {"epoch": state.epoch, "watermark": state.watermark, "lost": devices.c.lost + state.lost}
+                moved["missing"] = devices.c.missing + state.missing
+                connection.execute(devices.update().where(devices.c.name == device).values(**moved))
         return done
 
     def _states(self, connection: sa.Connection, messages: Sequence[Message]) -> dict[str, _State]:
@@ -129,7 +127,7 @@ class Committer:
 
     def _take(
         self, connection: sa.Connection, device: str, state: _State, header: Header, message: Message, condemn: str
-    ) -> list[Row]:
+    ) -> list[Any]:
         verdict, reached = judge(state.epoch, state.watermark, header)
         if verdict is Verdict.OLD_EPOCH:
             self._tell(connection, device, "refuse:epoch", {"epoch": header.epoch, "known": state.epoch})
@@ -142,7 +140,7 @@ class Committer:
                 raise Undecodable(condemn)
             content_type = message.properties.get("ct", "")
             records = [r for r in decode_records(header, message.payload, content_type) if r.seq > reached]
-            rows = _rows(device, header.epoch, received, records)
+            values = _values(device, header.epoch, received, records)
         except Undecodable as error:
             _dead_letter(connection, device, header, received, str(error), message)
             self._tell(connection, device, "dead:batch", {"first": header.first, "last": header.last})
@@ -154,7 +152,7 @@ class Committer:
         for record in records:
             if record.kind != "telemetry":
                 state.lost += _apply(connection, device, record)
-        return rows
+        return values
 
     def tell(self, connection: sa.Connection, actor: str, action: str, reason: str) -> None:
         """Audit something the outside world can cause at will, at a bounded rate."""
@@ -192,7 +190,7 @@ def replay(connection: sa.Connection, id: int) -> int | None:
     query = sa.select(telemetry.c.seq).where(*where, telemetry.c.seq.between(header.first, header.last))
     known = set(connection.execute(query).scalars())
     records = [record for record in decode_records(header, letter.payload) if record.seq not in known]
-    _insert(connection, _rows(letter.device, header.epoch, received, records))
+    _insert(connection, _values(letter.device, header.epoch, received, records))
     special = (record for record in records if record.kind not in ("telemetry", "reported"))
     values = {"lost": devices.c.lost + sum(_apply(connection, letter.device, record) for record in special)}
     connection.execute(devices.update().where(devices.c.name == letter.device).values(**values))
@@ -213,7 +211,8 @@ def _apply(connection: sa.Connection, device: str, record: Record) -> int:
     return 0
 
 
-def _rows(device: str, epoch: int, received: float, records: Sequence[Record]) -> list[Row]:
+def _values(device: str, epoch: int, received: float, records: Sequence[Record]) -> list[Any]:
+    """The rows' values one after the other: a tuple for each row is what the collector would look through."""
     for kind in {record.kind for record in records}:
         if len(kind) > MAX_KIND or "\0" in kind:
             raise Undecodable(f"a record's kind is longer than {MAX_KIND}, or has a zero in it: {kind[:MAX_KIND]!r}")
@@ -221,21 +220,20 @@ def _rows(device: str, epoch: int, received: float, records: Sequence[Record]) -
         raise Undecodable("a record's priority is out of range")
     bodies = _encoder.encode_lines([record.body for record in records]).decode().split("\n")
     return [
-        (device, epoch, r.seq, r.ts, received, r.kind, r.priority, b) for r, b in zip(records, bodies, strict=False)
+        value
+        for r, body in zip(records, bodies, strict=False)
+        for value in (device, epoch, r.seq, r.ts, received, r.kind, r.priority, body)
     ]
 
 
-def _insert(connection: sa.Connection, rows: list[Row]) -> None:
+def _insert(connection: sa.Connection, values: list[Any]) -> None:
     """By the driver: to compile and bind each row takes SQLAlchemy longer than the insert itself."""
     mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"
-    marks = f"({', '.join([mark] * len(_COLUMNS))})"
-    insert = f"INSERT INTO telemetry ({', '.join(_COLUMNS)}) VALUES "
-    whole = len(rows) - len(rows) % _AT_ONCE
-    several = insert + ", ".join([marks] * _AT_ONCE)
-    for at in range(0, whole, _AT_ONCE):
-        connection.exec_driver_sql(several, tuple(chain.from_iterable(rows[at : at + _AT_ONCE])))
-    if rows[whole:]:
-        connection.exec_driver_sql(insert + marks, rows[whole:])
+    marks = f"({', '.join([mark] * _WIDTH)})"
+    for at in range(0, len(values), _AT_ONCE * _WIDTH):
+        some = values[at : at + _AT_ONCE * _WIDTH]
+        rows = ", ".join([marks] * (len(some) // _WIDTH))
+        connection.exec_driver_sql(f"INSERT INTO telemetry ({', '.join(_COLUMNS)}) VALUES {rows}", tuple(some))
 
 
 def _gap(
