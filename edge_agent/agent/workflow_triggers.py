@@ -219,8 +219,9 @@ class Triggers:
         for key in sorted(on ^ self._on):
             alarm, minute = latest.get(key, {}), int(now // 60)
             minute -= alarm.get("minutes_ago", 0) - (0 if key in on else alarm.get("minutes", 0))
-            about = alarm | {"id": f"{sha256(key.encode()).hexdigest()[:12]}-{minute}", "depth": 1}
-            await self.event(f"alarm.{'raised' if key in on else 'cleared'}", key.split(" ", 2)[2], about)
+            name, id = key.split(" ", 2)[2], f"{sha256(key.encode()).hexdigest()[:12]}-{minute}"
+            about = {"series": name, **alarm, "id": id, "depth": 1}
+            await self.event(f"alarm.{'raised' if key in on else 'cleared'}", name, about)
         return on
 
     def _due(self, flow: Workflow, n: int, cron: str, after: float, until: float) -> int:

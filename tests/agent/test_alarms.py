@@ -56,6 +56,7 @@ async def test_an_alarm_that_begins_or_ends_starts_a_run_once_across_restarts(
     assert await look(20, 60.0) == ["down"]
     assert await look(1200, 91.0) == ["up"]
     assert await look(7200, None) == ["down"]
+    assert {event["name"] for *_, event in started} == {event["series"] for *_, event in started}
     assert {event["name"] for *_, event in started} == {"read_sensor/temperature/1"}
     device.history.close()
 
