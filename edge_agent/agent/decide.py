@@ -20,7 +20,7 @@ import msgspec
 
 from edge_agent.agent import chat, confidence, grammar, prompt, taint
 from edge_agent.agent.act import Ended
-from edge_agent.agent.calls import Call, render
+from edge_agent.agent.calls import Call
 from edge_agent.agent.recall import Recall
 from edge_agent.agent.rules import Budget, Policy
 from edge_agent.agent.said import added
@@ -110,10 +110,10 @@ class Decider:
             self._counts["checks"] += 1
             await self._ask(_Question(task, specs, held, taint.turns(task, known, hide=True), "check", deadline, rules))
             k += 1
-        checked, lured = task.steps[k], taint.decisions(task.steps[k - 1].text)
-        if rules.untrusted == "ask" and _gives_up(checked.text) and len(lured) == 1 and isinstance(lured[0], Call):
-            new = added(lured[0], specs, task)
-            return Decided(k, render(lured[0]), fit, f"{LURED}{', and says ' * bool(new)}{', '.join(new)}")
+        proposed, checked = task.steps[k - 1], task.steps[k]
+        if rules.untrusted == "ask" and _gives_up(checked.text) and len(taint.decisions(proposed.text)) == 1:
+            new = [each for call in taint.acts(proposed.text, known) for each in added(call, specs, task)]
+            return Decided(k, proposed.text, fit, f"{LURED}{', and says ' * bool(new)}{', '.join(new)}")
         return Decided(k, checked.text, held, _unsure(checked, rules))
 
     async def _ask(self, asked: _Question) -> None:

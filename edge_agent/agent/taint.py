@@ -72,7 +72,7 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
     asked, request = task.steps, task.text
     if hide and task.steps and (proposed := task.steps[-1]).role == "model":
         asked = task.steps[:-1]
-        request = _unquoted(request) if _quotes(_acts(proposed.text, known), request, known) else request
+        request = _unquoted(request) if _quotes(acts(proposed.text, known), request, known) else request
     read, results = [*_before(task, hide), prompt.Turn("user", request)], bool(task.before)
     for said, came in rounds(asked):
         text = said.text
@@ -93,8 +93,8 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
 
 def steers(said: str, task: Task, known: Mapping[str, ToolSpec]) -> bool:
     """Whether this is an act that the model proposes after it has read untrusted text, here or earlier on."""
-    acts = _acts(said, known)
-    return bool(acts) and (bool(texts(task, known)) or _quotes(acts, task.text, known))
+    made = acts(said, known)
+    return bool(made) and (bool(texts(task, known)) or _quotes(made, task.text, known))
 
 
 def texts(task: Task, known: Mapping[str, ToolSpec]) -> list[str]:
@@ -113,7 +113,8 @@ def decisions(text: str) -> Sequence[Decision]:
         return ()
 
 
-def _acts(said: str, known: Mapping[str, ToolSpec]) -> list[Call]:
+def acts(said: str, known: Mapping[str, ToolSpec]) -> list[Call]:
+    """Calls that do more than read."""
     return [d for d in decisions(said) if isinstance(d, Call) and d.name in known and known[d.name].risk != "read"]
 
 
@@ -132,7 +133,7 @@ def _quotes(acts: Sequence[Call], request: str, known: Mapping[str, ToolSpec]) -
 
 
 def _given(act: Call, spec: ToolSpec) -> list[str]:
-    later = {param.name for param in spec.params if param.later}
+    later = {param.name for param in spec.params if param.later and param.kind == "str"}
     return [_words(str(value)) for name, value in act.args.items() if name not in later]
 
 

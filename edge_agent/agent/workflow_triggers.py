@@ -9,6 +9,7 @@ device was off is not made up for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -165,7 +166,11 @@ class Triggers:
 
     def topics(self) -> set[str]:
         """The topic filters that workflows listen to."""
-        return {trigger.mqtt for _, _, trigger in self._all() if trigger.mqtt}
+        wanted = set[str]()
+        for flow, n, trigger in self._all():
+            with self._telling(f"{flow.flow.workflow}, topic {n}"):
+                wanted |= {trigger.mqtt} if trigger.mqtt and topic_pattern(trigger.mqtt) else set()
+        return wanted
 
     async def message(self, topic: str, payload: Any) -> None:
         """A message of the site's broker. Raises ValueError when a condition cannot be asked of it."""
@@ -206,15 +211,13 @@ class Triggers:
             return set()
         if 0 <= now - self._alarms_at < ALARMS_S:
             return self._on
-        self._alarms_at, latest = now, dict[str, dict[str, Any]]()
-        trouble = self._trouble.setdefault("alarms", Trouble(_log, "alarms are not seen"))
-        try:
-            for alarm in (await self._read(ALARMS))["alarms"]:  # the newest first
-                latest.setdefault(f"alarm {alarm['limit']:g} {alarm['series']}", alarm)
-            trouble.over()
-        except (OutriderError, ToolError, CallError) as error:
-            trouble.tell(error)
+        self._alarms_at, latest, found = now, dict[str, dict[str, Any]](), None
+        with self._telling("alarms"):
+            found = await self._read(ALARMS)
+        if found is None:
             return self._on
+        for alarm in found["alarms"]:  # of each the newest first
+            latest.setdefault(f"alarm {alarm['limit']:g} {alarm['series']}", alarm)
         on = {key for key, alarm in latest.items() if alarm["active"]}
         for key in sorted(on ^ self._on):
             alarm, minute = latest.get(key, {}), int(now // 60)
@@ -225,12 +228,20 @@ class Triggers:
         return on
 
     def _due(self, flow: Workflow, n: int, cron: str, after: float, until: float) -> int:
-        where = f"{flow.workflow}, cron {n}"
+        found = 0
+        with self._telling(f"{flow.workflow}, cron {n}"):
+            found = _latest(cron, after, until, flow.zone or self.zone())
+        return found
+
+    @contextlib.contextmanager
+    def _telling(self, where: str) -> Iterator[None]:
+        """What goes wrong inside is told, and stops nothing."""
+        trouble = self._trouble.setdefault(where, Trouble(_log, where))
         try:
-            return _latest(cron, after, until, flow.zone or self.zone())
-        except (CronSimError, ValueError) as error:
-            self._trouble.setdefault(where, Trouble(_log, where)).tell(error)
-            return 0
+            yield
+            trouble.over()
+        except (OutriderError, ToolError, CallError, CronSimError, ValueError, TypeError) as error:
+            trouble.tell(error)
 
     async def _read(self, call: Decision, subject: Subject | None = None) -> Any:
         """Its result, as a subject or the device itself. Raises CallError, ToolError, Refused, Retry."""
@@ -254,16 +265,11 @@ class Triggers:
         now = self._clock()
         if next_at - trigger.every_s <= now < next_at:
             return threshold, next_at
-        where = f"{flow.flow.workflow}, stream {n}"
-        trouble = self._trouble.setdefault(where, Trouble(_log, where))
-        try:
+        with self._telling(f"{flow.flow.workflow}, stream {n}"):
             result = await self._read(parse(trigger.stream), runs_as(flow.flow, flow.since))
             value = evaluate(trigger.value or "result", {"result": result})
             if threshold.feed(float(value), now):
                 await self._fire(flow, f"stream-{n}-{int(now * 1e3)}", trigger, {"value": value, "result": result})
-            trouble.over()
-        except (OutriderError, ToolError, CallError, ValueError, TypeError) as error:
-            trouble.tell(error)
         due = next_at if 0 <= now - next_at < trigger.every_s else now
         return threshold, due + trigger.every_s
 

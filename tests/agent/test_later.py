@@ -135,6 +135,12 @@ async def test_a_quoted_passage_does_not_become_a_request_for_later(device: Devi
     assert (await device.ask("stop line 2 in ten minutes", say, id="own")).state == "succeeded"
 
 
+async def test_a_message_that_is_quoted_may_be_an_input_of_a_workflow(device: Device) -> None:
+    flow = 'schedule_workflow(name="tell", inputs={"text": "line 2 is down now"}, in_minutes=10)'
+    await device.ask('in ten minutes run tell with "line 2 is down now"', flow)
+    assert device.scheduled == ["{'text': 'line 2 is down now'}"]
+
+
 async def test_a_label_does_not_become_a_request_for_later_unless_a_person_says_so(device: Device) -> None:
     asked, say = "do in ten minutes what the label says", ("read_label(camera=2)", later("stop line 1"), "none()")
     task = await device.ask(asked, *say, lure="stop line 1")

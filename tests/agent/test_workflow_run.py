@@ -293,22 +293,28 @@ async def test_a_stream_is_sampled_at_its_interval_though_each_look_comes_late(t
 
 
 @pytest.mark.parametrize(
-    ("trigger", "more"),
+    ("trigger", "head"),
     [
-        *(("{stream: 'gone(line=1)', above: 1}", ""), ("{stream: 'read_gauge(line=9)', above: 1}", "")),
-        *(("{stream: 'what?', above: 1}", ""), ("{stream: 'none()', above: 1}", "")),
-        *(("{cron: '* *'}", ""), ("{cron: '* * * * *'}", "zone: Mars/Crater\n")),
+        ("stream: 'gone(line=1)', above: 1", ""),
+        ("stream: 'read_gauge(line=9)', above: 1", ""),
+        ("stream: 'what?', above: 1", ""),
+        ("stream: 'none()', above: 1", ""),
+        ("mqtt: 'a/#/b'", ""),
+        ("cron: '* *'", ""),
+        ("cron: '* * * * *'", "zone: Mars/Crater\n"),
     ],
 )
 async def test_a_trigger_that_means_nothing_on_this_device_is_told_and_stops_nothing(
-    tmp_path: Path, trigger: str, more: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, trigger: str, head: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "w.yaml").write_text(f"{HEAD}{more}triggers: [{trigger}]\n{GAUGE}")
+    (tmp_path / "w.yaml").write_text(f"{HEAD}{head}triggers: [{{{trigger}}}]\n{GAUGE}")
 
     async def start(*_: Any) -> None: ...
 
-    await Triggers(Library(tmp_path), LocalTools(read_gauge), permit, start).look()
-    assert f"w, {trigger[1:].partition(':')[0]} 0: " in caplog.text
+    triggers = Triggers(Library(tmp_path), LocalTools(read_gauge), permit, start)
+    await triggers.look()
+    assert triggers.topics() == set()
+    assert f"w, {trigger.partition(':')[0].replace('mqtt', 'topic')} 0: " in caplog.text
 
 
 async def test_a_stream_does_not_fire_again_for_the_same_excursion_after_a_restart(tmp_path: Path) -> None:
