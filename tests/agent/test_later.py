@@ -187,6 +187,14 @@ async def test_only_what_the_request_does_not_say_is_named_and_what_no_text_says
     assert (task.state, device.made, task.steps[-1].role) == ("succeeded", [], "check")
 
 
+async def test_a_number_of_an_earlier_answer_comes_to_the_person_too(device: Device) -> None:
+    await device.ask("read label 1", "read_label(camera=1)", lure="at 40 percent", conversation="c", id="t1")
+    say, more = (SLOW, "none()"), {"conversation": "c", "untrusted": "ask"}
+    task = await device.ask("run line 2 like that", *say, id="t2", **more)
+    assert (task.state, device.made) == ("waiting", [])
+    assert task.error.endswith("is a reason for it, and says percent 40")
+
+
 async def test_what_was_said_is_worked_out_once_a_decision(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     fit, count = Policy.fit, list[int]()
     monkeypatch.setattr(Policy, "fit", lambda self, *args, **more: count.append(1) or fit(self, *args, **more))
