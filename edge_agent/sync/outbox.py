@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 MAX_RECORD = 64 * 1024  # bytes, encoded
 LOWEST = 9
 _KEPT = -1  # stored priority of a loss record: never let go
-BLOCK = MAX_RECORD  # bytes of a block at most, so that any record is one
+BLOCK = MAX_BATCH // 4  # bytes of a block and its newline at most, but for one record that is larger
 _ROWS = 16  # blocks an INSERT
 _SECOND = 1.0  # how far apart TTLs may end within a block
 _COUNT = "coalesce(sum(last - first + 1), 0), coalesce(sum(length(lines)), 0)"
@@ -451,13 +451,15 @@ def _encoded(records: Sequence[Record], priority: int, expires: float | None) ->
     first, at, kind = records[0].seq, 0, records[0].kind
     try:
         text = _encoder.encode_lines(records)
-    except (TypeError, ValueError, RecursionError) as error:
+    except Exception as error:  # noqa: BLE001 - the objects in a body may raise whatever they like
         raise Refused(f"the body of a {kind} record is not JSON: {error}", "use text, numbers, lists") from None
     while at < len(text):
-        end = text.rfind(b"\n", at, at + BLOCK + 1)
+        end = text.rfind(b"\n", at, at + BLOCK)
         if end < 0:
-            size = text.index(b"\n", at) - at
-            raise Refused(f"a {kind} record of {size} bytes", f"at most {MAX_RECORD}: send a blob, or split it")
+            end = text.index(b"\n", at)
+            size = end - at - len(str(first)) + 1  # whatever its seq, which is not known when it is tried alone
+            if size > MAX_RECORD:
+                raise Refused(f"a {kind} record of {size} bytes", f"at most {MAX_RECORD}: send a blob, or split it")
         lines = text[at:end]
         last = first + lines.count(b"\n")
         yield _Block(first, last, priority, expires, lines)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime
 import json
 import signal
 import sqlite3
@@ -252,6 +253,25 @@ async def test_epoch_seq_and_watermark_survive_a_restart(tmp_path: Path) -> None
     store.close()
 
 
+@pytest.mark.parametrize(("limits", "ttl"), [(Limits(), 10), (Limits(rows=19), None)], ids=["ttl", "quota"])
+async def test_a_seq_is_never_used_again_after_a_restart_whatever_removed_the_newest(
+    tmp_path: Path, limits: Limits, ttl: float | None
+) -> None:
+    now = 1000.0
+    store = Store(tmp_path / "s.db")
+    outbox = await Outbox.open(store, limits, lambda: now)
+    await outbox.append_many("telemetry", [{}] * 19, 0)
+    for seq in (20, 22):  # 21 tells of the loss of both
+        assert await outbox.append("telemetry", {}, 9, ttl) == seq
+        now += 11
+        await outbox.expire()
+    assert [r.seq for r in await everything(outbox)][-2:] == [19, 21]
+    store.close()
+    store = Store(tmp_path / "s.db")
+    assert await (await Outbox.open(store)).append("telemetry", {}) == 23
+    store.close()
+
+
 async def test_large_records_are_cut_into_batches_and_a_too_large_one_is_refused(outbox: Outbox) -> None:
     for _ in range(9):
         await outbox.append("telemetry", {"x": "y" * 60_000})
@@ -265,13 +285,51 @@ async def test_large_records_are_cut_into_batches_and_a_too_large_one_is_refused
     assert await outbox.append("telemetry", {}) == 10
 
 
+class Nowhere(datetime.tzinfo):
+    def utcoffset(self, _: datetime.datetime | None) -> None:
+        raise KeyError("zone")
+
+    dst = tzname = utcoffset
+
+
 async def test_one_that_cannot_be_a_record_keeps_no_other_back(outbox: Outbox) -> None:
-    bodies: list[dict[str, Any]] = [{"n": 1}, {"x": "y" * 70_000}, {"x": object()}, {"n": 2}]
-    ends = await asyncio.gather(*(outbox.append("telemetry", body) for body in bodies), return_exceptions=True)
-    assert [end if isinstance(end, int) else str(end).split()[-1] for end in ends] == [1, "it)", "lists)", 2]
+    raises = datetime.datetime(2026, 1, 1, tzinfo=Nowhere())
+    bodies: list[dict[str, Any]] = [{"n": 1}, {"x": "y" * 70_000}, {"x": object()}, {"x": raises}, {"n": 2}]
+    appends = (outbox.append("telemetry", body) for body in bodies)
+    ends = await asyncio.wait_for(asyncio.gather(*appends, return_exceptions=True), 10)
+    assert [end if isinstance(end, int) else str(end).split()[-1] for end in ends] == [1, "it)", "lists)", "lists)", 2]
     with pytest.raises(Refused, match="not JSON"):
         await outbox.append_many("telemetry", bodies[2:])
     assert [r.body for r in await everything(outbox)] == [{"n": 1}, {"n": 2}]
+
+
+async def test_a_record_of_64_kib_is_taken_and_of_a_byte_more_refused_whatever_its_seq_and_company(
+    store: Store,
+) -> None:
+    outbox = await Outbox.open(store, clock=lambda: 1000.0)
+    least = len(msgspec.json.encode(Record(1, 1000.0, "telemetry", 5, {"x": ""})))
+    fits, over = ({"x": "y" * (64 * 1024 - least + more)} for more in (0, 1))
+    for seq in (1, 100):
+        appends = (outbox.append("telemetry", body) for body in ({}, fits, over, {}))
+        ends = await asyncio.gather(*appends, return_exceptions=True)
+        assert ends[:2] + ends[3:] == [seq, seq + 1, seq + 2]
+        assert isinstance(ends[2], Refused)
+        assert "65537 bytes" in str(ends[2])
+        assert list(await outbox.append_many("telemetry", [{}, fits, {}])) == [seq + 3, seq + 4, seq + 5]
+        await outbox.append_many("telemetry", [{}] * 93)
+    records = await everything(outbox)
+    assert [r.seq for r in records] == list(range(1, 199))
+    assert [r.seq for r in records if r.body == fits] == [2, 5, 101, 104]
+
+
+async def test_a_batch_is_nearly_full_however_the_records_fall_into_blocks(store: Store) -> None:
+    outbox = await Outbox.open(store, clock=lambda: 1000.0)
+    least = len(msgspec.json.encode(Record(100, 1000.0, "telemetry", 5, {"x": ""})))
+    await outbox.append_many("telemetry", [{}] * 99)
+    await outbox.append_many("telemetry", [{"x": "y" * (1023 - least + (n % 64 == 63))} for n in range(512)])
+    part = await outbox.batch(99)
+    assert part is not None
+    assert sum(map(len, part.blocks)) > MAX_BATCH - 4 * 1100
 
 
 async def test_past_the_quota_the_lowest_priority_and_oldest_go_first(store: Store) -> None:
@@ -331,6 +389,10 @@ class OutboxMachine(RuleBasedStateMachine):
         limits = Limits(rows=40, bytes=8000)
         self.outbox = self.loop.run_until_complete(Outbox.open(self.store, limits, lambda: self.now))
 
+    def _said(self) -> tuple[int, ...]:
+        box = self.outbox
+        return box.epoch, box.last_seq, box.acked, box.depth, box.size
+
     def run(self, work: Any) -> Any:
         return self.loop.run_until_complete(work)
 
@@ -372,8 +434,10 @@ class OutboxMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
+        before = self._said()
         self.store.close()
         self._open()
+        assert self._said() == before
 
     @invariant()
     def disk_is_bounded_and_counted(self) -> None:
