@@ -199,6 +199,16 @@ def test_gaps_are_bounded_however_wide_and_many_they_are(sender: Sender) -> None
     assert ends[-1] == (2 * MAX_GAPS + 9, 2**62)
 
 
+def test_a_commit_longer_than_a_statement_is_whole_and_counted(sender: Sender) -> None:
+    first = 1
+    for count in (1, 249, 250, 251, 503):
+        records = make(range(first, first + count))
+        messages = [sender.batch(part) for part in (records[: count // 2], records[count // 2 :]) if part]
+        assert sender.commit(*messages).records == count
+        first += count
+    assert [seq for _, seq, _ in sender.committed()] == list(range(1, first))
+
+
 def test_a_dead_letter_is_taken_after_all_and_only_once(sender: Sender) -> None:
     loss = Record(3, 1.0, "loss", 0, {"reason": "ttl", "first_seq": 9, "last_seq": 9, "count": 4})
     sender.commit(sender.batch([*make([1, 2]), loss]), condemn="a fault of ours")

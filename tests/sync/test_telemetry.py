@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from edge_agent.agent.tool import ToolError, ToolSpec
@@ -31,10 +32,10 @@ class Tools:
         return [self.trouble or {"of": name, **args} for name, args in calls]
 
 
-async def sampled(outbox: Outbox, tools: Tools, folder: Path) -> None:
+async def sampled(outbox: Outbox, tools: Tools, folder: Path, said: Sequence[Any] | None = None) -> None:
     calls = [f'read_sensor(sensor="speed", line={line})' for line in (1, 2, 3)]
     task = asyncio.create_task(Telemetry(tools, outbox, folder, 60, 60, calls).run())
-    await until(lambda: outbox.last_seq)
+    await until(lambda: outbox.last_seq and said != [])
     task.cancel()
     await asyncio.wait([task])
 
@@ -44,6 +45,20 @@ async def test_a_round_of_samples_is_one_commit(outbox: Outbox, store: Store, tm
     await sampled(outbox, Tools(tmp_path), tmp_path)
     assert outbox.last_seq == 4
     assert await store.read(lambda db: db.total_changes) - before == 1  # a block
+
+
+async def test_a_sample_that_cannot_be_a_record_is_told_and_keeps_no_other_back(
+    outbox: Outbox, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Long(Tools):
+        async def read(self, calls: Sequence[tuple[str, dict[str, Any]]], timeout_s: float) -> list[Any]:
+            return [{"line": args["line"], "x": "y" * (70_000 if args["line"] == 2 else 1)} for _, args in calls]
+
+    await sampled(outbox, Long(tmp_path), tmp_path, caplog.records)
+    kept = await outbox.batch(0)
+    assert kept is not None
+    assert [msgspec.json.decode(line)["body"].get("result", {}).get("line") for line in kept.lines] == [None, 1, 3]
+    assert ["line=2" in each and "at most 65536" in each for each in caplog.messages] == [True]
 
 
 @pytest.mark.parametrize(("trouble", "at"), [(ToolError("no"), "call"), (Retry("not up"), "specs")])
