@@ -230,10 +230,13 @@ def _insert(connection: sa.Connection, values: list[Any]) -> None:
     """By the driver: to compile and bind each row takes SQLAlchemy longer than the insert itself."""
     mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"
     marks = f"({', '.join([mark] * _WIDTH)})"
-    for at in range(0, len(values), _AT_ONCE * _WIDTH):
-        some = values[at : at + _AT_ONCE * _WIDTH]
-        rows = ", ".join([marks] * (len(some) // _WIDTH))
-        connection.exec_driver_sql(f"INSERT INTO telemetry ({', '.join(_COLUMNS)}) VALUES {rows}", tuple(some))
+    insert, size = f"INSERT INTO telemetry ({', '.join(_COLUMNS)}) VALUES ", _AT_ONCE * _WIDTH
+    whole = len(values) - len(values) % size
+    for at in range(0, whole, size):
+        connection.exec_driver_sql(insert + ", ".join([marks] * _AT_ONCE), tuple(values[at : at + size]))
+    rest = iter(values[whole:])
+    if rows := list(zip(*[rest] * _WIDTH, strict=True)):
+        connection.exec_driver_sql(insert + marks, rows)
 
 
 def _gap(
