@@ -94,7 +94,7 @@ async def test_a_device_killed_at_every_persisted_step_loses_and_doubles_nothing
         "body": {"kind": "tool", "body": {"tool": "stamp", "args": {}}},
     }  # fmt: skip
     names = await crash("device", setup)
-    assert {"Outbox.append_many", "Inbox.accept", "Inbox._begin", "Inbox.report", "Outbox.ack", "Twin.report"} <= {
+    assert {"Outbox._commit", "Inbox.accept", "Inbox._begin", "Inbox.report", "Outbox.ack", "Twin.report"} <= {
         name.split(":")[0] for name in names
     }, names
     books = virtual.books(state / "ledger", site.hub.data / "hub.db", "press-2")
