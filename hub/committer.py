@@ -231,9 +231,9 @@ def _insert(connection: sa.Connection, values: list[Any]) -> None:
     mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"
     marks = f"({', '.join([mark] * _WIDTH)})"
     insert, size = f"INSERT INTO telemetry ({', '.join(_COLUMNS)}) VALUES ", _AT_ONCE * _WIDTH
-    whole = len(values) - len(values) % size
+    several, whole = insert + ", ".join([marks] * _AT_ONCE), len(values) - len(values) % size
     for at in range(0, whole, size):
-        connection.exec_driver_sql(insert + ", ".join([marks] * _AT_ONCE), tuple(values[at : at + size]))
+        connection.exec_driver_sql(several, tuple(values[at : at + size]))
     rest = iter(values[whole:])
     if rows := list(zip(*[rest] * _WIDTH, strict=True)):
         connection.exec_driver_sql(insert + marks, rows)
