@@ -7,9 +7,7 @@ A batch that was handed out is let go only when nothing else is left to go. Befo
 what the hub knows; more than was there when the first process since the last answer began (`found`), and another life
 of the device wrote it (this one was restored, or its disk lied): a new epoch begins, with what was made since.
 Memory is bounded by the callers that wait; disk by `Limits` and the few `loss` records.
-
-On disk lie blocks: the lines of consecutive seqs that one commit wrote, of one priority and of TTLs that end within a
-second (a block goes with the last of them). So the work of SQLite is paid a block and not a record.
+On disk lie the blocks of `blocks.py`, so that the work of SQLite is paid a block and not a record.
 """
 
 from __future__ import annotations
@@ -19,26 +17,23 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from edge_agent.errors import Refused, Retry
 from edge_agent.store import Connection, Store
+from edge_agent.sync.blocks import Run, blocks, enough, refusal
 from edge_agent.trouble import Trouble
 from edge_agent.wire.batch import MAX_BATCH
 from edge_agent.wire.messages import Loss, LossReason, Record
 
 log = logging.getLogger(__name__)
-MAX_RECORD = 64 * 1024  # bytes, encoded
 LOWEST = 9
 _KEPT = -1  # stored priority of a loss record: never let go
-BLOCK = MAX_BATCH // 4  # bytes of a block and its newline at most, but for one record that is larger
 _ROWS = 16  # blocks an INSERT
-_SECOND = 1.0  # how far apart TTLs may end within a block
 _COUNT = "coalesce(sum(last - first + 1), 0), coalesce(sum(length(lines)), 0)"
-_encoder = msgspec.json.Encoder()
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -65,26 +60,6 @@ class Slice(NamedTuple):
         return b"\n".join(self.blocks).split(b"\n")
 
 
-class _Run(NamedTuple):
-    """Records of one kind that were made at once."""
-
-    kind: str
-    bodies: Sequence[dict[str, Any]]
-    priority: int
-    at: float
-    expires: float | None
-
-
-class _Block(NamedTuple):
-    """As it lies on disk; `expires` is the latest."""
-
-    first: int
-    last: int
-    priority: int
-    expires: float | None
-    lines: bytes
-
-
 class _State(msgspec.Struct):
     last_seq: int
     acked: int
@@ -104,7 +79,7 @@ class Outbox:
         self.epoch = epoch
         self.found: float = state.last_seq
         self.changed = asyncio.Event()  # set after each commit of new records; its consumer clears it
-        self._waiting: list[tuple[_Run, asyncio.Future[int]]] = []
+        self._waiting: list[tuple[Run, asyncio.Future[int]]] = []
         self._flusher: asyncio.Task[None] | None = None
         self._handed_out = state.acked  # the newest seq that may be on its way
         self._next_expiry = 0.0  # nothing outlives its TTL before
@@ -217,11 +192,11 @@ class Outbox:
         if self._clock() >= self._next_expiry:
             await self._store.write(self._expire)
 
-    def _run(self, kind: str, bodies: Sequence[dict[str, Any]], priority: int, ttl: float | None) -> _Run:
+    def _run(self, kind: str, bodies: Sequence[dict[str, Any]], priority: int, ttl: float | None) -> Run:
         if not 0 <= priority <= LOWEST:
             raise Refused(f"priority {priority} of a {kind} record", f"0 is the highest, {LOWEST} the lowest")
         now = self._clock()
-        return _Run(kind, bodies, priority, now, None if ttl is None else now + ttl)
+        return Run(kind, bodies, priority, now, None if ttl is None else now + ttl)
 
     async def _flush(self) -> None:
         try:
@@ -233,13 +208,13 @@ class Outbox:
             for _, future in self._waiting:
                 future.cancel()
 
-    async def _commit(self, group: Sequence[tuple[_Run, asyncio.Future[int]]]) -> None:
+    async def _commit(self, group: Sequence[tuple[Run, asyncio.Future[int]]]) -> None:
         """One that cannot be a record keeps no other back."""
         try:
             seqs = await self._store.write(lambda db: self._insert(db, [run for run, _ in group]))
         except Exception as error:  # noqa: BLE001 - every caller gets it, or its own
-            wrong = [_refusal(run) for run, _ in group] if isinstance(error, Refused) else []
-            if any(wrong):
+            wrong = [refusal(run) for run, _ in group] if isinstance(error, Refused) else []
+            if any(wrong) and not all(wrong):
                 await self._commit([each for each, own in zip(group, wrong, strict=True) if own is None])
             for (_, future), own in itertools.zip_longest(group, wrong):
                 if not future.done():
@@ -261,16 +236,16 @@ class Outbox:
         self._state = msgspec.structs.replace(before)
         return self._state
 
-    def _insert(self, db: Connection, runs: Sequence[_Run], stored_priority: int | None = None) -> range:
+    def _insert(self, db: Connection, runs: Sequence[Run], stored_priority: int | None = None) -> range:
         """`last_seq` is not written: what is there tells it, and what removes blocks keeps it."""
         state = self._begin(db)
         first = state.last_seq + 1
-        blocks = list(_blocks(first, runs, stored_priority))
-        for at in range(0, len(blocks), _ROWS):
-            some = blocks[at : at + _ROWS]
+        made = list(blocks(first, runs, stored_priority))
+        for at in range(0, len(made), _ROWS):
+            some = made[at : at + _ROWS]
             rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
             db.execute(f"INSERT INTO outbox VALUES {rows}", list(itertools.chain.from_iterable(some)))
-        for block in blocks:
+        for block in made:
             state.last_seq = block.last
             state.bytes += len(block.lines)
             if block.expires is not None:
@@ -288,7 +263,7 @@ class Outbox:
         return found
 
     def _batch(self, db: Connection, after: int) -> Slice | None:
-        blocks: list[bytes] = []
+        parts: list[bytes] = []
         last, size, count = after, 0, 0
         at = "first >= coalesce((SELECT max(first) FROM outbox WHERE first <= :after), 0) AND last > :after"
         for first, until, lines in db.execute(
@@ -300,12 +275,12 @@ class Outbox:
             size += len(lines) + 1
             if size > MAX_BATCH:
                 break
-            blocks.append(lines)
+            parts.append(lines)
             last, count = until, count + until - first + 1
-        if not blocks:
+        if not parts:
             return None
         self._handed_out = max(self._handed_out, last)
-        return Slice(after + 1, last, blocks, count)
+        return Slice(after + 1, last, parts, count)
 
     def _cut(self, db: Connection, seq: int) -> None:
         """No block holds both `seq` and what follows it."""
@@ -395,7 +370,7 @@ class Outbox:
         if victims and victims[-1][0] < victims[-1][1]:
             first, last, _ = victims.pop()
             (lines,) = db.execute("SELECT lines FROM outbox WHERE first = ?", [first]).fetchone()
-            last = min(last, first + _enough(lines, *need) - 1)
+            last = min(last, first + enough(lines, *need) - 1)
             self._cut(db, last)
             victims.append((first, last, priority))
         return victims
@@ -417,67 +392,6 @@ class Outbox:
         else:
             (seq,) = self._insert(db, [self._run("loss", [msgspec.to_builtins(loss)], 0, None)], _KEPT)
         self._state.losses = {**self._state.losses, reason: (seq, loss)}
-
-
-def _blocks(first: int, runs: Iterable[_Run], stored_priority: int | None) -> Iterator[_Block]:
-    """Raises Refused when one of the records cannot be."""
-    records = list[Record]()
-    priority, begun, expires = 0, None, None
-    for run in runs:
-        stored = run.priority if stored_priority is None else stored_priority
-        if records and (stored != priority or _apart(begun, run.expires)):
-            yield from _encoded(records, priority, expires)
-            first, records = first + len(records), []
-        if not records:
-            priority, begun, expires = stored, run.expires, run.expires
-        elif expires is not None and run.expires is not None:
-            expires = max(expires, run.expires)
-        numbered = enumerate(run.bodies, first + len(records))
-        records += [Record(seq, run.at, run.kind, run.priority, body) for seq, body in numbered]
-    if records:
-        yield from _encoded(records, priority, expires)
-
-
-def _refusal(run: _Run) -> Refused | None:
-    try:
-        for _ in _blocks(1, [run], None):
-            pass
-    except Refused as error:
-        return error
-    return None
-
-
-def _encoded(records: Sequence[Record], priority: int, expires: float | None) -> Iterator[_Block]:
-    first, at, kind = records[0].seq, 0, records[0].kind
-    try:
-        text = _encoder.encode_lines(records)
-    except Exception as error:  # noqa: BLE001 - the objects in a body may raise whatever they like
-        raise Refused(f"the body of a {kind} record is not JSON: {error}", "use text, numbers, lists") from None
-    while at < len(text):
-        end = text.rfind(b"\n", at, at + BLOCK)
-        if end < 0:
-            end = text.index(b"\n", at)
-            size = end - at - len(str(first)) + 1  # whatever its seq, which is not known when it is tried alone
-            if size > MAX_RECORD:
-                raise Refused(f"a {kind} record of {size} bytes", f"at most {MAX_RECORD}: send a blob, or split it")
-        lines = text[at:end]
-        last = first + lines.count(b"\n")
-        yield _Block(first, last, priority, expires, lines)
-        first, at = last + 1, end + 1
-
-
-def _apart(a: float | None, b: float | None) -> bool:
-    return a != b and (a is None or b is None or abs(a - b) > _SECOND)
-
-
-def _enough(lines: bytes, rows: int, size: int) -> int:
-    """How many of the first lines are at least so many rows and bytes."""
-    count = 0
-    for line in lines.split(b"\n"):
-        if rows <= 0 and size <= 0:
-            break
-        count, rows, size = count + 1, rows - 1, size - len(line)
-    return count
 
 
 def _merge(a: Loss, b: Loss) -> Loss:
