@@ -110,14 +110,16 @@ def test_kill_9_takes_the_children_along_and_an_accepted_task_is_resumed(daemon:
     ended = until("the end of the task", lambda: _ended(daemon, id))
     assert ended["runs"] == 2
     assert ended["error"]
-    told = [line for line in records(daemon, "job") if id in line]
-    assert [state for line in told for state in ("delivered", "running", "failed") if f'"state":"{state}"' in line] == [
-        "delivered",
-        "running",
-        "failed",
-    ]
+    until("the end of its job, reported once the task is saved", lambda: "failed" in _told(daemon, id))
+    assert _told(daemon, id) == ["delivered", "running", "failed"]
     assert len(records(daemon, "telemetry")) >= before
     assert len([line for line in records(daemon, "audit") if '"event":"submit"' in line]) == 1
+
+
+def _told(daemon: DaemonProcess, id: str) -> list[str]:
+    """The states that the job of a task was reported in, those between left out."""
+    lines = [line for line in records(daemon, "job") if id in line]
+    return [state for line in lines for state in ("delivered", "running", "failed") if f'"state":"{state}"' in line]
 
 
 def _ended(daemon: DaemonProcess, id: str) -> dict[str, Any] | None:
