@@ -42,7 +42,8 @@ class Description(msgspec.Struct, frozen=True):
     """What adapter.json says. `base`: content digest of the base model; `task`: by default `tools` for `signatures`.
 
     `calibration`: how sure a decision of so and so probability is (see toolcaller/evaluate/calibrate.py); `calls`:
-    `several` where the agent may have all calls of a request at once.
+    `several` where the agent may have all calls of a request at once; `logit_bias`: what the engine adds to the first
+    word of a decision.
     """
 
     base: str
@@ -53,6 +54,7 @@ class Description(msgspec.Struct, frozen=True):
     license: str = ""
     calibration: dict[str, Any] = {}
     calls: str = ""
+    logit_bias: dict[str, float] = {}
 
 
 def shipped() -> dict[str, Path]:

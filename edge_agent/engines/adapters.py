@@ -1,11 +1,12 @@
 """Reads adapter folders: LoRA matrices in int8, as the float parameters that the language model's graph takes.
 
-    adapter.json    {"format": 1, "base": content digest of the base model's folder, "scale": …}
+    adapter.json    {"format": 1, "base": content digest of the base model's folder, "scale": …, "logit_bias": {…}}
     adapter.npz     layers.{i}.{matrix}.{a|b}: A (rank, in), B (out, rank); int8 with `….scale` (rank,), or floats
 
 Invariants: nothing of a folder is believed: other bases, damaged files, unknown names and shapes that do not fit each
 other are Refused (those that do not fit the model it tells itself, see genai.py). Matrices that share an input are one
-product in the graph, so their A stand side by side and their B on a diagonal.
+product in the graph, so their A stand side by side and their B on a diagonal. `logit_bias` is by words: each number is
+added to the logit of its word's first token where a text under a grammar begins.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ GROUPS = {
     "ffn_down": ("ffn_down",),
 }
 _MAX_BYTES = 1 << 28
+_MAX_BIASED, _MAX_BIAS = 16, 100.0
 DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
@@ -41,14 +43,21 @@ class About(msgspec.Struct, frozen=True):
     format: int
     base: str
     scale: float
+    logit_bias: dict[str, float] = {}
 
 
-def read_adapter(folder: Path, base: str) -> dict[str, Floats]:
-    """Parameters by their names in the graph. Raises Refused when damaged or not for the model with digest `base`."""
+def read_adapter(folder: Path, base: str) -> tuple[dict[str, Floats], dict[str, float]]:
+    """Parameters by their names in the graph, and the bias of words.
+
+    Raises Refused when damaged or not for the model with digest `base`.
+    """
     try:
         about = msgspec.json.decode((folder / "adapter.json").read_bytes(), type=About)
         if about.format != 1:
             raise ValueError(f"its format is {about.format}, this version reads 1")
+        sane = all(word and abs(by) <= _MAX_BIAS for word, by in about.logit_bias.items())
+        if not sane or len(about.logit_bias) > _MAX_BIASED:
+            raise ValueError(f"logit_bias is of up to {_MAX_BIASED} words, each by up to {_MAX_BIAS:g}")
         fits = about.base == base
         parameters = _grouped(read_arrays(folder / "adapter.npz"), about.scale) if fits else {}
     except DAMAGED as error:
@@ -57,7 +66,7 @@ def read_adapter(folder: Path, base: str) -> dict[str, Floats]:
     if not fits:
         hint = "an adapter runs only on the very model it was made for"
         raise Refused(f"{folder.name} is for a base model of digest {about.base[:12]}, this is {base[:12]}", hint)
-    return parameters
+    return parameters, about.logit_bias
 
 
 def write_parameters(parameters: dict[str, Floats], path: Path) -> None:

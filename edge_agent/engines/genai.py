@@ -80,6 +80,7 @@ class GenaiModel:
         self._generators, self._most_adapters = generators, adapters
         self._parameters = og.Adapters(self._model)
         self._adapters: dict[str, str] = {}  # by name, what genai calls each: no name is used twice there
+        self._bias: dict[str, dict[int, float]] = {}  # by name, of tokens that a text may begin with
         self._loads = 0
         self._caches: OrderedDict[tuple[str, str], _Cache] = OrderedDict()
         self._grammars: OrderedDict[str, LLMatcher] = OrderedDict()
@@ -105,7 +106,7 @@ class GenaiModel:
         """Add or replace an adapter. Raises Refused with nothing changed, Retry when there is no room to expand it."""
         if not name or (name not in self._adapters and len(self._adapters) >= self._most_adapters):
             raise Refused(f"{name!r} cannot be loaded beside {len(self._adapters)} adapters", "unload one")
-        parameters = read_adapter(folder, self.info.digest)
+        parameters, bias = read_adapter(folder, self.info.digest)
         self._loads += 1
         known = f"{name}/{self._loads}"
         try:
@@ -122,6 +123,7 @@ class GenaiModel:
         if name in self._adapters:
             self.unload_adapter(name)
         self._adapters[name] = known
+        self._bias[name] = {self._tokenizer.tokenize_str(word)[0]: by for word, by in bias.items()}
 
     def unload_adapter(self, name: str) -> None:
         """Remove an adapter and its caches. Raises Refused when it is not loaded, Retry when a text is half written."""
@@ -133,7 +135,7 @@ class GenaiModel:
             self._parameters.unload(self._adapters[name])
         except RuntimeError as error:
             raise Retry(f"the adapter {name} is in use", "when its text is written") from error
-        del self._adapters[name]
+        del self._adapters[name], self._bias[name]
 
     def count(self, text: str) -> int:
         """Tokens of a text, special ones read as such."""
@@ -192,6 +194,9 @@ class GenaiModel:
                         break
                     waiting, logits = [], self._tail(cache)
                 row = logits[-1 - len(ahead)]
+                if matcher and not run.tokens and (bias := self._bias.get(run.request.adapter)):
+                    row = row.copy()
+                    row[list(bias)] += list(bias.values())
                 token, logprob, top = self._choose(row, matcher, run.request, random)
                 if token in self._ends:
                     run.finish = "stop"

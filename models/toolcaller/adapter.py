@@ -1,7 +1,8 @@
 """From a training run to the adapter folder that ships: int8 matrices, beside the exact 4-bit weights of the base.
 
     adapter.npz     layers.{i}.{matrix}.{a|b} int8, A (rank, in) and B (out, rank), each with `….scale` (rank,) float32
-    adapter.json    format, base (content digest of the base model's folder), rank, scale (alpha / rank), prompt
+    adapter.json    format, base (content digest of the base model's folder), rank, scale (alpha / rank), prompt,
+                    logit_bias (see edge_agent/engines/adapters.py) where one is asked for
 
 Invariants: the same run gives the same bytes; what a rounding changes is about 1 % of the adapter's own change.
 edge_agent/engines/adapters.py reads it.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,11 @@ from models.errors import ModelError
 from models.gguf_weights import Floats
 
 
-def write_adapter(run: Path, out: Path, base: str) -> str:
-    """Write the adapter of a run into the folder `out`; returns its content digest. Raises ModelError."""
+def write_adapter(run: Path, out: Path, base: str, bias: Mapping[str, float] | None = None) -> str:
+    """Write the adapter of a run into the folder `out`; returns its content digest. Raises ModelError.
+
+    `bias`: of the words that a decision may begin with.
+    """
     try:
         plan = json.loads((run / "plan.json").read_text())
         about = {"format": 1, "base": base, "rank": plan["rank"], "scale": plan["alpha"] / plan["rank"]}
@@ -40,7 +45,8 @@ def write_adapter(run: Path, out: Path, base: str) -> str:
             quants, scale = rounded(value, 1 if name.endswith(".a") else 0)
             _add(archive, name, quants)
             _add(archive, f"{name}.scale", scale)
-    (out / "adapter.json").write_text(json.dumps(about | {"prompt": "signatures"}, indent=1) + "\n")
+    about |= {"prompt": "signatures"} | ({"logit_bias": dict(bias)} if bias else {})
+    (out / "adapter.json").write_text(json.dumps(about, indent=1) + "\n")
     return content_digest(scan(out))
 
 

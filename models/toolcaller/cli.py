@@ -65,7 +65,8 @@ def train(
     """
     from edge_agent.engines.adapters import DAMAGED, read_arrays
     from edge_agent.wire.bundle import content_digest, scan
-    from models.adapter import shipped
+    from models.adapter import describe, shipped
+    from models.errors import ModelError
     from models.fetch import default_cache, fetch
     from models.package import build
     from models.toolcaller.adapter import write_adapter
@@ -82,23 +83,34 @@ def train(
         site = of_site(calls) if calls else ()
         if unknown := set(focus) - {group.domain for group in groups()}:
             raise ValueError(f"{', '.join(sorted(unknown))}: no such file in models/toolcaller/data/written")
-        first = read_arrays(shipped().get(start, Path(start)) / "adapter.npz") if start else None
+        begun = shipped().get(start, Path(start)) if start else None
+        first = read_arrays(begun / "adapter.npz") if begun else None
+        bias = describe(begun).logit_bias if begun else {}
         base = build("smollm2", where)
         plan = Plan(seed=seed, steps=steps, rank=rank, rate=rate, rows_per_step=rows, full=full)
         run = Run(fetch("smollm2", where), out, plan, bunches(base, site, focus), device, first)
-    except DAMAGED as error:
+    except (*DAMAGED, ModelError) as error:
         typer.echo(f"error: {error}\nhint: docs/toolcaller.md says how a file of calls is written", err=True)
         raise typer.Exit(1) from error
     run.run(lambda entry: typer.echo(json.dumps(entry)))
     if not full:
-        digest = write_adapter(out, out / "adapter", content_digest(scan(base)))
+        digest = write_adapter(out, out / "adapter", content_digest(scan(base)), bias)
         typer.echo(f"{digest}  {out / 'adapter'}", err=True)
+
+
+def _bias(option: str) -> tuple[str, float]:
+    word, _, by = option.partition("=")
+    try:
+        return word, float(by)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option!r} is not like none=1.5", param_hint="--bias") from error
 
 
 @app.command()
 def adapter(
     run: Annotated[Path, typer.Argument(help="The folder of a training run.")],
     out: Annotated[Path, typer.Option(help="The adapter folder to make.")],
+    bias: Annotated[list[str], typer.Option(help="WORD=NUMBER: added to the logit of a decision's first word.")] = [],  # noqa: B006
     cache: Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
@@ -109,8 +121,9 @@ def adapter(
     from models.package import build
     from models.toolcaller.adapter import write_adapter
 
+    words = dict(_bias(each) for each in bias)
     try:
-        digest = write_adapter(run, out, content_digest(scan(build("smollm2", cache or default_cache()))))
+        digest = write_adapter(run, out, content_digest(scan(build("smollm2", cache or default_cache()))), words)
     except (ModelError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edge_agent.engines.adapters import read_adapter
-from edge_agent.engines.base import Generate
+from edge_agent.engines.base import Generate, Piece
 from edge_agent.engines.genai import GenaiModel
 from edge_agent.errors import Refused, Retry
 from edge_agent.wire.bundle import content_digest, scan
@@ -165,6 +165,10 @@ def test_unloading_frees_it_with_its_caches(bases: dict[int, Path], model: Genai
             lambda f: (f / "adapter.json").write_text('{"format": 1, "base": "beef", "scale": 1}'),
             "digest beef, this is",
         ),
+        (lambda f: about(f, logit_bias={"none": 101.0}), "by up to 100"),
+        (lambda f: about(f, logit_bias={"": 1.0}), "logit_bias"),
+        (lambda f: about(f, logit_bias={f"word{n}": 1.0 for n in range(17)}), "up to 16 words"),
+        (lambda f: about(f, logit_bias={"none": "much"}), "no whole adapter"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_the_one_before_stays(
@@ -190,6 +194,33 @@ def shared(bases: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return model, say(model, "site")
 
 
+def test_a_bias_tips_the_first_word_under_a_grammar_and_nothing_else(
+    bases: dict[int, Path], model: GenaiModel, tmp_path: Path
+) -> None:
+    asked = Generate("", "The machine is", 'start: "halt none" | "none halt" | "go none halt"', 8, adapter="site")
+    plain, said = say(model, "", asked.prompt), dict[str, list[Piece]]()
+    for word in ("halt", "none", "go", ""):
+        site = folder(tmp_path / (word or "plain"), bases[4])
+        about(site, logit_bias={word: 60.0} if word else {})
+        model.load_adapter("site", site)
+        said[word] = list(model.generate(asked, lambda: False))
+        assert say(model, "site", asked.prompt) != plain  # without a grammar: as the adapter's matrices say
+    texts = {word: "".join(piece.text for piece in pieces) for word, pieces in said.items()}
+    assert texts == {"halt": "halt none", "none": "none halt", "go": "go none halt", "": texts[""]}
+    assert said["halt"][-1].probability > 0.99 >= said[""][-1].probability
+    free = {say(model, "site", asked.prompt)}
+    about(site, logit_bias={"none": 60.0})
+    model.load_adapter("site", site)
+    assert {say(model, "site", asked.prompt)} == free
+    model.unload_adapter("site")
+    assert not model._bias
+
+
+def about(folder: Path, **more: object) -> None:
+    file = folder / "adapter.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+
+
 def flip(path: Path, at: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[at] ^= 1
@@ -212,7 +243,7 @@ def test_what_ships_is_the_same_each_time_and_close_to_what_was_trained(tmp_path
     assert (tmp_path / "a" / "adapter.npz").stat().st_size < 5.2e6 / 15  # two of thirty layers
     with np.load(run / "adapter.npz") as was:
         a, b = (was[f"layers.0.attn_output.{part}"].astype(np.float32) for part in "ab")
-    parameters = read_adapter(tmp_path / "a", "0" * 64)
+    parameters, _ = read_adapter(tmp_path / "a", "0" * 64)
     product = parameters["blk.0.attn_output.a"] @ parameters["blk.0.attn_output.b"]
     wanted = 2.0 * (b @ a).T
     assert np.linalg.norm(product - wanted) < 0.015 * np.linalg.norm(wanted)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -101,3 +102,20 @@ def test_the_commands_take_a_folder_and_a_name(
     options = ["--adapter", str(folder), "--out", str(tmp_path / "out"), "--json"]
     done = CliRunner().invoke(app, ["package", "site", *options], env={"OUTRIDER_CACHE": str(model_cache)})
     assert json.loads(done.stdout)["digest"] == manifest.meta["content_digest"]
+
+
+def test_a_run_becomes_an_adapter_with_the_bias_that_is_asked_for(
+    model_cache: Path, smollm2_folder: Path, tmp_path: Path
+) -> None:
+    (run := tmp_path / "run").mkdir()
+    (run / "plan.json").write_text('{"alpha": 8, "rank": 4}')
+    np.savez(
+        run / "adapter.npz",
+        **{"layers.0.attn_output.a": np.ones((4, 576)), "layers.0.attn_output.b": np.ones((576, 4))},
+    )
+    command = ["toolcaller", "adapter", str(run), "--out", str(tmp_path / "site"), "--bias"]
+    done = CliRunner().invoke(app, [*command, "none=1.5", "--json"], env={"OUTRIDER_CACHE": str(model_cache)})
+    assert json.loads(done.stdout)["digest"] == content_digest(scan(tmp_path / "site"))
+    assert adapters.describe(tmp_path / "site").logit_bias == {"none": 1.5}
+    GenaiModel(smollm2_folder, threads=1, context=64).load_adapter("site", tmp_path / "site")
+    assert "'much' is not like none=1.5" in CliRunner().invoke(app, [*command, "much"]).stderr
