@@ -18,9 +18,9 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
-from edge_agent.agent import chat, confidence, grammar, prompt, taint
+from edge_agent.agent import chat, confidence, grammar, meant, prompt, taint
 from edge_agent.agent.act import Ended
-from edge_agent.agent.calls import Call
+from edge_agent.agent.calls import Call, CallError
 from edge_agent.agent.recall import Recall
 from edge_agent.agent.rules import Budget, Policy
 from edge_agent.agent.said import added
@@ -177,10 +177,11 @@ class Decider:
                 sample = msgspec.structs.replace(request, temperature=policy.confidence.temperature, seed=seed)
                 pieces.append(await self._model.generate(sample, max(0.1, deadline - time.monotonic())))
             said, sure, votes = confidence.vote(pieces, speaker.calibration)
+        text = understood(said.text, speaker, fit, read, policy)
         read_and_said = sum(piece.prompt_tokens + piece.output_tokens for piece in pieces)
         return Step(
             role,
-            said.text,
+            text,
             ms=sum(piece.total_s for piece in pieces) * 1e3,
             first_token_ms=pieces[0].first_token_s * 1e3,
             prompt_tokens=said.prompt_tokens,
@@ -193,7 +194,18 @@ class Decider:
             confidence=sure,
             votes=votes,
             cost=speaker.cost * read_and_said / 1000,
+            wrote=said.text if text != said.text else "",
         )
+
+
+def understood(text: str, to: Speaker, specs: Sequence[ToolSpec], read: Sequence[prompt.Turn], policy: Policy) -> str:
+    """What a model said, as `meant` by a small one."""
+    if to.endpoint or policy.unsaid == "act":
+        return text
+    try:
+        return meant.plain_text(text, specs, [turn.text for turn in read if turn.role != "assistant"])
+    except CallError:  # whoever carries it out says what is wrong with it
+        return text
 
 
 def next_call(

@@ -15,7 +15,7 @@ import msgspec
 
 from edge_agent.agent import policy, taint
 from edge_agent.agent.act import Tools
-from edge_agent.agent.decide import Model, Speaker, next_call
+from edge_agent.agent.decide import Model, Speaker, next_call, understood
 from edge_agent.agent.rules import Policy
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.transcript import Task, Transcripts
@@ -88,9 +88,9 @@ class Replay:
         fit = rules.fit(specs, until, hide=step.role == "check")
         asked = next_call(speaker, specs, read, calls=rules.calls, priority=PRIORITY, fit=fit)
         piece = await self._model.generate(asked, TIMEOUT_S)
-        same = _meant(step.text) == _meant(piece.text)
-        return Again(n, step.role, step.text, piece.text, same, step.ms, piece.total_s * 1e3)
+        says = understood(piece.text, speaker, fit, read, rules)
+        return Again(n, step.role, step.text, says, _calls(step.text) == _calls(says), step.ms, piece.total_s * 1e3)
 
 
-def _meant(said: str) -> Any:
+def _calls(said: str) -> Any:
     return taint.decisions(said) or said.strip()

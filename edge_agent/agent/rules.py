@@ -85,9 +85,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `untrusted`: whether an act that only untrusted text is a reason for is refused, or waits for an approval.
     `questions`: whether a request that only asks may have acts, or what reads alone. `unsaid`: whether an act may have
-    a number that nobody said (said.py). `repeats`
-    of a call with one result, and `wrong_calls`, end a task; `calls` may stand in one decision; `window` is of tokens
-    of a conversation that stay as they were; `watts` is what the device draws, where nothing measures; an answer whose
+    a number that nobody said (said.py), and a local model's call an option without a reason (meant.py). `repeats` of a
+    call with one result, and `wrong_calls`, end a task; `calls` may stand in one decision; `window` is of tokens of a
+    conversation that stay as they were; `watts` is what the device draws, where nothing measures; an answer whose
     score under the `output` rules is less than `least` is withheld.
     """
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from edge_agent.agent.calls import Call, CallError, validate
 from edge_agent.agent.grammar import build
 from edge_agent.agent.rules import Policy
-from edge_agent.agent.said import narrow, said, unsaid
+from edge_agent.agent.said import narrow, unsaid
+from edge_agent.agent.spoken import said
 from edge_agent.agent.tool import Param, Range, ToolSpec, declare
 from edge_agent.agent.transcript import Exchange, Step, Task
 from edge_agent.wire.grants import Subject

@@ -1,9 +1,9 @@
 """One decision a case through the engine that serves devices, judged by BFCL's checker, and the report's rows.
 
-Invariants: prompt, grammar and validation are the device's own, the same in every category, so nothing tells the model
-how many calls a case wants; a decision is kept under the digest of its model and its whole request, so a run that was
-stopped goes on; only development cases can be written out. One rule is stricter than BFCL's: text that is no call (cut
-off, out of bounds) is wrong everywhere, also where no call was the right answer.
+Invariants: prompt, grammar, what a call is taken to mean and validation are the device's own, the same in every
+category, so nothing tells the model how many calls a case wants; a decision is kept under the digest of its model and
+its whole request, so a run that was stopped goes on; only development cases can be written out. One rule is stricter
+than BFCL's: text that is no call (cut off, out of bounds) is wrong everywhere, also where no call was the right answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.agent import grammar, prompt
+from edge_agent.agent import grammar, meant, prompt
 from edge_agent.agent.calls import Call, CallError, parse_all, validate
 from edge_agent.engines.base import Generate, LanguageModel, Piece
 from edge_agent.errors import Refused
@@ -118,8 +118,10 @@ def evaluate(
 
 def judge(case: Case, tools: Tools, text: str, check: Check) -> str:
     """The kind of failure, empty when BFCL's checker finds the calls right."""
+    read = [said for role, said in case.messages if role != "assistant"]
     try:
-        calls = [validate(call, tools.specs) for call in parse_all(text) if isinstance(call, Call)]
+        decisions = meant.plain(parse_all(text), tools.specs, read)
+        calls = [validate(call, tools.specs) for call in decisions if isinstance(call, Call)]
     except CallError:
         return "unparsable"
     if bool(calls) != case.wants_call:
