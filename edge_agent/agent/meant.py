@@ -59,8 +59,11 @@ class _Heard(NamedTuple):
 def plain(decisions: Sequence[Decision], specs: Sequence[ToolSpec], texts: Sequence[str]) -> list[Decision]:
     """The decisions as the texts that the model has read give a reason for them; one that asks for no more than one
     before it is not said again."""
-    known, heard = {spec.name: spec for spec in specs}, _heard(tuple(texts))
+    known = {spec.name: spec for spec in specs}
     calls = [(each, known[each.name]) for each in decisions if isinstance(each, Call) and each.name in known]
+    if not any(_open(param) for _, spec in calls for param in spec.params):
+        return list(decisions)
+    heard = _heard(tuple(texts))
     needed = Counter(number for call, spec in calls for number in _needed(call, spec))
     spare = heard._replace(numbers=frozenset(n for n in heard.numbers if not 0 < heard.times[n] <= needed[n]))
     means = {id(call): _plain(call, spec, heard, spare) for call, spec in calls}
@@ -75,6 +78,10 @@ def plain_text(text: str, specs: Sequence[ToolSpec], texts: Sequence[str]) -> st
     decisions = parse_all(text)
     made = plain(decisions, specs, texts)
     return text if made == decisions else render_all(made)
+
+
+def _open(param: Param) -> bool:
+    return not param.required or param.kind in ("str", "float", "list")
 
 
 def _needed(call: Call, spec: ToolSpec) -> Iterator[float]:
