@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from edge_agent.agent import output, policy, prompt, taint
+from edge_agent.agent import condition, output, policy, prompt, taint
 from edge_agent.agent.act import Acts, Ended, Tools
 from edge_agent.agent.approval import Approvals
 from edge_agent.agent.calls import Answer, Call, CallError, Nothing, UnknownTool, render
@@ -209,7 +209,8 @@ def conclude(task: Task, decided: Decided, specs: Sequence[ToolSpec], rules: Pol
     if wrong:
         raise Ended("failed", answer=said, error=wrong[0].text)
     if isinstance(decisions[0], Nothing) and not results:
-        missing = [] if prompt.only_asks(task.text) else unsaid(specs, decided.fit)
+        reads = prompt.only_asks(task.text) or condition.known(task, specs) == "unread"
+        missing = [] if reads else unsaid(specs, decided.fit)
         hint = f" (was it not said: {', '.join(missing)}?)" if missing else ""
         raise Ended("failed", error=f"none of the tools does this{hint}")
     sure = [step.confidence for step, _ in rounds if step.confidence is not None]

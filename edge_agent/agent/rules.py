@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from edge_agent.agent import prompt, said
+from edge_agent.agent import condition, prompt, said
 from edge_agent.agent.approval import LASTS_S
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.transcript import Task
@@ -84,16 +84,18 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the file says; `approval_s`: how long an ask for an approval stands.
 
     `untrusted`: whether an act that only untrusted text is a reason for is refused, or waits for an approval.
-    `questions`: whether a request that only asks may have acts, or what reads alone. `unsaid`: whether an act may have
-    a number that nobody said (said.py), and a local model's call an option without a reason (meant.py). `repeats` of a
-    call with one result, and `wrong_calls`, end a task; `calls` may stand in one decision; `window` is of tokens of a
-    conversation that stay as they were; `watts` is what the device draws, where nothing measures; an answer whose
+    `questions`: whether a request that only asks may have acts, or what reads alone. `conditions`: whether what an
+    act depends on is held to it (condition.py). `unsaid`: whether an act may have a number that nobody said (said.py),
+    and a local model's call an option without a reason (meant.py). `repeats` of a call with one result, and
+    `wrong_calls`, end a task; `calls` may stand in one decision; `window` is of tokens of a conversation that stay as
+    they were; `watts` is what the device draws, where nothing measures; an answer whose
     score under the `output` rules is less than `least` is withheld.
     """
 
     approval_s: Annotated[float, Meta(gt=0, le=7 * 86400)] = LASTS_S
     untrusted: Literal["refuse", "ask"] = "refuse"
     questions: Literal["read", "act"] = "read"
+    conditions: Literal["hold", "act"] = "hold"
     unsaid: Literal["refuse", "act"] = "refuse"
     repeats: Annotated[int, Meta(ge=2, le=100)] = 3
     wrong_calls: Annotated[int, Meta(ge=1, le=100)] = 3
@@ -107,11 +109,13 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     least: Share = 0.5
 
     def fit(self, specs: Sequence[ToolSpec], task: Task, hide: bool = False) -> Sequence[ToolSpec]:
-        """The tools as a task may call them: what reads, where it only asks; acts with numbers that were said.
+        """The tools as a task may call them: what reads, where it only asks or its condition is not (known to be) met;
+        acts with numbers that were said.
 
         Where a person may decide, also with numbers of untrusted texts, unless they are hidden from the model (`hide`).
         """
-        if self.questions == "read" and prompt.only_asks(task.text):
+        waits = self.conditions == "hold" and condition.known(task, specs) in ("unread", "unmet")
+        if waits or (self.questions == "read" and prompt.only_asks(task.text)):
             return [spec for spec in specs if spec.risk == "read"]
         heard = self.untrusted == "ask" and not hide
         return said.narrow(specs, task, heard) if self.unsaid == "refuse" else specs
