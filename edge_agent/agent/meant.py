@@ -87,9 +87,10 @@ def _open(param: Param) -> bool:
 def _needed(call: Call, spec: ToolSpec) -> Iterator[float]:
     """The numbers that are there because they must be."""
     for param in spec.params:
-        value = call.args.get(param.name)
-        if param.required and isinstance(value, int | float) and not isinstance(value, bool):
-            yield float(value)
+        value = call.args.get(param.name) if param.required else None
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, int | float) and not isinstance(each, bool):
+                yield float(each)
 
 
 def _again(decision: Decision, before: Decision) -> bool:
