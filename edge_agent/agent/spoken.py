@@ -1,6 +1,7 @@
 """Which numbers a text says, as digits or in words of seven languages.
 
-Invariants: pure; nothing is converted: a number is what the text calls it, a part (half, 3/4) is of a whole.
+Invariants: pure; nothing is converted: a number is what the text calls it, a part (half, 3/4) is of a whole. A number
+that the text takes back ("to 60. Hang on, 62") is not said there.
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ _WHOLE = re.compile(
     r"|volle?[mnrs]?|vollgas|maximal|plein|fond|tope|máxim[oa])\b",
     re.IGNORECASE,
 )
+_TAKEN_BACK = re.compile(  # 45, no, make that 54; not: 50, wait 3 minutes
+    r"(?P<before>[^;!?]*\d[^.;!?\d]{0,30}?)(?P<rest>[,.:;…–—-]+\s*(?:(?:oh|ah|ach|äh|uh|er),?\s)?"
+    r"(?:(?:no|nope|nein|non|wait|hang on|hold on|scratch that|correction|quatsch)"
+    r"(?:\s*[,.:;…–—-]+|\s(?=wait|sorry|make that|i mean|it's))"
+    r"|(?:sorry|i mean|make that|pardon|perdón)\b)[^\d.;!?]{0,60}?)(?P<new>\d)",
+    re.IGNORECASE,
+)
 AMOUNT = re.compile(  # a minute, an hour, tomorrow
     r"\b(?:an?|per|each|every|eine[rmn]?|jede[mnrs]?|une?|cada|chaque|un[oa]?|ogni|een|elk[e]?|uma?)\s+"
     r"(?:sec|min|hour|day|week|month|notch|sekunde|stunde|tag|woche|monat|heure|jour|semaine|mois|hora|día|dia|semana"
@@ -100,6 +108,7 @@ def _said(text: str) -> Said:
     languages = LANGUAGES if _NOT_ENGLISH.search(text) else LANGUAGES[:1]
     read = [(alpha2digit(_NO_NUMBER.sub(" ", text), language, 0.0), language) for language in languages]
     found, language = max(read, key=lambda each: len(_NUMBER.findall(each[0])))
+    found = _TAKEN_BACK.sub(_kept, found)
     whole = alpha2digit(text, language, 0.0)
     written = _NUMBER.findall(_PART.sub("", found))
     words = [_WORDS[word] for word in re.findall(r"\w+", text) if word in _WORDS]
@@ -110,6 +119,15 @@ def _said(text: str) -> Said:
             numbers.update(map(float, range(low + 1, high)))
     count = len(words) + sum(each.count(",") + 1 for each in written)
     return Said(whole, frozenset(numbers), count, frozenset(_parts(whole)), bool(AMOUNT.search(text)))
+
+
+def _kept(found: re.Match[str]) -> str:
+    """The text without the number that is taken back: the one before, of the same noun where the new one has one."""
+    before, rest = found["before"], found["rest"]
+    noun = re.search(r"([^\W\d]+)\s*$", rest)
+    old = list(re.finditer(rf"\b{re.escape(noun[1])}\s+(\d+)", before, re.IGNORECASE)) if noun else []
+    old = old or list(re.finditer(r"(\d+(?:[.,]\d+)*)", before))
+    return before[: old[-1].start(1)] + before[old[-1].end(1) :] + rest + found["new"] if old else found[0]
 
 
 def _spelt(found: re.Match[str]) -> str:

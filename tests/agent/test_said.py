@@ -219,3 +219,24 @@ def test_every_number_in_digits_is_said(numbers: list[int], between: str) -> Non
 @given(st.text(max_size=200))
 def test_any_text_can_be_read(text: str) -> None:
     assert all(math.isfinite(number) for number in said(text).numbers)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("Put two on 60. Hang on, 62.", {2, 62}),
+        ("Set line 2 to 35. And line 1 to 45, no, make that 54.", {1, 2, 35, 54}),
+        ("stop 1... wait, I misread the board, it's 2 that's jammed", {2}),
+        ("line 2 at 60, no wait, line 3", {3, 60}),  # of the same noun
+        ("line 1 to 40, and line 2 to 40, sorry, 50", {1, 2, 40, 50}),
+        ("Linie 2 auf 40, nein, 45 Prozent", {2, 45}),
+        ("stop line 1 - no, 2 - and start 3", {2, 3}),
+        ("stop line 2, no more than that, and 3", {2, 3}),
+        ("line 1 and 2, please, make it 40 percent", {1, 2, 40}),
+        ("There are 3 lines. No problem, stop 2", {2, 3}),
+        ("line 2 to 50, wait 3 minutes, then stop it", {2, 3, 50}),
+        ("line 2 to 50; no, really, do it", {2, 50}),
+    ],
+)
+def test_a_number_that_is_taken_back_is_not_said(text: str, numbers: set[float]) -> None:
+    assert said(text).numbers == numbers
