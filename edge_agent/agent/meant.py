@@ -183,6 +183,8 @@ def _reason(param: Param, value: Any, heard: _Heard) -> bool:
         case str():
             if len(value) <= _CODE or not heard.english or _named(value, heard):
                 return True
+            if value.isdecimal():
+                return float(value) in heard.numbers
             return bool(_DIGITS.search(value)) and (bool(heard.numbers) or heard.when)
         case list():
             return any(_reason(param, each, heard) for each in value)

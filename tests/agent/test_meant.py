@@ -48,6 +48,7 @@ ROOM = 'find_rooms(city="Bonn", nights=3'
         "stars=3",  # the one 3 that was said is how many nights
         "rate=0.1",
         'note="quiet"',
+        'note="2017"',
         'guests=["Anna"]',
     ],
 )
