@@ -23,13 +23,14 @@ _encoder = msgspec.json.Encoder()
 
 
 class Run(NamedTuple):
-    """Records of one kind that were made at once."""
+    """Records of one kind that were made at once; `kept` is the priority that they lie under, where not their own."""
 
     kind: str
     bodies: Sequence[dict[str, Any]]
     priority: int
     at: float
     expires: float | None
+    kept: int | None = None
 
 
 class Block(NamedTuple):
@@ -42,12 +43,12 @@ class Block(NamedTuple):
     lines: bytes
 
 
-def blocks(first: int, runs: Iterable[Run], stored_priority: int | None) -> Iterator[Block]:
-    """Of the seqs from `first` on; `stored_priority` in place of the runs' own. Raises Refused: no record."""
+def blocks(first: int, runs: Iterable[Run]) -> Iterator[Block]:
+    """Of the seqs from `first` on. Raises Refused: no record."""
     records = list[Record]()
     priority, begun, expires = 0, None, None
     for run in runs:
-        stored = run.priority if stored_priority is None else stored_priority
+        stored = run.priority if run.kept is None else run.kept
         if records and (stored != priority or _apart(begun, run.expires)):
             yield from _encoded(records, priority, expires)
             first, records = first + len(records), []
@@ -64,7 +65,7 @@ def blocks(first: int, runs: Iterable[Run], stored_priority: int | None) -> Iter
 def refusal(run: Run) -> Refused | None:
     """Why it cannot be on disk, if it cannot."""
     try:
-        for _ in blocks(1, [run], None):
+        for _ in blocks(1, [run]):
             pass
     except Refused as error:
         return error

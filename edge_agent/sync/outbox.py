@@ -18,6 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -236,11 +237,11 @@ class Outbox:
         self._state = msgspec.structs.replace(before)
         return self._state
 
-    def _insert(self, db: Connection, runs: Sequence[Run], stored_priority: int | None = None) -> range:
+    def _insert(self, db: Connection, runs: Sequence[Run]) -> range:
         """`last_seq` is not written: what is there tells it, and what removes blocks keeps it."""
         state = self._begin(db)
         first = state.last_seq + 1
-        made = list(blocks(first, runs, stored_priority))
+        made = list(blocks(first, runs))
         for at in range(0, len(made), _ROWS):
             some = made[at : at + _ROWS]
             rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
@@ -251,7 +252,8 @@ class Outbox:
             if block.expires is not None:
                 self._next_expiry = min(self._next_expiry, block.expires)
         state.rows += state.last_seq - first + 1
-        if stored_priority is None and (state.rows > self._limits.rows or state.bytes > self._limits.bytes):
+        full = state.rows > self._limits.rows or state.bytes > self._limits.bytes
+        if full and all(run.kept is None for run in runs):
             self._make_room(db)
         db.on_commit(self.changed.set)
         return range(first, first + sum(len(run.bodies) for run in runs))
@@ -334,6 +336,7 @@ class Outbox:
         gone = db.execute(f"SELECT first, last, priority FROM outbox WHERE {where} ORDER BY first", values).fetchall()
         if gone:
             self._begin(db)
+            db.on_rollback(partial(setattr, self, "_next_expiry", self._next_expiry))
             self._delete(db, where, values)
             self._tell_loss(db, LossReason.TTL, gone)
         (soonest,) = db.execute("SELECT min(expires) FROM outbox WHERE expires > ?", values[:1]).fetchone()
@@ -390,7 +393,8 @@ class Outbox:
             db.execute("UPDATE outbox SET lines = ? WHERE first = ?", [line, seq])
             self._state.bytes += len(line) - before
         else:
-            (seq,) = self._insert(db, [self._run("loss", [msgspec.to_builtins(loss)], 0, None)], _KEPT)
+            run = Run("loss", [msgspec.to_builtins(loss)], 0, self._clock(), None, kept=_KEPT)
+            (seq,) = self._insert(db, [run])
         self._state.losses = {**self._state.losses, reason: (seq, loss)}
 
 

@@ -343,6 +343,24 @@ async def test_what_outlived_its_ttl_goes_and_is_told(store: Store) -> None:
     assert msgspec.convert(records[1].body, Loss) == Loss("ttl", 1, 1, 1, {"5": 1})  # type: ignore[arg-type]
 
 
+async def test_what_outlived_its_ttl_goes_after_a_transaction_that_let_go_of_it_and_failed(store: Store) -> None:
+    now = 1000.0
+    outbox = await Outbox.open(store, limits=Limits(rows=2), clock=lambda: now)
+    await outbox.append("telemetry", {"n": 1}, ttl=10)
+    now = 1011.0
+
+    def work(db: Any) -> None:
+        for n in range(2, 5):
+            outbox.put(db, "job", {"n": n})
+        assert outbox.last_seq > 4  # there was no room: what outlived its TTL is told as lost
+        raise Refused("no")
+
+    with pytest.raises(Refused, match="no"):
+        await store.write(work)
+    assert outbox.last_seq == 1
+    assert [r.kind for r in await everything(outbox)] == ["loss"]
+
+
 async def test_a_transaction_that_fails_takes_its_record_and_its_seq_back(outbox: Outbox, store: Store) -> None:
     def work(db: Any) -> None:
         assert outbox.put(db, "job", {"n": 1}) == 1
