@@ -13,7 +13,7 @@ it on as an argument, as a message does: then it is what the act is about. It ne
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -94,14 +94,16 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
 def steers(said: str, task: Task, known: Mapping[str, ToolSpec]) -> bool:
     """Whether this is an act that the model proposes after it has read untrusted text, here or earlier on."""
     made = acts(said, known)
-    return bool(made) and (bool(texts(task, known)) or _quotes(made, task.text, known))
+    return bool(made) and (any(True for _ in texts(task, known)) or _quotes(made, task.text, known))
 
 
-def texts(task: Task, known: Mapping[str, ToolSpec]) -> list[str]:
+def texts(task: Task, known: Mapping[str, ToolSpec]) -> Iterator[str]:
     """What the model reads of others: answers of the conversation, and results with untrusted text in them."""
-    results = [step for step in task.steps if step.role == "tool" and step.call is not None]
-    lures = [step for step in results if not step.ok or _text(step, known) != prompt.result_text(step.result)]
-    return [*(each.answer for each in task.before), *(step.text for step in lures)]
+    yield from (each.answer for each in task.before)
+    for step in task.steps:
+        result = step.role == "tool" and step.call is not None
+        if result and not (step.ok and _text(step, known) == prompt.result_text(step.result)):
+            yield step.text
 
 
 @lru_cache(128)  # each step reads the decisions of all steps before
