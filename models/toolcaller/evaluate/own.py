@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.agent import grammar, prompt
+from edge_agent.agent import grammar, meant, prompt
 from edge_agent.agent.calls import Call, CallError, parse_all, render, validate
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.engines.base import Generate, LanguageModel
@@ -47,9 +47,10 @@ def evaluate(
         for request in group.requests:
             for adapter in adapters:
                 began = time.perf_counter()
-                said = [_decide(model, group.tools, turns, adapter, alone) for turns, alone, _ in _steps(request)]
+                steps = list(_steps(request))
+                said = [_decide(model, group.tools, turns, adapter, alone) for turns, alone, _ in steps]
                 right = all(
-                    _same(got, wanted, group.tools) for got, (_, _, wanted) in zip(said, _steps(request), strict=True)
+                    _same(got, turns, wanted, group.tools) for got, (turns, _, wanted) in zip(said, steps, strict=True)
                 )
                 ms = (time.perf_counter() - began) * 1e3
                 yield Outcome(adapter, kind(request), right, ms, request.text, said)
@@ -77,9 +78,10 @@ def _decide(
     return "".join(piece.text for piece in model.generate(ask, lambda: False))
 
 
-def _same(text: str, wanted: Sequence[Call], tools: Sequence[ToolSpec]) -> bool:
+def _same(text: str, read: Sequence[prompt.Turn], wanted: Sequence[Call], tools: Sequence[ToolSpec]) -> bool:
     try:
-        made = [validate(call, tools) for call in parse_all(text) if isinstance(call, Call)]
+        decisions = meant.plain(parse_all(text), tools, [turn.text for turn in read if turn.role != "assistant"])
+        made = [validate(call, tools) for call in decisions if isinstance(call, Call)]
     except CallError:
         return False
     return sorted(map(render, made)) == sorted(map(render, wanted))
