@@ -18,9 +18,9 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
-from edge_agent.agent import chat, confidence, grammar, meant, prompt, taint
+from edge_agent.agent import chat, confidence, grammar, meant, parts, prompt, taint
 from edge_agent.agent.act import Ended
-from edge_agent.agent.calls import Call, CallError
+from edge_agent.agent.calls import Call, CallError, Nothing
 from edge_agent.agent.recall import Recall
 from edge_agent.agent.rules import Budget, Policy
 from edge_agent.agent.said import added
@@ -98,7 +98,7 @@ class Decider:
 
     async def decide(self, task: Task, specs: Sequence[ToolSpec], rules: Policy, deadline: float) -> Decided:
         """What the model says next, or has said and is not yet carried out. Raises Ended."""
-        known, k, fit = {spec.name: spec for spec in specs}, undone(task.steps), rules.fit(specs, task)
+        known, k, fit = {spec.name: spec for spec in specs}, undone(task), rules.fit(specs, task)
         if k is None:
             await self._ask(_Question(task, specs, fit, taint.turns(task, known), "model", deadline, rules))
             k = len(task.steps) - 1
@@ -224,6 +224,8 @@ def next_call(
     if speaker.endpoint:
         asked = chat.chat(fit, turns, calls > 1, prompt.form(request))
         return msgspec.structs.replace(to, max_tokens=4 * max_tokens, chat=asked)
+    turns = parts.asked(turns)
+    request = next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
     plan = speaker.several and calls > 1 and prompt.joined(request)
     return msgspec.structs.replace(
         to,
@@ -246,14 +248,18 @@ def _grammar(specs: tuple[ToolSpec, ...], several: int) -> str:
     return grammar.build(specs, several=several, refs=several > 1)
 
 
-def undone(steps: Sequence[Step]) -> int | None:
+def undone(task: Task) -> int | None:
     """The place of the last decision, when not all of its calls were made, and none failed."""
+    steps = task.steps
     k = max((n for n, step in enumerate(steps) if step.role in ("model", "check")), default=None)
     if k is None:
         return None
     came = [step for step in steps[k + 1 :] if step.role == "tool"]
     parts = [step.at.startswith(f"{k}.") and step.ok for step in came]
-    calls = sum(isinstance(decision, Call) for decision in taint.decisions(steps[k].text))
+    said = taint.decisions(steps[k].text)
+    if said == (Nothing(),) and taint.left(task):
+        return None
+    calls = sum(isinstance(decision, Call) for decision in said)
     return k if all(parts) and (not came or len(came) < calls) else None
 
 

@@ -208,6 +208,8 @@ def conclude(task: Task, decided: Decided, specs: Sequence[ToolSpec], rules: Pol
     wrong = [step for step in next((came for _, came in reversed(rounds) if came), []) if not step.ok]
     if wrong:
         raise Ended("failed", answer=said, error=wrong[0].text)
+    if isinstance(decisions[0], Nothing) and taint.left(task):
+        return []
     if isinstance(decisions[0], Nothing) and not results:
         reads = prompt.only_asks(task.text) or condition.known(task, specs) == "unread"
         missing = [] if reads else unsaid(specs, decided.fit)

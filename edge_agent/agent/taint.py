@@ -18,7 +18,8 @@ from functools import lru_cache
 from typing import Any
 
 from edge_agent.agent import prompt
-from edge_agent.agent.calls import Answer, Call, CallError, Decision, parse_all, render, render_all
+from edge_agent.agent.calls import Answer, Call, CallError, Decision, Nothing, parse_all, render, render_all
+from edge_agent.agent.parts import parts
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.agent.transcript import Step, Task
 
@@ -89,6 +90,12 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
             read.append(prompt.Turn("tool", told))
         results = results or any(step.call for step in came)
     return read
+
+
+def left(task: Task) -> bool:
+    """Whether a part of the request was not asked for yet."""
+    done = sum(each == Nothing() for said, _ in rounds(task.steps) for each in decisions(said.text))
+    return done < len(parts(task.text))
 
 
 def steers(said: str, task: Task, known: Mapping[str, ToolSpec]) -> bool:

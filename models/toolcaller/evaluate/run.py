@@ -1,4 +1,5 @@
-"""One decision a case through the engine that serves devices, judged by BFCL's checker, and the report's rows.
+"""One decision a case (a part, where its words count parts) through the engine that serves devices, judged by BFCL's
+checker, and the report's rows.
 
 Invariants: prompt, grammar, what a call is taken to mean and validation are the device's own, the same in every
 category, so nothing tells the model how many calls a case wants; a decision is kept under the digest of its model and
@@ -9,6 +10,7 @@ than BFCL's: text that is no call (cut off, out of bounds) is wrong everywhere, 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,8 @@ from typing import Any
 import msgspec
 
 from edge_agent.agent import grammar, meant, prompt
-from edge_agent.agent.calls import Call, CallError, parse_all, validate
+from edge_agent.agent.calls import Call, CallError, Nothing, parse_all, render, validate
+from edge_agent.agent.parts import parts
 from edge_agent.engines.base import Generate, LanguageModel, Piece
 from edge_agent.errors import Refused
 from models.toolcaller.evaluate import figures
@@ -27,6 +30,7 @@ from models.toolcaller.evaluate.convert import Tools, convert
 SEVERAL = 8  # calls that one decision may hold
 MAX_TOKENS = 512
 CONTEXT = 8192
+NONE = render(Nothing())
 KINDS = {
     "wrong_func_name": "wrong tool",
     "missing_required": "missing argument",
@@ -80,8 +84,9 @@ class Kept:
         return self._pieces[key]
 
 
-def request(case: Case, tools: Tools, adapter: str = "") -> Generate:
-    """What the model is asked; everything is in `prompt`, as no two cases share their tools."""
+def request(case: Case, tools: Tools, adapter: str = "", said: Sequence[str] = ()) -> Generate:
+    """What the model is asked when it has said so much to the parts before; everything is in `prompt`, as no two cases
+    share their tools."""
     turns: list[prompt.Turn] = []
     told = ""
     for role, text in case.messages:
@@ -90,8 +95,12 @@ def request(case: Case, tools: Tools, adapter: str = "") -> Generate:
         elif role == "assistant":
             turns.append(prompt.Turn("assistant", text))
         else:
-            turns.append(prompt.Turn("user", told + text))
-            told = ""
+            asked = parts(text) if text is case.messages[-1][1] else [text]
+            for n, part in enumerate(asked[: len(said) + 1]):
+                if n:
+                    turns.append(prompt.Turn("assistant", said[n - 1]))
+                turns.append(prompt.Turn("user", told + part))
+                told = ""
     text = prompt.preamble(tools.specs, prompt.SYSTEM_ALL) + prompt.suffix(turns)
     rules = grammar.build(tools.specs, answer=False, several=SEVERAL)
     return Generate("", text, rules, max_tokens=MAX_TOKENS, adapter=adapter)
@@ -108,11 +117,15 @@ def evaluate(
     """Decide and judge every case. `text` of a result is what the model said."""
     for case in cases:
         tools = convert(case.functions)
-        piece = kept.decide(model, request(case, tools, adapter))
-        failure = "too long" if piece.finish == "refused" else judge(case, tools, piece.text, check)
-        confidence = piece.probability
-        ms, tokens = piece.total_s * 1e3, piece.output_tokens
-        yield Result(case.id, case.category, failure, ms, confidence, tokens, len(tools.loose), piece.text)
+        pieces = list[Piece]()
+        for _ in parts(case.messages[-1][1]):
+            pieces.append(kept.decide(model, request(case, tools, adapter, [piece.text for piece in pieces])))
+        text = "\n".join(piece.text for piece in pieces if piece.text != NONE) or NONE
+        refused = any(piece.finish == "refused" for piece in pieces)
+        failure = "too long" if refused else judge(case, tools, text, check)
+        confidence = math.prod(piece.probability for piece in pieces)
+        ms, tokens = sum(piece.total_s for piece in pieces) * 1e3, sum(piece.output_tokens for piece in pieces)
+        yield Result(case.id, case.category, failure, ms, confidence, tokens, len(tools.loose), text)
         progress()
 
 

@@ -1,0 +1,77 @@
+"""A long request is asked part by part, where its own words count the parts."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_agent.agent.parts import asked, parts
+from edge_agent.agent.prompt import Turn
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            "Can you help me? First, stop line 1. It is jammed. Then put line 2 to 40 %. Finally, how warm is line 3?",
+            [
+                "Can you help me? First, stop line 1. It is jammed.",
+                "Then put line 2 to 40 %.",
+                "Finally, how warm is line 3?",
+            ],
+        ),
+        (
+            "I need two things. 1. Stop line 1. 2. Start line 2.",
+            ["I need two things. 1. Stop line 1.", "2. Start line 2."],
+        ),
+        ("Find primes up to 50. Also, list the squares.", ["Find primes up to 50.", "Also, list the squares."]),
+        (
+            "Zuerst bitte Linie 1 anhalten. Danach bitte Linie 2 auf 40 %.",
+            ["Zuerst bitte Linie 1 anhalten.", "Danach bitte Linie 2 auf 40 %."],
+        ),
+        (
+            "Find an Italian place. Also, it should be near. Then book a taxi.",
+            ["Find an Italian place. Also, it should be near.", "Then book a taxi."],
+        ),
+    ],
+)
+def test_a_request_is_split_where_it_counts_and_a_part_wishes_something(text: str, found: list[str]) -> None:
+    assert list(parts(text)) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "stop line 1 and then start line 2",
+        "Stop line 1.  Start line 2. ",
+        "If line 2 is hot, stop it. Then start line 3.",
+        "Then stop line 1.",
+        "Read it. Also, the camera is dirty.",
+        "   ",
+        " ".join(f"Then stop line {n}." for n in range(20)),
+    ],
+)
+def test_what_does_not_count_or_has_a_condition_stays_as_it_is(text: str) -> None:
+    assert list(parts(text)) == [text]
+
+
+@given(
+    st.lists(st.sampled_from(["Then stop it.", "First, go.", "Why?", "also, what is it?", "x", "1. find"]), max_size=9)
+)
+def test_no_word_is_lost_or_moved(sentences: list[str]) -> None:
+    text = " ".join(sentences)
+    assert " ".join(parts(text)).split() == text.split()
+
+
+def test_the_next_part_is_asked_for_when_nothing_is_left_of_the_one_before() -> None:
+    one, two = parts("Stop line 1. Then start line 2.")
+    before, whole = [Turn("user", "hello"), Turn("assistant", "none()")], Turn("user", f"{one} {two}")
+    stop, came = Turn("assistant", "stop_line(line=1)"), Turn("tool", "done")
+    none, start = Turn("assistant", "none()"), Turn("assistant", "start_line(line=2)")
+    assert asked([*before, whole]) == [*before, Turn("user", one)]
+    assert asked([whole, stop, came]) == [Turn("user", one), stop, came]
+    second = [Turn("user", one), stop, came, none, Turn("user", two)]
+    assert asked([whole, stop, came, none]) == second
+    assert asked([whole, stop, came, none, start, came, none]) == [*second, start, came, none]
+    assert asked([]) == []
