@@ -199,11 +199,13 @@ class Decider:
 
 
 def understood(text: str, to: Speaker, specs: Sequence[ToolSpec], read: Sequence[prompt.Turn], policy: Policy) -> str:
-    """What a model said, as `meant` by a small one."""
+    """What a model said, as `meant` by a small one; answers of the conversation are texts too, calls are none."""
     if to.endpoint or policy.unsaid == "act":
         return text
+    asked = max((n for n, turn in enumerate(read) if turn.role == "user"), default=0)
+    texts = [turn.text for n, turn in enumerate(read) if turn.role != "assistant" or n < asked]
     try:
-        return meant.plain_text(text, specs, [turn.text for turn in read if turn.role != "assistant"])
+        return meant.plain_text(text, specs, texts)
     except CallError:  # whoever carries it out says what is wrong with it
         return text
 

@@ -29,7 +29,7 @@ from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.wire.grants import Subject
 
 MAX_RUNS = 3
-NOT_HERE = "is not for this request: it only asks, or a number was not said that this needs"
+NOT_HERE = "is not for this request: it only asks, its condition is not met, or a number was not said that this needs"
 COUNTED = ("wrong_calls", "unknown_tools", "checks", "votes", "routed")
 
 

@@ -115,7 +115,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Where a person may decide, also with numbers of untrusted texts, unless they are hidden from the model (`hide`).
         """
         waits = self.conditions == "hold" and condition.known(task, specs) in ("unread", "unmet")
-        if waits or (self.questions == "read" and prompt.only_asks(task.text)):
+        if waits:  # what is said for later is judged when it is done
+            specs = [spec for spec in specs if spec.risk == "read" or any(param.later for param in spec.params)]
+        if self.questions == "read" and prompt.only_asks(task.text):
             return [spec for spec in specs if spec.risk == "read"]
         heard = self.untrusted == "ask" and not hide
         return said.narrow(specs, task, heard) if self.unsaid == "refuse" else specs

@@ -64,13 +64,15 @@ _WHOLE = re.compile(
     r"|volle?[mnrs]?|vollgas|maximal|plein|fond|tope|máxim[oa])\b",
     re.IGNORECASE,
 )
-_TAKEN_BACK = re.compile(  # 45, no, make that 54; not: 50, wait 3 minutes
-    r"(?P<before>[^;!?]*\d[^.;!?\d]{0,30}?)(?P<rest>[,.:;…–—-]+\s*(?:(?:oh|ah|ach|äh|uh|er),?\s)?"
-    r"(?:(?:no|nope|nein|non|wait|hang on|hold on|scratch that|correction|quatsch)"
-    r"(?:\s*[,.:;…–—-]+|\s(?=wait|sorry|make that|i mean|it's))"
-    r"|(?:sorry|i mean|make that|pardon|perdón)\b)[^\d.;!?]{0,60}?)(?P<new>\d)",
+_TAKES_BACK = re.compile(  # 45, no, make that 54; not: 50, wait 3 minutes; 2, wait, and then 3
+    r"[,.:;…–—-]{1,3}\s*(?:(?:oh|ah|ach|äh|uh|er),?\s)?"
+    r"(?:(?:no(?!\.\s*\d)|nope|nein|non|wait|hang on|hold on|scratch that|correction|quatsch)"
+    r"(?:\s*[,.:;…–—-]{1,3}|\s(?=wait|sorry|make that|i mean|it's))|(?:sorry|i mean|make that|pardon|perdón)\b)[\s,]*"
+    r"(?:(?:wait|sorry|no|make that|i mean|it's|it is|to|at|on|auf|à|a|the|actually|rather)\b[\s,]*){0,4}"
+    r"(?P<noun>[^\W\d]+\s)?(?=\d+(?! (?:is|are|ist|sind)\b))",
     re.IGNORECASE,
 )
+_BACK, _NEAR = 120, 30  # characters that are looked back over, and that a number without a noun is near
 AMOUNT = re.compile(  # a minute, an hour, tomorrow
     r"\b(?:an?|per|each|every|eine[rmn]?|jede[mnrs]?|une?|cada|chaque|un[oa]?|ogni|een|elk[e]?|uma?)\s+"
     r"(?:sec|min|hour|day|week|month|notch|sekunde|stunde|tag|woche|monat|heure|jour|semaine|mois|hora|día|dia|semana"
@@ -108,11 +110,11 @@ def _said(text: str) -> Said:
     languages = LANGUAGES if _NOT_ENGLISH.search(text) else LANGUAGES[:1]
     read = [(alpha2digit(_NO_NUMBER.sub(" ", text), language, 0.0), language) for language in languages]
     found, language = max(read, key=lambda each: len(_NUMBER.findall(each[0])))
-    found = _TAKEN_BACK.sub(_kept, found)
-    whole = alpha2digit(text, language, 0.0)
+    found = _mended(found)
+    whole = _mended(alpha2digit(text, language, 0.0))
     written = _NUMBER.findall(_PART.sub("", found))
     words = [_WORDS[word] for word in re.findall(r"\w+", text) if word in _WORDS]
-    numbers = {number for each in written for number in _readings(each)}.union(words)
+    numbers = {number for each in written for number in readings(each)}.union(words)
     for ends in _SPAN.findall(found):
         low, high = (int(end) for end in ends if end)
         if 0 < high - low <= MAX_SPAN:
@@ -121,13 +123,17 @@ def _said(text: str) -> Said:
     return Said(whole, frozenset(numbers), count, frozenset(_parts(whole)), bool(AMOUNT.search(text)))
 
 
-def _kept(found: re.Match[str]) -> str:
-    """The text without the number that is taken back: the one before, of the same noun where the new one has one."""
-    before, rest = found["before"], found["rest"]
-    noun = re.search(r"([^\W\d]+)\s*$", rest)
-    old = list(re.finditer(rf"\b{re.escape(noun[1])}\s+(\d+)", before, re.IGNORECASE)) if noun else []
-    old = old or list(re.finditer(r"(\d+(?:[.,]\d+)*)", before))
-    return before[: old[-1].start(1)] + before[old[-1].end(1) :] + rest + found["new"] if old else found[0]
+def _mended(text: str) -> str:
+    """Without the numbers that are taken back: each the last before, of the same noun where the new one has one."""
+    for found in reversed(list(_TAKES_BACK.finditer(text))):
+        start = max(0, found.start() - _BACK)
+        before = text[start : found.start()]
+        same = rf"\b{re.escape(found['noun'].strip())}\s+(\d+)" if found["noun"] else r"(?!)()"
+        old = list(re.finditer(same, before, re.IGNORECASE))
+        old = old or list(re.finditer(rf"(\d+(?:[.,]\d+)*)(?=\D{{0,{_NEAR}}}$)", before))
+        if old:
+            text = text[: start + old[-1].start(1)] + text[start + old[-1].end(1) :]
+    return text
 
 
 def _spelt(found: re.Match[str]) -> str:
@@ -138,8 +144,8 @@ def _spelt(found: re.Match[str]) -> str:
     return "two" if word == "tow" else next(iter(near), found[0])
 
 
-def _readings(written: str) -> Iterator[float]:
-    """1,200 can be a thousand and more, one and a bit, or two numbers; 1.2 is one."""
+def readings(written: str) -> Iterator[float]:
+    """What a written number may be: 1,200 can be a thousand and more, one and a bit, or two numbers; 1.2 is one."""
     sign, parts = -1.0 if written[0] in "-−mM" else 1.0, re.findall(r"\d+", written)
     if len(parts) <= 2:
         yield sign * float(".".join(parts))

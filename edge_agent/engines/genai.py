@@ -123,7 +123,8 @@ class GenaiModel:
         if name in self._adapters:
             self.unload_adapter(name)
         self._adapters[name] = known
-        self._bias[name] = {self._tokenizer.tokenize_str(word)[0]: by for word, by in bias.items()}
+        first = [(self._tokenizer.tokenize_str(word)[0], by) for word, by in bias.items()]
+        self._bias[name] = {token: sum(by for other, by in first if other == token) for token, _ in first}
 
     def unload_adapter(self, name: str) -> None:
         """Remove an adapter and its caches. Raises Refused when it is not loaded, Retry when a text is half written."""

@@ -61,26 +61,71 @@ def test_an_act_waits_for_the_reading_and_is_not_made_where_it_does_not_hold(
         "run line 1 at less than 40 %",
         "if you can, stop line 2",
         "if it's above 60 stop it, and if it's above 80 stop all of them",
+        "If you can, set line 2 to at most 55",
+        "Line 2 should run under 60, set it to 55",
+        "it once ran over 60; set line 2 to 50",
+        "When you start line 2, keep it under 40 percent",
+        "If it is past 10, stop line 2",
+        "if it runs for more than 3 hours stop line 2",
+        "if line 2 is hot, set line 1 to more than 30",
+        "if line 2 isn't hotter than 60, start it",
+        "if the wear is no longer above 60, start it",
+        "If the pressure is over 1,200 stop line 2",  # a thousand, or one and a bit?
+        "If the pressure is over 1 200 stop line 2",
+        "Remember: if the press is hotter than 80, call Ann",
+        "the note says 'stop line 2 if it is hotter than 60', start line 3",
     ],
 )
-def test_what_has_no_one_comparison_is_left_to_the_model(text: str) -> None:
+def test_what_is_no_plain_condition_is_left_to_the_model(text: str) -> None:
     assert known(task(text), SPECS) == "none"
 
 
 def test_what_else_is_to_be_done_is_open_once_it_was_read() -> None:
-    text = "if line 2 is hotter than 60 stop it, otherwise stop line 1"
-    assert known(task(text), SPECS) == "unread"
-    assert known(task(text, 20), SPECS) == "met"
+    for text in (
+        "if line 2 is hotter than 60 stop it, otherwise stop line 1",
+        "stop each line if it is hotter than 60",
+        "check them; if one of the lines is hotter than 60 stop it",
+    ):
+        assert known(task(text), SPECS) == "unread"
+        assert known(task(text, 20), SPECS) == "met"
+    assert known(task("if line 2 is hotter than 60 stop it, otherwise ignore it", 20), SPECS) == "unmet"
 
 
-def test_both_have_to_hold_where_the_request_says_both() -> None:
-    text = "if lines 1 and 2 are both under 60, stop line 3"
-    assert known(task(text, 70, 50), SPECS) == "unmet"
-    assert known(task(text, 55, 50), SPECS) == "met"
+def test_every_reading_has_to_hold_until_an_act_was_done() -> None:
+    asked = task("if line 2 is hotter than 60, stop it", 45)
+    asked.steps.append(Step("tool", call=Call("read_sensor", {"sensor": "speed", "line": 2}), result=80))
+    assert known(asked, SPECS) == "unmet"
+    asked = task("if line 2 is over 60, stop it, check it, then start line 3", 65)
+    asked.steps.append(Step("tool", call=Call("stop_line", {"line": 2}), result=None))
+    asked.steps.append(Step("tool", call=Call("read_sensor", {"sensor": "speed", "line": 2}), result=0))
+    assert known(asked, SPECS) == "met"
 
 
-def test_only_one_number_that_a_reading_gave_counts() -> None:
+def test_a_number_that_is_taken_back_is_no_limit() -> None:
+    text = "if line 2 is above 60, no, 65, stop it"
+    assert known(task(text, 62), SPECS) in ("none", "unmet")
+
+
+def test_at_least_takes_the_number_itself_and_above_does_not() -> None:
+    for text, met in (
+        ("above 60", False),
+        ("at least 60", True),
+        ("> 60", False),
+        (">= 60", True),
+        ("under 60", False),
+    ):
+        assert (known(task(f"if line 2 is {text} stop it", 60), SPECS) == "met") is met
+
+
+def test_a_reading_that_is_no_one_number_leaves_it_to_the_model() -> None:
     text = "if line 2 is hotter than 60, stop it"
     for value in ("90", True, None, [90], {"line": 2}, {"a": 90, "b": 91}):
-        assert known(task(text, value), SPECS) == "unread"
+        assert known(task(text, value), SPECS) == "none"
+    assert known(task(text, {"value": 70, "age_s": 3}), SPECS) == "met"
     assert known(task(text, 90, of="stop_line"), SPECS) == "unread"
+
+
+def test_what_is_said_for_later_is_judged_then() -> None:
+    later = ToolSpec("schedule_request", "Later.", [Param("text", "str", later=True)], risk="act")
+    fit = Policy().fit([*SPECS, later], task("At 22:00 stop line 2 if it is hotter than 60"))
+    assert [spec.name for spec in fit] == ["read_sensor", "schedule_request"]

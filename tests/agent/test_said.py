@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Annotated, Any
 
 import msgspec
@@ -226,7 +227,15 @@ def test_any_text_can_be_read(text: str) -> None:
     [
         ("Put two on 60. Hang on, 62.", {2, 62}),
         ("Set line 2 to 35. And line 1 to 45, no, make that 54.", {1, 2, 35, 54}),
-        ("stop 1... wait, I misread the board, it's 2 that's jammed", {2}),
+        ("stop 1... wait, it's 2", {2}),
+        ("Stop line 1, wait, and start line 3", {1, 3}),
+        ("Stop line 1. Wait. Then start line 2", {1, 2}),
+        ("Set line 2 to 60, sorry for bothering, and line 3 to 40", {2, 3, 40, 60}),
+        ("Set line 1 to 50, sorry I'm late, line 2 to 30", {1, 2, 30, 50}),
+        ("stop 2 - sorry, and also 3", {2, 3}),
+        ("Set line 2 to 40, wait, then to 60", {2, 40, 60}),
+        ("Lot 12, No. 45", {12, 45}),
+        ("Stop line 2, then, oh no, 3 is hot as well", {2, 3}),
         ("line 2 at 60, no wait, line 3", {3, 60}),  # of the same noun
         ("line 1 to 40, and line 2 to 40, sorry, 50", {1, 2, 40, 50}),
         ("Linie 2 auf 40, nein, 45 Prozent", {2, 45}),
@@ -240,3 +249,10 @@ def test_any_text_can_be_read(text: str) -> None:
 )
 def test_a_number_that_is_taken_back_is_not_said(text: str, numbers: set[float]) -> None:
     assert said(text).numbers == numbers
+
+
+def test_a_long_row_of_marks_and_digits_is_read_at_once() -> None:
+    began = time.process_time()
+    for text in ("1" + "," * 4000, "line 2 " + "-" * 4000, "12 ----- " * 400, "1, " * 1300, "no, " * 1000 + "2"):
+        said(text)
+    assert time.process_time() - began < 5
