@@ -269,7 +269,7 @@ def check_budget(task: Task, budget: Budget, late: bool) -> None:
     """Raises Ended when the next decision would go past a limit."""
     used = {
         "time": (budget.seconds if late else -1.0, budget.seconds, " s"),
-        "steps": (sum(step.role == "model" for step in task.steps), budget.steps, ""),
+        "steps": (sum(map(_decides, task.steps)), budget.steps, ""),
         "tokens": (sum(step.tokens for step in task.steps), budget.tokens, ""),
         "energy": (task.joules, budget.joules or math.inf, " J"),
         "money": (sum(step.cost for step in task.steps), budget.cost or math.inf, ""),
@@ -277,6 +277,11 @@ def check_budget(task: Task, budget: Budget, late: bool) -> None:
     for name, (spent, limit, unit) in used.items():
         if spent >= limit:
             raise Ended("failed", error=f"out of {name}: {limit:g}{unit}")
+
+
+def _decides(step: Step) -> bool:
+    """Whether it costs a step: that nothing is left to do of a part does not."""
+    return step.role == "model" and taint.decisions(step.text) != (Nothing(),)
 
 
 def _unsure(step: Step, rules: Policy) -> str:

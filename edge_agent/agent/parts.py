@@ -28,9 +28,9 @@ _CONDITION = re.compile(r"\b(?:if|unless|otherwise|in case|wenn|falls|sofern|si)
 _WISHES = re.compile(
     r"\?|\b(?:can|could|would|will) you\b|\bplease\b|\b(?:I|you|we)(?:'d|'m|'re| would| am| are)?(?: \w+)? (?:want"
     r"|need|like|have to|interested|curious|planning|trying|looking|decide)\b|\bbitte\b|\bveuillez\b|\bpor favor\b"
-    rf"|^(?:{_COUNTS.pattern})?[\W_]*(?:use|find|calculate|get|book|order|tell|give|show|check|compute|determine|search"
-    r"|convert|play|set|fetch|retrieve|list|look|buy|create|generate|analy[sz]e|stop|start|put|bring|turn|switch|run|read"
-    r"|send|open|close|make(?! sure)|add|estimate|provide|design|identify|sort|filter)\b",
+    rf"|^(?:{_COUNTS.pattern})[\W_]*(?!(?:the|an?|it\w*|its|this|that|these|those|they|he|she|we|you|i|my|your|our|his|her"
+    r"|their|there|each|all|both|some|in|on|at|for|with|of|by|to|as|note|make sure|consider|assume|remember|suppose"
+    r"|imagine|keep in mind|der|die|das|es|er|sie|ich|wir|le|la|les|il|elle|el|los|las)\b)[^\W\d]",
     re.IGNORECASE,
 )
 
