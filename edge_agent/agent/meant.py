@@ -3,8 +3,9 @@
 Invariants: pure. Acts are taken at their word: they are refused (said.py) or done, never changed; so is everything in
 another language than English, whose words are not those of names and choices. What is required stays, and so does an
 option of which a word or a number, or for a truth value a word of its name, is in the texts. A rate that a text says in
-per cent is hundredths, a place loses what stands behind its comma and nobody said, an enumeration does not stutter, and
-what asks for no more than a reading before it is not read again. Measured on BFCL's development split (docs/agent.md).
+per cent is hundredths, a date has the form that its parameter's note writes, a place loses what stands behind its comma
+and nobody said, an enumeration does not stutter, and what asks for no more than a reading before it is not read again.
+Measured on BFCL's development split (docs/agent.md).
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ _RATE = re.compile(r"rate|ratio|fraction|probab|yield|return|discount|interest|g
 _IN_PER_CENT = re.compile(r"%|per ?cent", re.IGNORECASE)
 _PLACE = re.compile(r"place|city|town|location|address|area|origin|destination|departure|where", re.IGNORECASE)
 _FORM = re.compile(r"[A-Z]\w+, ?[A-Z]|\b(?i:state|country|province|region|full|complete)\b")  # Paris, France
+_DATE = re.compile(
+    r"(?P<year>\d{4})-(?P<month>\d\d?)-(?P<day>\d\d?)(?:[T ](?P<hour>\d\d?):(?P<minute>\d\d)(?::(?P<second>\d\d))?Z?)?"
+)
+_DATE_FORM = re.compile(
+    r"\b(?P<date>(?:yyyy|dd|mm)(?:[-/.](?:yyyy|dd|mm)){2})(?P<time>[ T]hh:mm(?::ss)?)?(?![\w:])", re.IGNORECASE
+)
 _TAIL = re.compile(r"[A-Z][A-Za-z. ]*|[\d-]+")
 _WHEN = re.compile(
     r"\b(?:to(?:day|night|morrow)|yesterday|now|soon|shortly|recent\w*|regular\w*|later|since|before|after|until|noon"
@@ -132,7 +139,8 @@ def _as_said(param: Param, value: Any, heard: _Heard) -> Any:
     """A value that is nearly said, as it is said."""
     match value:
         case str() if param.kind == "str":
-            return _place(param, value, heard)
+            made = _place(param, value, heard)
+            return made if made in heard.text else _dated(param, made)
         case list():
             return _once([_as_said(param.items or param, each, heard) for each in value], heard)
         case int() | float() if param.kind == "float" and not isinstance(value, bool):
@@ -162,6 +170,17 @@ def _place(param: Param, value: str, heard: _Heard) -> str:
     if not place or name.lower() in heard.text.lower() or not _TAIL.fullmatch(tail):
         return name
     return head if _named(head, heard) and not _named(tail, heard) else name
+
+
+def _dated(param: Param, value: str) -> str:
+    """A date (ISO 8601) in the form that the parameter's note writes: DD/MM/YYYY."""
+    form, date = _DATE_FORM.search(param.about), _DATE.fullmatch(value)
+    if form is None or date is None or (date["hour"] and not form["time"]):
+        return value
+    shown = {"yyyy": date["year"], "mm": date["month"].zfill(2), "dd": date["day"].zfill(2)}
+    made = re.sub("yyyy|mm|dd", lambda found: shown[found[0].lower()], form["date"], flags=re.IGNORECASE)
+    clock = f"{(date['hour'] or '').zfill(2)}:{date['minute'] or '00'}:{date['second'] or '00'}"
+    return made + (form["time"][0] + clock[: len(form["time"]) - 1] if form["time"] else "")
 
 
 def _reason(param: Param, value: Any, heard: _Heard) -> bool:

@@ -190,3 +190,23 @@ def test_a_valid_call_stays_valid(read: str, rate: float) -> None:
     assert isinstance(made, Call)
     assert validate(made, [FIND]) == made
     assert parse_all(render(made)) == [made]
+
+
+@pytest.mark.parametrize(
+    ("about", "value", "means"),
+    [
+        ("Day, in the form DD/MM/YYYY.", "2024-03-16", "16/03/2024"),
+        ("mm-dd-yyyy", "2024-3-6", "03-06-2024"),
+        ("format 'YYYY-mm-dd HH:MM:ss'", "2024-03-20T11:00", "2024-03-20 11:00:00"),
+        ("YYYY-MM-DDTHH:MM", "2024-03-20 9:05:59", "2024-03-20T09:05"),
+        ("YYYY-MM-DD HH:MM:SS", "2024-03-20", "2024-03-20 00:00:00"),
+        ("DD/MM/YYYY", "2024-03-20T11:00", "2024-03-20T11:00"),  # the time would be lost
+        ("DD/MM/YYYY", "16/03/2024", "16/03/2024"),
+        ("DD/MM/YYYY", "next Monday", "next Monday"),
+        ("The day.", "2024-03-16", "2024-03-16"),
+        ("YYYY-MM-DDTHH:MM:SSZ", "2024-03-20T09:05:59Z", "2024-03-20T09:05:59Z"),
+    ],
+)
+def test_a_date_has_the_form_that_the_note_writes(about: str, value: str, means: str) -> None:
+    spec = ToolSpec("fares", "Fares.", [Param("day", "str", about=about)])
+    assert plain_text(f'fares(day="{value}")', [spec], ["Fares, please"]) == f'fares(day="{means}")'
