@@ -1,9 +1,9 @@
 """A long request in the parts that its own words count: "First, … Then, … Finally, …".
 
 Invariants: pure; the parts are the whole text, in its order, each with a wish or a question of its own; a request on a
-condition, and one whose sentences begin with no such word, is one part. A small model does one thing well where it
-loses the third of four; it reads a part with the earlier ones and what came of them before it, and says `none()` when
-nothing is left to do of that part.
+condition, one that quotes several sentences, and one whose sentences begin with no such word, is one part. A small
+model does one thing well where it loses the third of four; it reads a part with the earlier ones and what came of them
+before it, and says `none()` when nothing is left to do of that part.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _COUNTS = re.compile(
     r"|(?:d'abord|ensuite|puis|enfin)|(?:primero|luego|después|además|finalmente))\b|\W*\d[.)]\s",
     re.IGNORECASE,
 )
+_QUOTED = re.compile(r"\"[^\"]*\"|[“„][^“”]*[“”]|«[^»]*»")
 _FIRST = re.compile(r"\W*(?:first(?:ly)?|erstens|zuerst|d'abord|primero)\b|\W*1[.)]", re.IGNORECASE)
 _CONDITION = re.compile(r"\b(?:if|unless|otherwise|in case|wenn|falls|sofern|si)\b", re.IGNORECASE)
 _WISHES = re.compile(
@@ -53,7 +54,11 @@ def asked(turns: Sequence[Turn], done: str = "none()") -> list[Turn]:
 def parts(request: str) -> Sequence[str]:
     """The parts of a request, one where it has no more."""
     sentences = [each.strip() for each in _SENTENCE.split(request.strip()) if each.strip()]
-    if len(sentences) < 2 or _CONDITION.search(request):
+    whole = request.strip()
+    if whole[:1] == '"' and whole.count('"') <= 2:  # all of it is said in quotation marks
+        whole = whole.strip('"')
+    torn = any(_SENTENCE.search(quoted[0]) for quoted in _QUOTED.finditer(whole))
+    if len(sentences) < 2 or torn or _CONDITION.search(request):
         return [request]
     found = [sentences[0]]
     for sentence in sentences[1:]:

@@ -25,6 +25,7 @@ from edge_agent.agent.prompt import Turn
             "I need two things. 1. Stop line 1. 2. Start line 2.",
             ["I need two things. 1. Stop line 1.", "2. Start line 2."],
         ),
+        ('"Find primes. Also, find squares."', ['"Find primes.', 'Also, find squares."']),
         ("Find primes up to 50. Also, list the squares.", ["Find primes up to 50.", "Also, list the squares."]),
         (
             "Zuerst bitte Linie 1 anhalten. Danach bitte Linie 2 auf 40 %.",
@@ -49,6 +50,7 @@ def test_a_request_is_split_where_it_counts_and_a_part_wishes_something(text: st
         "Then stop line 1.",
         "Read it. Also, the camera is dirty.",
         "   ",
+        'The note says "First read it. Then stop line 3." what is that? Then stop line 1.',
         " ".join(f"Then stop line {n}." for n in range(20)),
     ],
 )
