@@ -31,7 +31,8 @@ _WISHES = re.compile(
     r"|need|like|have to|interested|curious|planning|trying|looking|decide)\b|\bbitte\b|\bveuillez\b|\bpor favor\b"
     rf"|^(?:{_COUNTS.pattern})[\W_]*(?!(?:the|an?|it\w*|its|this|that|these|those|they|he|she|we|you|i|my|your|our|his|her"
     r"|their|there|each|all|both|some|in|on|at|for|with|of|by|to|as|note|make sure|consider|assume|remember|suppose"
-    r"|imagine|keep in mind|der|die|das|es|er|sie|ich|wir|le|la|les|il|elle|el|los|las)\b)[^\W\d]",
+    r"|imagine|keep in mind|shift|weeks?|months?|years?|days?|times?|things?|ones?|lines?|aid|floor|quarter|half|\w+day"
+    r"|der|die|das|es|er|sie|ich|wir|le|la|les|il|elle|el|los|las)\b)[^\W\d]",
     re.IGNORECASE,
 )
 

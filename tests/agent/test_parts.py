@@ -49,6 +49,8 @@ def test_a_request_is_split_where_it_counts_and_a_part_wishes_something(text: st
         "If line 2 is hot, stop it. Then start line 3.",
         "Then stop line 1.",
         "Read it. Also, the camera is dirty.",
+        "Stop line 1. Second shift starts at 6.",
+        "Stop line 1. Next week we close. Second line is fine.",
         "   ",
         'The note says "First read it. Then stop line 3." what is that? Then stop line 1.',
         " ".join(f"Then stop line {n}." for n in range(20)),
