@@ -20,7 +20,7 @@ import msgspec
 
 from edge_agent.agent import chat, confidence, grammar, meant, parts, prompt, taint
 from edge_agent.agent.act import Ended
-from edge_agent.agent.calls import Call, CallError, Nothing
+from edge_agent.agent.calls import Call, CallError
 from edge_agent.agent.recall import Recall
 from edge_agent.agent.rules import Budget, Policy
 from edge_agent.agent.said import added
@@ -221,13 +221,12 @@ def next_call(
 ) -> Generate:
     """The request for the next calls, at most so many; `fit` are those of the tools that may be called (None: all)."""
     fit = specs if fit is None else fit
+    turns = turns if speaker.endpoint else parts.asked(turns)
     to = Generate("", "", model=speaker.model, priority=priority)
     request = next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
     if speaker.endpoint:
         asked = chat.chat(fit, turns, calls > 1, prompt.form(request))
         return msgspec.structs.replace(to, max_tokens=4 * max_tokens, chat=asked)
-    turns = parts.asked(turns)
-    request = next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
     plan = speaker.several and calls > 1 and prompt.joined(request)
     return msgspec.structs.replace(
         to,
@@ -258,10 +257,9 @@ def undone(task: Task) -> int | None:
         return None
     came = [step for step in steps[k + 1 :] if step.role == "tool"]
     parts = [step.at.startswith(f"{k}.") and step.ok for step in came]
-    said = taint.decisions(steps[k].text)
-    if said == (Nothing(),) and taint.left(task):
+    if taint.nothing(steps[k]) and taint.left(task):
         return None
-    calls = sum(isinstance(decision, Call) for decision in said)
+    calls = sum(isinstance(decision, Call) for decision in taint.decisions(steps[k].text))
     return k if all(parts) and (not came or len(came) < calls) else None
 
 
@@ -281,7 +279,7 @@ def check_budget(task: Task, budget: Budget, late: bool) -> None:
 
 def _decides(step: Step) -> bool:
     """Whether it costs a step: that nothing is left to do of a part does not."""
-    return step.role == "model" and taint.decisions(step.text) != (Nothing(),)
+    return step.role == "model" and not taint.nothing(step)
 
 
 def _unsure(step: Step, rules: Policy) -> str:

@@ -94,8 +94,12 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
 
 def left(task: Task) -> bool:
     """Whether a part of the request was not asked for yet."""
-    done = sum(each == Nothing() for said, _ in rounds(task.steps) for each in decisions(said.text))
-    return done < len(parts(task.text))
+    return sum(nothing(said) for said, _ in rounds(task.steps)) < len(parts(task.text))
+
+
+def nothing(said: Step) -> bool:
+    """Whether a decision is that nothing is left to do."""
+    return decisions(said.text) == (Nothing(),)
 
 
 def steers(said: str, task: Task, known: Mapping[str, ToolSpec]) -> bool:

@@ -12,13 +12,13 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.agent import grammar, meant, prompt
-from edge_agent.agent.calls import Call, CallError, parse_all, render, validate
+from edge_agent.agent import grammar, prompt
+from edge_agent.agent.calls import Call, CallError, render
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.engines.base import Generate, LanguageModel
 from models.toolcaller.data.written import Group, Request
 from models.toolcaller.evaluate import figures
-from models.toolcaller.evaluate.run import MAX_TOKENS, SEVERAL
+from models.toolcaller.evaluate.run import MAX_TOKENS, SEVERAL, understood
 
 KINDS = ("one", "several", "none", "story")
 
@@ -80,8 +80,7 @@ def _decide(
 
 def _same(text: str, read: Sequence[prompt.Turn], wanted: Sequence[Call], tools: Sequence[ToolSpec]) -> bool:
     try:
-        decisions = meant.plain(parse_all(text), tools, [turn.text for turn in read if turn.role != "assistant"])
-        made = [validate(call, tools) for call in decisions if isinstance(call, Call)]
+        made = understood(text, tools, [turn.text for turn in read if turn.role != "assistant"])
     except CallError:
         return False
     return sorted(map(render, made)) == sorted(map(render, wanted))

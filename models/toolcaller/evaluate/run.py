@@ -21,6 +21,7 @@ import msgspec
 from edge_agent.agent import grammar, meant, prompt
 from edge_agent.agent.calls import Call, CallError, Nothing, parse_all, render, validate
 from edge_agent.agent.parts import parts
+from edge_agent.agent.tool import ToolSpec
 from edge_agent.engines.base import Generate, LanguageModel, Piece
 from edge_agent.errors import Refused
 from models.toolcaller.evaluate import figures
@@ -131,10 +132,8 @@ def evaluate(
 
 def judge(case: Case, tools: Tools, text: str, check: Check) -> str:
     """The kind of failure, empty when BFCL's checker finds the calls right."""
-    read = [said for role, said in case.messages if role != "assistant"]
     try:
-        decisions = meant.plain(parse_all(text), tools.specs, read)
-        calls = [validate(call, tools.specs) for call in decisions if isinstance(call, Call)]
+        calls = understood(text, tools.specs, [said for role, said in case.messages if role != "assistant"])
     except CallError:
         return "unparsable"
     if bool(calls) != case.wants_call:
@@ -146,6 +145,11 @@ def judge(case: Case, tools: Tools, text: str, check: Check) -> str:
     if tail == "wrong_count":
         return "missing call" if len(calls) < len(case.answers or ()) else "extra call"
     return KINDS.get(tail) or KINDS.get(head) or "wrong call"
+
+
+def understood(text: str, specs: Sequence[ToolSpec], read: Sequence[str]) -> list[Call]:
+    """The calls in what a model said, as the agent takes them. Raises CallError."""
+    return [validate(call, specs) for call in meant.plain(parse_all(text), specs, read) if isinstance(call, Call)]
 
 
 def rows(results: Sequence[Result], part: str) -> Iterator[dict[str, Any]]:
