@@ -51,7 +51,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the data and of the adapter's first weights.")] = 1,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of 768 tokens a step.")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of 1,280 tokens a step.")] = 3,
     calls: Annotated[Path | None, typer.Option(help="A file of a site's own tools, requests and calls.")] = None,
     focus: Annotated[list[str], typer.Option(help="A file of `data/written` that half of what it reads is of.")] = [],  # noqa: B006
     start: Annotated[str, typer.Option(help="An adapter to start from: a folder, or one that ships by name.")] = "",

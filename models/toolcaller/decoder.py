@@ -8,6 +8,7 @@ prefix serves many continuations and is computed once.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from models.gguf_weights import GgufWeights
 
 TARGETS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-CHUNK = 192  # rows of attention at once: what a row cannot read, being behind it, is not computed
+CHUNK = 192  # rows of attention at once: tokens that none of them reads are not computed
+COLUMNS = 256  # and those that are read are a multiple of so many: a kernel is made for each shape
+
+Piece = tuple[int, int, Tensor, Tensor]  # rows from, to; the columns that they read (c,); bias (rows, c), 0 or -1e30
 
 
 class LoraLinear(nn.Module):
@@ -34,7 +38,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x, self.weight)
-        return out + F.linear(F.linear(x, self.a), self.b) * self.scale if self.scale else out
+        return torch.addmm(out, F.linear(x, self.a) * self.scale, self.b.t()) if self.scale else out
 
 
 class Layer(nn.Module):
@@ -50,20 +54,20 @@ class Layer(nn.Module):
             value = torch.from_numpy(weights.vector(f"blk.{index}.{name}.weight"))
             self.register_parameter(name, nn.Parameter(value, requires_grad=full))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pieces: Sequence[Piece]) -> Tensor:
         s, count = self.shape, len(x)
         normed = F.rms_norm(x, (s.width,), self.attn_norm, s.epsilon)
         query = _rotate(self.attn_q(normed).view(count, s.heads, s.head_size), cos, sin)
         key = _rotate(self.attn_k(normed).view(count, s.kv_heads, s.head_size), cos, sin)
         value = self.attn_v(normed).view(count, s.kv_heads, s.head_size)
-        attended = _attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), mask)
+        attended = _attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), pieces)
         x = x + self.attn_output(attended.transpose(0, 1).reshape(count, s.width))
         normed = F.rms_norm(x, (s.width,), self.ffn_norm, s.epsilon)
         return x + self.ffn_down(F.silu(self.ffn_gate(normed)) * self.ffn_up(normed))
 
 
 class Decoder(nn.Module):
-    """Tokens (n,), positions (n,), attention bias (n, n) in; hidden states (n, width) out; `head` makes logits."""
+    """Tokens (n,), positions (n,), who reads whom (n, n) in; hidden states (n, width) out; `head` makes logits."""
 
     def __init__(self, weights: GgufWeights, rank: int, alpha: float, full: bool = False) -> None:
         super().__init__()
@@ -77,8 +81,9 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         angle = positions[:, None, None] * self.inverse
         x, cos, sin = self.embedding[tokens].float(), angle.cos(), angle.sin()
+        pieces = list(_pieces(mask, x.dtype))
         for layer in self.layers:
-            x = layer(x, cos, sin, mask)
+            x = layer(x, cos, sin, pieces)
         return F.rms_norm(x, (self.shape.width,), self.norm, self.shape.epsilon)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -100,17 +105,27 @@ def load(gguf: Path, rank: int, alpha: float, full: bool = False) -> Decoder:
     return Decoder(GgufWeights(gguf), rank, alpha, full)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """(heads, n, size) of query against (kv heads, n, size); `bias` (n, n) is 0, or -inf as above the diagonal."""
-    heads, count, size = query.shape
-    groups = len(key)
-    parts = []
+def _pieces(mask: Tensor, dtype: torch.dtype) -> Iterator[Piece]:
+    count = len(mask)
     for at in range(0, count, CHUNK):
         end = min(count, at + CHUNK)
+        read = mask[at:end].any(0)
+        more = min(-int(read.sum()) % COLUMNS, count - int(read.sum()))
+        read[(~read).nonzero()[:more, 0]] = True
+        columns = read.nonzero()[:, 0]
+        yield at, end, columns, torch.where(mask[at:end, columns], 0.0, -1e30).to(dtype)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    """(heads, n, size) of query against (kv heads, n, size)."""
+    heads, _, size = query.shape
+    groups = len(key)
+    parts = []
+    for at, end, columns, bias in pieces:
         rows = query[:, at:end].reshape(groups, -1, size)
-        scores = torch.bmm(rows, key[:, :end].transpose(1, 2)).view(heads, end - at, end) * size**-0.5
-        weights = torch.softmax(scores + bias[at:end, :end], -1).to(value.dtype).view(groups, -1, end)
-        parts.append(torch.bmm(weights, value[:, :end]).view(heads, end - at, size))
+        scores = torch.bmm(rows, key[:, columns].transpose(1, 2)).view(heads, end - at, -1) * size**-0.5
+        weights = torch.softmax(scores + bias, -1).to(value.dtype).view(groups, rows.shape[1], -1)
+        parts.append(torch.bmm(weights, value[:, columns]).view(heads, end - at, size))
     return torch.cat(parts, 1)
 
 

@@ -35,7 +35,7 @@ class Plan:
     seed: int = 1
     steps: int = 1000
     rows_per_step: int = 3
-    row_tokens: int = 768
+    row_tokens: int = 1280
     rank: int = 16
     alpha: float = 32.0
     rate: float = 1e-3
@@ -158,9 +158,9 @@ class Run:
         return total
 
     def _logits(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of what is learned. Rows are padded to one length: kernels are made for one shape, which takes its time."""
+        """Of what is learned. Where kernels are made for a shape, which takes its time, rows are padded to one length."""
         to, count = self.device, len(row.tokens)
-        more = self.plan.row_tokens - count
+        more = self.plan.row_tokens - count if self._half else 0
         mask = np.eye(count + more, dtype=bool)
         mask[:count, :count] = row.mask()
         at = row.at + [0] * (-len(row.at) % 64)
@@ -168,7 +168,7 @@ class Run:
             hidden = self.model(
                 torch.tensor(row.tokens + [0] * more, device=to),
                 torch.tensor(row.positions + [0] * more, device=to),
-                torch.where(torch.from_numpy(mask), 0.0, -1e30).to(to, torch.bfloat16 if self._half else torch.float32),
+                torch.from_numpy(mask).to(to),
             )
             logits = self.model.head(hidden[torch.tensor(at, device=to)])[: len(row.at)]
         return logits.float(), torch.tensor(row.target, device=to)

@@ -29,7 +29,7 @@ from models.toolcaller.data.written import Group, Request, groups
 WRITTEN = 0.78  # share of bunches of written groups
 SITE = 0.5  # and of a site's own
 FOCUS = 0.5  # and of files that training looks at more than at the others
-SIZE = 9  # examples of a bunch, at most
+SIZE = 24  # examples of a bunch, at most
 MIXED = 0.25  # bunches that serve two groups
 JOINED, JOINED_MIXED = 0.12, 0.5  # requests that are said in one breath with others of the bunch
 MAX_STRANGERS = 24
@@ -70,7 +70,7 @@ def _passes(rng: Random, known: Sequence[Group]) -> Iterator[tuple[Group, list[R
 
 
 def _written(group: Group, asked: Sequence[Request], rng: Random) -> list[Example]:
-    stepwise = rng.random() < (0.55 if any(request.story for request in group.requests) else 0.12)
+    stepwise = rng.random() < (0.55 if any(request.story for request in group.requests) else 0.3)
     asked = [request for request in asked if stepwise or not request.story]
     shown = _shown(group, asked, stepwise, rng)
     dress = _Dress(group, rng)
