@@ -15,7 +15,10 @@ from functools import lru_cache
 from edge_agent.agent.prompt import Turn
 
 MAX_PARTS = 8
-_SENTENCE = re.compile(r"(?<=[\w)'\"%°.][.?!])(?<![.?!:]\s\d[.)])\s+(?=[\"'“]?[A-ZÄÖÜÀÉ0-9])|\n+(?=\s*\d+[.)]\s)")
+_SENTENCE = re.compile(
+    r"(?<=[\w)'\"%°.][.?!])(?<![.?!:\n]\s\d[.)])(?<!^\d[.)])\s+(?=[\"'“]?[A-ZÄÖÜÀÉ0-9])|\n(?=[^\S\n]*\d+[.)]\s)",
+    re.MULTILINE,
+)
 _COUNTS = re.compile(
     r"\W*(?:(?:and|but|und|et|y)\s)?(?:first(?:ly)?|second(?:ly)?|third(?:ly)?|fourth(?:ly)?|fifth|then|next|also|later"
     r"|after (?:that|this|the|which|creating|completing|\w+ing)|afterwards?|finally|lastly|additionally|furthermore"

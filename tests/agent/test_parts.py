@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +27,7 @@ from edge_agent.agent.prompt import Turn
             "I need two things. 1. Stop line 1. 2. Start line 2.",
             ["I need two things. 1. Stop line 1.", "2. Start line 2."],
         ),
+        ("1. Stop line 1\n\n 2. Start line 2", ["1. Stop line 1", "2. Start line 2"]),
         ('"Find primes. Also, find squares."', ['"Find primes.', 'Also, find squares."']),
         ("Find primes up to 50. Also, list the squares.", ["Find primes up to 50.", "Also, list the squares."]),
         (
@@ -58,6 +61,15 @@ def test_a_request_is_split_where_it_counts_and_a_part_wishes_something(text: st
 )
 def test_what_does_not_count_or_has_a_condition_stays_as_it_is(text: str) -> None:
     assert list(parts(text)) == [text]
+
+
+@pytest.mark.parametrize(
+    "text", [f"a{each * (2000 // len(each))}b" for each in ("\n", "\n 1", ". ", "? ", "'a ", '"', "I want ", " -")]
+)
+def test_a_request_of_nothing_but_marks_takes_no_time(text: str) -> None:
+    start = time.process_time()
+    parts(text)
+    assert time.process_time() - start < 0.5
 
 
 @given(
