@@ -195,6 +195,7 @@ class Decider:
             votes=votes,
             cost=speaker.cost * read_and_said / 1000,
             wrote=said.text if text != said.text else "",
+            whole=speaker.endpoint,
         )
 
 
@@ -221,7 +222,7 @@ def next_call(
 ) -> Generate:
     """The request for the next calls, at most so many; `fit` are those of the tools that may be called (None: all)."""
     fit = specs if fit is None else fit
-    turns = turns if speaker.endpoint else parts.asked(turns)
+    turns = turns if speaker.endpoint else parts.asked(turns, taint.over)
     to = Generate("", "", model=speaker.model, priority=priority)
     request = next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
     if speaker.endpoint:
@@ -257,7 +258,7 @@ def undone(task: Task) -> int | None:
         return None
     came = [step for step in steps[k + 1 :] if step.role == "tool"]
     parts = [step.at.startswith(f"{k}.") and step.ok for step in came]
-    if taint.nothing(steps[k]) and taint.left(task):
+    if taint.over(steps[k].text) and taint.left(task):
         return None
     calls = sum(isinstance(decision, Call) for decision in taint.decisions(steps[k].text))
     return k if all(parts) and (not came or len(came) < calls) else None
@@ -278,8 +279,8 @@ def check_budget(task: Task, budget: Budget, late: bool) -> None:
 
 
 def _decides(step: Step) -> bool:
-    """Whether it costs a step: that nothing is left to do of a part does not."""
-    return step.role == "model" and not taint.nothing(step)
+    """Whether it costs a step: the end of a part does not."""
+    return step.role == "model" and not taint.over(step.text)
 
 
 def _unsure(step: Step, rules: Policy) -> str:
@@ -289,5 +290,4 @@ def _unsure(step: Step, rules: Policy) -> str:
 
 def _gives_up(said: str) -> bool:
     """Whether a model wants nothing done, or something with a hole where the text was."""
-    found = taint.decisions(said)
-    return bool(found) and (taint.HIDDEN in said or not any(isinstance(decision, Call) for decision in found))
+    return taint.over(said) or (taint.HIDDEN in said and bool(taint.decisions(said)))

@@ -202,13 +202,14 @@ def conclude(task: Task, decided: Decided, specs: Sequence[ToolSpec], rules: Pol
     decisions = read(decided.text, decided.fit, rules.calls)
     if calls := [decision for decision in decisions if isinstance(decision, Call)]:
         return calls
-    said = decisions[0].text if isinstance(decisions[0], Answer) else ""
     rounds = taint.rounds(task.steps)
+    answers = [each.text for step, _ in rounds for each in taint.decisions(step.text) if isinstance(each, Answer)]
+    said = " ".join(answers) if isinstance(decisions[0], Answer) else ""
     results = [step for step in task.steps if step.role == "tool"]
     wrong = [step for step in next((came for _, came in reversed(rounds) if came), []) if not step.ok]
     if wrong:
         raise Ended("failed", answer=said, error=wrong[0].text)
-    if isinstance(decisions[0], Nothing) and taint.left(task):
+    if taint.left(task):
         return []
     if isinstance(decisions[0], Nothing) and not results:
         reads = prompt.only_asks(task.text) or condition.known(task, specs) == "unread"

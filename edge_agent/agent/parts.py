@@ -9,7 +9,7 @@ before it, and says `none()` when nothing is left to do of that part.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from edge_agent.agent.prompt import Turn
@@ -40,8 +40,8 @@ _WISHES = re.compile(
 )
 
 
-def asked(turns: Sequence[Turn], done: str = "none()") -> list[Turn]:
-    """The turns with the parts of the last request one by one: the next behind each `done`."""
+def asked(turns: Sequence[Turn], over: Callable[[str], bool]) -> list[Turn]:
+    """The turns with the parts of the last request one by one: the next behind each decision that one is `over`."""
     at = max((n for n, turn in enumerate(turns) if turn.role == "user"), default=None)
     if at is None:
         return list(turns)
@@ -49,7 +49,7 @@ def asked(turns: Sequence[Turn], done: str = "none()") -> list[Turn]:
     made = [*turns[:at], Turn("user", first)]
     for turn in turns[at + 1 :]:
         made.append(turn)
-        if left and turn == Turn("assistant", done):
+        if left and turn.role == "assistant" and over(turn.text):
             made.append(Turn("user", left.pop(0)))
     return made
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 from edge_agent.agent import prompt
-from edge_agent.agent.calls import Answer, Call, CallError, Decision, Nothing, parse_all, render, render_all
+from edge_agent.agent.calls import Answer, Call, CallError, Decision, parse_all, render, render_all
 from edge_agent.agent.parts import parts
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.agent.transcript import Step, Task
@@ -94,12 +94,14 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
 
 def left(task: Task) -> bool:
     """Whether a part of the request was not asked for yet."""
-    return sum(nothing(said) for said, _ in rounds(task.steps)) < len(parts(task.text))
+    ends = [said for said, _ in rounds(task.steps) if over(said.text)]
+    return len(ends) < len(parts(task.text)) and not any(said.whole for said in ends)
 
 
-def nothing(said: Step) -> bool:
-    """Whether a decision is that nothing is left to do."""
-    return decisions(said.text) == (Nothing(),)
+def over(said: str) -> bool:
+    """Whether a decision is that nothing is left to do, or an answer."""
+    found = decisions(said)
+    return bool(found) and not any(isinstance(decision, Call) for decision in found)
 
 
 def steers(said: str, task: Task, known: Mapping[str, ToolSpec]) -> bool:

@@ -36,7 +36,8 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     mean `logprob` and `votes`; `tried` which others were asked, or in vain; `tokens`, `ms` and `cost` are of all.
     A run of a workflow begins with its `plan`, and `at` is the step (and item) of it; a task has one where of several
     calls one is dangerous, and `at` is the place of their decision and the call's number. `why`: it needs an approval.
-    `wrote`: the model's own words, where something in them had no reason (meant.py).
+    `wrote`: the model's own words, where something in them had no reason (meant.py). `whole`: it read the whole request
+    at once, not part by part (parts.py).
     """
 
     role: Literal["model", "check", "intent", "tool", "plan", "ask", "approval"]
@@ -62,6 +63,7 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     cost: float = 0.0
     why: str = ""
     wrote: str = ""
+    whole: bool = False
 
 
 class Exchange(msgspec.Struct, frozen=True):

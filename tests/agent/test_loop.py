@@ -286,3 +286,20 @@ async def test_none_of_a_part_is_no_end_but_of_all_it_is_a_failure(build: Build)
     task = await ask(loop, text="First, whistle, please. Then sing, please.")
     assert (task.state, task.error) == ("failed", "none of the tools does this (was it not said: line, percent?)")
     assert len(model.asked) == 2
+
+
+async def test_an_answer_to_one_part_is_not_the_end_of_the_others(build: Build) -> None:
+    loop, tools, model = build(READ, 'answer("It is 41.5.")', STAMP, 'answer("It is stamped.")', steps=3)
+    task = await ask(loop, text="How much does line 1 vibrate? Then stamp x.")
+    assert (task.state, task.answer) == ("succeeded", "It is 41.5. It is stamped.")
+    assert [name for name, _ in tools.calls] == ["read_sensor", "stamp"]
+    assert ["Then stamp" in asked.prompt for asked in model.asked] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("end", ["none()", 'answer("done")'])
+async def test_what_was_told_the_whole_request_is_not_asked_for_its_parts(transcripts: Transcripts, end: str) -> None:
+    model, tools = ScriptedModel(READ, STAMP, end), LocalTools(*plant.ALL)
+    speakers = [Speaker("d", endpoint=True)]
+    loop = AgentLoop(model, tools, transcripts, lambda *_: True, speakers=lambda: speakers)
+    task = await ask(loop, text="How much does line 1 vibrate? Then stamp x.")
+    assert (task.state, len(tools.calls), len(model.asked)) == ("succeeded", 2, 3)

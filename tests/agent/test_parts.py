@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from edge_agent.agent.parts import asked, parts
 from edge_agent.agent.prompt import Turn
+from edge_agent.agent.taint import over
 
 
 @pytest.mark.parametrize(
@@ -85,9 +86,9 @@ def test_the_next_part_is_asked_for_when_nothing_is_left_of_the_one_before() -> 
     before, whole = [Turn("user", "hello"), Turn("assistant", "none()")], Turn("user", f"{one} {two}")
     stop, came = Turn("assistant", "stop_line(line=1)"), Turn("tool", "done")
     none, start = Turn("assistant", "none()"), Turn("assistant", "start_line(line=2)")
-    assert asked([*before, whole]) == [*before, Turn("user", one)]
-    assert asked([whole, stop, came]) == [Turn("user", one), stop, came]
+    assert asked([*before, whole], over) == [*before, Turn("user", one)]
+    assert asked([whole, stop, came], over) == [Turn("user", one), stop, came]
     second = [Turn("user", one), stop, came, none, Turn("user", two)]
-    assert asked([whole, stop, came, none]) == second
-    assert asked([whole, stop, came, none, start, came, none]) == [*second, start, came, none]
-    assert asked([]) == []
+    assert asked([whole, stop, came, none], over) == second
+    assert asked([whole, stop, came, none, start, came, none], over) == [*second, start, came, none]
+    assert asked([], over) == []
