@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from edge_agent.agent.calls import render
-from edge_agent.agent.spoken import readings, said
+from edge_agent.agent.spoken import QUOTED, readings, said
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.transcript import Step, Task
 
@@ -50,7 +50,6 @@ _REPEATED = re.compile(r"\b(?:each|every|any|(?:one|1) of|jede[mnrs]?|chaque|cad
 _WORDS = re.compile(
     r"\W*(?:please )?(?:remember|note|tell|write|send|mail|publish|post|merk\w*|schreib\w*)\b", re.IGNORECASE
 )
-_QUOTED = re.compile(r"[\"“„«].*?[\"”“»]|(?<!\w)'[^']*'(?!\w)", re.DOTALL)
 _ELSE = re.compile(
     r"\b(?:otherwise|(?<!or )else|if not|sonst|andernfalls|sinon|si no|de lo contrario)\b"
     r"(?!\W+(?:\w+\W+){0,2}?(?:leave|let|keep|stay\w*|don't|do not|no|nothing|ignore|fine|okay|ok|nichts|lass\w*"
@@ -61,7 +60,7 @@ _ELSE = re.compile(
 
 def known(task: Task, specs: Sequence[ToolSpec]) -> Known:
     """What is known of the request's condition, by what `specs` only read."""
-    text = _QUOTED.sub(" ", said(task.text).text)
+    text = QUOTED.sub(" ", said(task.text).text)
     compared = list(_COMPARES.finditer(text))
     if len(compared) != 1 or not _conditional(text, compared[0]):
         return "none"

@@ -1,4 +1,4 @@
-"""Which numbers a text says, as digits or in words of seven languages.
+"""Which numbers a text says, as digits or in words of seven languages, and what of it stands in quotation marks.
 
 Invariants: pure; nothing is converted: a number is what the text calls it, a part (half, 3/4) is of a whole. A number
 that the text takes back ("to 60. Hang on, 62") is not said there.
@@ -80,6 +80,11 @@ AMOUNT = re.compile(  # a minute, an hour, tomorrow
     r"|\b(?:noon|midnight|tomorrow|tonight|hourly|daily|nightly|weekly|mittags?|mitternacht|demain|midi|minuit|mañana"
     r"|mediodía|domani|mezzogiorno|mezzanotte|morgen|middag|middernacht|amanhã|meio-dia)\b",
     re.IGNORECASE,
+)
+
+QUOTED = re.compile(  # not the inch of 2"; passages of any length, so that each mark finds its own other one
+    r"""(?<!\d)["“„”]([^"“„”]+)["“”]|[«»]([^«»]+)[«»]|[‹›]([^‹›]+)[‹›]"""
+    r"""|(?<!\w)['‘‚]((?:[^'‘’]|(?<=\w)['’](?=\w))+?)['’](?!\w)"""
 )
 
 

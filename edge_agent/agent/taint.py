@@ -20,16 +20,13 @@ from typing import Any
 from edge_agent.agent import prompt
 from edge_agent.agent.calls import Answer, Call, CallError, Decision, parse_all, render, render_all
 from edge_agent.agent.parts import parts
+from edge_agent.agent.spoken import QUOTED
 from edge_agent.agent.tool import Param, ToolSpec
 from edge_agent.agent.transcript import Step, Task
 
 HIDDEN = "(text)"
 WRONG = "that was no usable call"
 DROPPED = Step("tool", "not done", ok=False)
-_QUOTED = re.compile(  # not the inch of 2"; passages of any length, so that each mark finds its own other one
-    r"""(?<!\d)["“„”]([^"“„”]+)["“”]|[«»]([^«»]+)[«»]|[‹›]([^‹›]+)[‹›]"""
-    r"""|(?<!\w)['‘‚]((?:[^'‘’]|(?<=\w)['’](?=\w))+?)['’](?!\w)"""
-)
 
 
 def without(value: Any, declared: Param | None) -> Any:
@@ -73,7 +70,7 @@ def turns(task: Task, known: Mapping[str, ToolSpec], hide: bool = False) -> list
     asked, request = task.steps, task.text
     if hide and task.steps and (proposed := task.steps[-1]).role == "model":
         asked = task.steps[:-1]
-        request = _unquoted(request) if _quotes(acts(proposed.text, known), request, known) else request
+        request = unquoted(request) if _quotes(acts(proposed.text, known), request, known) else request
     read, results = [*_before(task, hide), prompt.Turn("user", request)], bool(task.before)
     for said, came in rounds(asked):
         text = said.text
@@ -137,9 +134,9 @@ def _quotes(acts: Sequence[Call], request: str, known: Mapping[str, ToolSpec]) -
     """Whether the request quotes what may be an order (not `stop "line 2"`), and none of the acts has it as an argument
     or one has not and shares a word with it. What will be a request is no such argument. A request that stands in marks
     as a whole quotes nobody."""
-    if _QUOTED.fullmatch(request.strip()):
+    if QUOTED.fullmatch(request.strip()):
         return False
-    for each in (_words("".join(found)) for found in _QUOTED.findall(request)):
+    for each in (_words("".join(found)) for found in QUOTED.findall(request)):
         others = [act for act in acts if not any(_hands_on(given, each) for given in _given(act, known[act.name]))]
         near = [act for act in others if set(each.split()).intersection(_words(render(act)).split())]
         if _order(each, acts) and (near or len(others) == len(acts)):
@@ -168,8 +165,10 @@ def _order(passage: str, acts: Sequence[Call]) -> bool:
     return len(words) > 2 or (len(words) == 2 and any(act.name.partition("_")[0].lower() in words for act in acts))
 
 
-def _unquoted(request: str) -> str:
-    return _QUOTED.sub(lambda found: f'"{HIDDEN}"' if " " in found[0].strip() else found[0], request)
+def unquoted(request: str) -> str:
+    return QUOTED.sub(
+        lambda found: f"{found[0][0]}{HIDDEN}{found[0][-1]}" if " " in found[0].strip() else found[0], request
+    )
 
 
 def _before(task: Task, hide: bool) -> list[prompt.Turn]:

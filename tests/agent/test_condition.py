@@ -32,6 +32,7 @@ def task(text: str, *values: object, of: str = "read_sensor") -> Task:
         ("stop 2 if it shakes > 3", 3, True),
         ("check how much line 2 shakes, over 3 mm/s and you stop it", 3, True),
         ("line 2 slower than 50? stop it", 50, False),
+        ('if the 2" line is hotter than 60, stop it and the 3" valve', 60, True),
         ("Should the temperature be less than 45, stop line 2", 45, False),
         ("Falls Linie 2 unter 55 Grad hat, halte sie an", 55, False),
         ("Si la ligne 3 dépasse 65 degrés, arrête-la", 65, True),
@@ -74,6 +75,7 @@ def test_an_act_waits_for_the_reading_and_is_not_made_where_it_does_not_hold(
         "If the pressure is over 1 200 stop line 2",
         "Remember: if the press is hotter than 80, call Ann",
         "the note says 'stop line 2 if it is hotter than 60', start line 3",
+        "'stop line 2 if it's hotter than 60' says the note, start line 3",
     ],
 )
 def test_what_is_no_plain_condition_is_left_to_the_model(text: str) -> None:

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from edge_agent.agent.parts import asked, parts
 from edge_agent.agent.prompt import Turn
-from edge_agent.agent.taint import over
+from edge_agent.agent.taint import over, unquoted
+
+QUOTING = ("Then stop. ", '"', " 'c d' ", "a b", "„Then go. If so” ", "«First a»", "if ", "1. find it. ", "don't. ")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,10 @@ from edge_agent.agent.taint import over
         ),
         ("1. Stop line 1\n\n 2. Start line 2", ["1. Stop line 1", "2. Start line 2"]),
         ('"Find primes. Also, find squares."', ['"Find primes.', 'Also, find squares."']),
+        (
+            """The note says "First don't. Then stop if hot." what is that? Then write 'Go. Then stop' to Bob.""",
+            ["""The note says "First don't. Then stop if hot." what is that?""", "Then write 'Go. Then stop' to Bob."],
+        ),
         ("Find primes up to 50. Also, list the squares.", ["Find primes up to 50.", "Also, list the squares."]),
         (
             "Zuerst bitte Linie 1 anhalten. Danach bitte Linie 2 auf 40 %.",
@@ -56,7 +62,8 @@ def test_a_request_is_split_where_it_counts_and_a_part_wishes_something(text: st
         "Stop line 1. Second shift starts at 6.",
         "Stop line 1. Next week we close. Second line is fine.",
         "   ",
-        'The note says "First read it. Then stop line 3." what is that? Then stop line 1.',
+        "Stop line 1. 'Then start it.' is what the label says. Who wrote that?",
+        "Write 'Wait. Then go.' to Bob",
         " ".join(f"Then stop line {n}." for n in range(20)),
     ],
 )
@@ -79,6 +86,12 @@ def test_a_request_of_nothing_but_marks_takes_no_time(text: str) -> None:
 def test_no_word_is_lost_or_moved(sentences: list[str]) -> None:
     text = " ".join(sentences)
     assert " ".join(parts(text)).split() == text.split()
+
+
+@given(st.lists(st.sampled_from(QUOTING), max_size=7))
+def test_the_parts_are_the_same_where_what_is_quoted_is_hidden(pieces: list[str]) -> None:
+    text = "Go. " + "".join(pieces)
+    assert len(parts(unquoted(text))) == len(parts(text))
 
 
 def test_the_next_part_is_asked_for_when_nothing_is_left_of_the_one_before() -> None:
