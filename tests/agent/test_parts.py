@@ -42,6 +42,22 @@ QUOTING = ("Then stop. ", '"', " 'c d' ", "a b", "„Then go. If so” ", "«Fir
             ["Zuerst bitte Linie 1 anhalten.", "Danach bitte Linie 2 auf 40 %."],
         ),
         (
+            "¿Qué velocidad tiene la línea 1? Luego para la línea 1. Por último, ¿qué temperatura hay?",
+            ["¿Qué velocidad tiene la línea 1?", "Luego para la línea 1.", "Por último, ¿qué temperatura hay?"],
+        ),
+        (
+            "Quelle est la vitesse de la ligne 1 ? Ensuite mets la ligne 2 à 40 %.",
+            ["Quelle est la vitesse de la ligne 1 ?", "Ensuite mets la ligne 2 à 40 %."],
+        ),
+        (
+            "I'd like to travel. First, could you find a flight? Next, I need a room for two nights.",
+            ["I'd like to travel. First, could you find a flight?", "Next, I need a room for two nights."],
+        ),
+        (
+            "What is line 1.5 set to? Then stop it. Second, could you start line 2?",
+            ["What is line 1.5 set to?", "Then stop it.", "Second, could you start line 2?"],
+        ),
+        (
             "Find an Italian place. Also, it should be near. Then book a taxi.",
             ["Find an Italian place. Also, it should be near.", "Then book a taxi."],
         ),
@@ -72,7 +88,70 @@ def test_what_does_not_count_or_has_a_condition_stays_as_it_is(text: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", [f"a{each * (2000 // len(each))}b" for each in ("\n", "\n 1", ". ", "? ", "'a ", '"', "I want ", " -")]
+    "text",
+    [
+        "Is line 2 running? Then stop it.",
+        "Range under 2.5 km? I am in no hurry. Then slow down.",
+        "Läuft Linie 2? Dann halte sie an.",
+        "La ligne 2 tourne ? Alors arrête-la. Ensuite démarre la ligne 3.",
+        "When line 2 is cold, start it. Then start line 3.",
+        "Sollte Linie 2 heiß sein, halte sie an. Danach starte Linie 3.",
+        "Stop line 1. Then wait for 5 minutes. Then start it again.",
+        "Cuando la línea 2 esté fría, arráncala. Luego para la 3.",
+    ],
+)
+def test_an_act_is_not_parted_from_what_it_depends_on(text: str) -> None:
+    assert list(parts(text)) == [text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Stop all lines. Then start line 3. But first check the dock.",
+        "Stop line 1. Then start line 2. Before that, check the dock.",
+        "First stop line 1. Then start line 2. In the reverse order, please.",
+        "Stop line 1. Then again, no, leave it running.",
+        "Stoppe Linie 1. Dann starte Linie 2. Nein, doch nicht.",
+        "Arrête la ligne 1. Puis démarre la 2. Non, laisse tout.",
+        "First stop line 1. Then start line 2. Do all this at 6.",
+        "Start line 1. Then start line 2. Both at 40 %.",
+        "Start line 1. Then start line 2. Don't do it before noon.",
+        "Start line 1 tomorrow at 6. Then start line 2.",
+        "Jeden Morgen um sechs: Zuerst Linie 1 starten. Dann Linie 2 starten.",
+        "Do not do any of this yet. First stop line 1. Then stop line 2.",
+        "Do two things: 1. Stop line 1. 2. Start line 2. But not before noon.",
+        "The manual says: 1. Stop the line. 2. Open the guard. Is that right?",
+        "Remember for the shift: First, stop line 1. Then start line 2.",
+        "Yesterday I stopped line 1. Then I started line 2. What is line 3 set to?",
+    ],
+)
+def test_what_is_said_of_several_parts_keeps_them_together(text: str) -> None:
+    assert list(parts(text)) == [text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "First lake: 100 tagged. Second lake: 80 tagged. Estimate both.",
+        "Don't stop the first. Second only.",
+        "Start line No. 3. Stop line No. 2. Read line 1.",
+        "Close valves 1. 2. and 3. at once.",
+        "Arrête la ligne 1. Puis-je démarrer la ligne 2 ?",
+        "I finished it! Next is line 2, started an hour ago.",
+        "Stop line 1. Then don't touch anything else.",
+        "Stoppe Linie 1. Außerdem ist es kalt hier.",
+    ],
+)
+def test_a_name_a_number_or_a_remark_is_no_count(text: str) -> None:
+    assert list(parts(text)) == [text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"a{each * (2000 // len(each))}b"
+        for each in ("\n", "\n 1", ". ", "? ", "'a ", '"', "I want ", " -", "? ", "?  ", "not ", ", when ", "each ")
+    ],
 )
 def test_a_request_of_nothing_but_marks_takes_no_time(text: str) -> None:
     start = time.process_time()
