@@ -20,7 +20,7 @@ import msgspec
 
 from edge_agent.agent import policy, prompt
 from edge_agent.agent.approval import Approvals
-from edge_agent.agent.calls import Call, CallError, render, validate
+from edge_agent.agent.calls import Call, CallError, is_number, render, validate
 from edge_agent.agent.tool import Check, Param, ToolError, ToolSpec
 from edge_agent.agent.transcript import State, Step, Task, Transcripts
 from edge_agent.errors import OutriderError, Refused, Retry
@@ -246,7 +246,7 @@ def shaped(tool: str, returns: Param | None, value: Any) -> Any:
                 raise ToolError(told)
         kinds = {field.name: field for field in returns.fields}
         return {key: shaped(tool, kinds.get(key), item) for key, item in value.items()}
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
+    number = is_number(value) and abs(value) < 1e308
     match returns.kind:
         case "int" if number and value == int(value):
             return _ranged(tool, returns, int(value))

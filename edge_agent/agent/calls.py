@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -246,8 +246,13 @@ def _value(tool: str, param: Param, value: Any) -> Any:
     return made
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number, as no truth value is."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _typed(tool: str, where: str, param: Param, value: Any) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # not NaN either
+    number = is_number(value) and abs(value) < 1e300  # not NaN either
     match param.kind:
         case "choice" if value in param.choices:
             return value

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from edge_agent.agent.calls import render
+from edge_agent.agent.calls import is_number, render
 from edge_agent.agent.spoken import QUOTED, readings, said
 from edge_agent.agent.tool import ToolSpec
 from edge_agent.agent.transcript import Step, Task
@@ -100,10 +100,6 @@ def _number_of(step: Step) -> float | None:
     """The one number that a reading gave beside its own arguments, or its `value`."""
     result: Any = step.result
     if isinstance(result, Mapping) and step.call is not None:
-        found = [each for name, each in result.items() if name not in step.call.args and _number(each)]
-        result = result["value"] if _number(result.get("value")) else found[0] if len(found) == 1 else None
-    return float(result) if _number(result) else None
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        found = [each for name, each in result.items() if name not in step.call.args and is_number(each)]
+        result = result["value"] if is_number(result.get("value")) else found[0] if len(found) == 1 else None
+    return float(result) if is_number(result) else None

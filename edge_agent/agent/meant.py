@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from edge_agent.agent.calls import MAX_DIGITS, Call, Decision, Ref, parse_all, render_all
+from edge_agent.agent.calls import MAX_DIGITS, Call, Decision, Ref, is_number, parse_all, render_all
 from edge_agent.agent.spoken import said
 from edge_agent.agent.tool import Param, ToolSpec
 
@@ -104,7 +104,7 @@ def _needed(call: Call, spec: ToolSpec) -> Iterator[tuple[str, str, float]]:
     for param in spec.params:
         value = call.args.get(param.name) if param.required else None
         for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, int | float) and not isinstance(each, bool):
+            if is_number(each):
                 yield call.name, param.name, float(each)
 
 
@@ -143,7 +143,7 @@ def _as_said(param: Param, value: Any, heard: _Heard) -> Any:
             return made if made in heard.text else _dated(param, made)
         case list():
             return _once([_as_said(param.items or param, each, heard) for each in value], heard)
-        case int() | float() if param.kind == "float" and not isinstance(value, bool):
+        case _ if param.kind == "float" and is_number(value):
             return _hundredths(param, value, heard)
     return value
 
@@ -156,7 +156,7 @@ def _once(items: list[Any], heard: _Heard) -> list[Any]:
             return len(re.findall(rf"(?<!\w){re.escape(item)}(?!\w)", heard.text, re.IGNORECASE)) == 1
         return heard.times[item] == 1
 
-    simple = all(isinstance(each, str | float | int) and not isinstance(each, bool) for each in items)
+    simple = all(isinstance(each, str) or is_number(each) for each in items)
     if not simple or len(set(items)) < _ENUMERATION or _REPEATED.search(heard.text):
         return items
     return [each for n, each in enumerate(items) if each not in items[:n] or not once(each)]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import asdict, replace
 
-from edge_agent.agent.calls import DECIMALS, MAX_DIGITS, Call, CallError, render_value, validate
+from edge_agent.agent.calls import DECIMALS, MAX_DIGITS, Call, CallError, is_number, render_value, validate
 from edge_agent.agent.spoken import AMOUNT, said
 from edge_agent.agent.taint import HIDDEN, texts, without
 from edge_agent.agent.tool import Param, ToolSpec
@@ -238,5 +238,5 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(each)
     elif isinstance(value, str):
         yield from map(float, re.findall(rf"\d{{1,{MAX_DIGITS}}}", value))
-    elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 10**MAX_DIGITS:  # not NaN
+    elif is_number(value) and abs(value) < 10**MAX_DIGITS:  # not NaN
         yield float(value)
