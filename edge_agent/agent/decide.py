@@ -203,7 +203,7 @@ def understood(text: str, to: Speaker, specs: Sequence[ToolSpec], read: Sequence
     """What a model said, as `meant` by a small one; answers of the conversation are texts too, calls are none."""
     if to.endpoint or policy.unsaid == "act":
         return text
-    asked = max((n for n, turn in enumerate(read) if turn.role == "user"), default=0)
+    asked = prompt.request_at(read)
     texts = [turn.text for n, turn in enumerate(read) if turn.role != "assistant" or n < asked]
     try:
         return meant.plain_text(text, specs, texts)
@@ -224,7 +224,7 @@ def next_call(
     fit = specs if fit is None else fit
     turns = turns if speaker.endpoint else parts.asked(turns, taint.over)
     to = Generate("", "", model=speaker.model, priority=priority)
-    request = next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
+    request = turns[at].text if (at := prompt.request_at(turns)) >= 0 else ""
     if speaker.endpoint:
         asked = chat.chat(fit, turns, calls > 1, prompt.form(request))
         return msgspec.structs.replace(to, max_tokens=4 * max_tokens, chat=asked)

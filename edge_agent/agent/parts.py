@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-from edge_agent.agent.prompt import Turn
+from edge_agent.agent.prompt import Turn, request_at
 from edge_agent.agent.spoken import QUOTED
 
 MAX_PARTS = 8
@@ -68,13 +68,10 @@ _WISHES = re.compile(
 
 def asked(turns: Sequence[Turn], over: Callable[[str], bool]) -> list[Turn]:
     """The turns with the parts of the last request one by one: the next behind each decision that one is `over`."""
-    at = max((n for n, turn in enumerate(turns) if turn.role == "user"), default=None)
-    if at is None:
-        return list(turns)
-    first, *left = parts(turns[at].text)
-    made = [*turns[:at], Turn("user", first)]
-    for turn in turns[at + 1 :]:
-        made.append(turn)
+    at, made, left = request_at(turns), list[Turn](), list[str]()
+    for n, turn in enumerate(turns):
+        left += parts(turn.text) if n == at else []
+        made.append(Turn("user", left.pop(0)) if n == at else turn)
         if left and turn.role == "assistant" and over(turn.text):
             made.append(Turn("user", left.pop(0)))
     return made

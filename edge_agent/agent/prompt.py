@@ -59,6 +59,11 @@ class Turn(msgspec.Struct, frozen=True):
     text: str
 
 
+def request_at(turns: Sequence[Turn]) -> int:
+    """Where the last request of the turns stands; -1 without one."""
+    return max((n for n, turn in enumerate(turns) if turn.role == "user"), default=-1)
+
+
 def form(request: str) -> Form:
     """What is asked for, by its words' form alone: it changes how a model is told to go about it, nothing else."""
     if _ANALYSIS.search(request):
