@@ -201,7 +201,7 @@ def _said(text: str, known: Mapping[str, ToolSpec]) -> str:
             shown.append(Call(said.name, without(said.args, Param("", "dict", fields=known[said.name].params))))
         elif isinstance(said, Answer):
             shown.append(Answer(HIDDEN))
-    return render_all(shown)
+    return render_all(shown) if shown or over(text) else HIDDEN
 
 
 def _text(step: Step, known: Mapping[str, ToolSpec]) -> str:
