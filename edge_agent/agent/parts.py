@@ -37,12 +37,14 @@ _COUNTS = re.compile(
 )
 _FIRST = re.compile(rf"{_AND}(?:first(?:ly)?|erstens|zuerst|d'abord|premièrement|primero)\b|\W*1[.)]", re.IGNORECASE)
 _TOGETHER = re.compile(
-    r"\b(?:if|unless|otherwise|in case|as soon as|(?:only|as long|so long) (?:as|while|when)|wenn|falls|sofern|sobald"
-    r"|solange|sonst|si|sinon|dès que|lorsque|mientras|wait (?:for|until|till|\d+|an?)|warte|attends|attendez|espera)\b"
+    r"\b(?:if|unless|otherwise|in (?:that )?case|as soon as|(?:only|as long|so long) (?:as|while|when)|wenn|falls"
+    r"|sofern|sobald|solange|sonst|si|sinon|dans ce cas|dès que|lorsque|en ese caso|mientras"
+    r"|wait (?:for|until|till|\d+|an?)|warte|attends|attendez|espera)\b"
     r"|(?:^|[.!?,]\s)(?:(?:and|then|und|dann)\s)?(?:when(?:ever)?|once|should|sollten?|quand|cuando)\b"  # …, then
     r"(?!\s(?:you|I|we|that|this|done|is|are|was|were|do|does|did|will)\b)[^.?!]*,"
-    r"|(?:^|[.!?]\s)(?:(?!\b(?:wh\w+|how|can|could|would|will|wie|welche\w*|wo|kann\w*|könn\w*|qu\w+|combien|cu\w+|cómo)"
-    r"\b)(?:[^.!?]|\.(?=\S)))*\?\s(?:[^.!?]+[.!])?\s*(?:and\s)?(?:then|dann|alors|entonces)\b"  # is it hot? Then …
+    r"|(?:^|[.!?]\s)(?:(?!\b(?:wh\w+|how|(?:can|could|would|will) (?:I|we|you|it be)|wie|welche\w*|wo|kann\w*|könn\w*"
+    r"|qu[aeéi]\w*|combien|cu\w+|cómo)\b)(?:[^.!?]|\.(?=\S)))*\?\s(?:[^.!?]+[.!])?\s*"  # is it hot? Then …
+    r"(?:and\s)?(?:then|dann|alors|entonces)\b"
     r"|(?:^|[.!?,;]\s)(?:(?:but|then|dann|puis|luego)\s)?(?:no|wait|hold on|nein|non|moment)[,!]"  # taken back
     r"|\b(?:then again|never ?mind|second thoughts?|(?:forget|scratch|cancel|undo) (?:it|that|this|all|everything)"
     r"|instead(?! of)|doch (?:nicht|lieber)|stattdessen|reverse order|before (?:that|this|each|every|any|you)|vorher"
@@ -50,8 +52,8 @@ _TOGETHER = re.compile(
     r"|(?:all|any|both|none|each) (?:of )?(?:this|that|these|those)|tomorrow|tonight|morgen|demain|mañana|jede[nrs]?"
     r"|chaque|cada|(?:every|each) (?:morning|evening|night|hour|week|month|shift|\w*day|\d+))\b"
     r"|(?:^|[.!?]\s)(?:both\b|(?:in|at|um|à|dans|en|a las) \d{1,3}\b)"
-    r"|(?:\b(?:says?|said|writes?|wrote|told|tell (?!me|us)|message|note|remember|remind|explain|schedule|not|never"
-    r"|sagt\w*|schreib\w*|steht|merk\w*|nicht|nie|dit|écri\w*|jamais|dice|dijo|escrib\w*|nunca)|n't)\b"
+    r"|(?:\b(?:says?|said|writes?|wrote|told|tell (?!me|us)|message|manual|procedure|note|remember|remind|explain"
+    r"|schedule|not|never|sagt\w*|schreib\w*|steht|merk\w*|nicht|nie|dit|écri\w*|jamais|dice|dijo|escrib\w*|nunca)|n't)\b"
     r"[^.?!:\n]{0,60}:\s",  # the manual says: …
     re.IGNORECASE,
 )
@@ -60,8 +62,8 @@ _WISHES = re.compile(
     r"|need|like|have to|interested|curious|planning|trying|looking|decide)\b|\bbitte\b|\bveuillez\b|\bpor favor\b"
     rf"|^(?:{_COUNTS.pattern})[\W_]*(?!(?:the|an?|it\w*|its|this|that|these|those|they|he|she|we|you|i|my|your|our|his|her"
     r"|their|there|each|all|both|some|in|on|at|for|with|of|by|to|as|note|make sure|consider|assume|remember|suppose"
-    r"|imagine|keep in mind|ones?|lines?|is|are|was|don|do not|never|no|not|der|die|das|es|er|sie|ich|wir|ist|sind|war"
-    r"|nicht|le|la|les|il|elle|est|ne|el|los|las|está|hace|nunca)\b)[^\W\d]",
+    r"|imagine|keep in mind|(?:some|any|no|every)(?:one|body|thing)|ones?|lines?|is|are|was|don|do not|never|no|not|der"
+    r"|die|das|es|er|sie|ich|wir|ist|sind|war|nicht|le|la|les|il|elle|est|ne|el|los|las|está|hace|nunca)\b)[^\W\d]",
     re.IGNORECASE,
 )
 

@@ -95,6 +95,8 @@ def test_what_does_not_count_or_has_a_condition_stays_as_it_is(text: str) -> Non
     "text",
     [
         "Is line 2 running? Then stop it.",
+        "Would line 2 run cooler? Then slow it down.",
+        "Est-ce que la ligne 2 tourne ? Dans ce cas, arrête-la. Ensuite démarre la 3.",
         "Range under 2.5 km? I am in no hurry. Then slow down.",
         "Läuft Linie 2? Dann halte sie an.",
         "La ligne 2 tourne ? Alors arrête-la. Ensuite démarre la ligne 3.",
@@ -125,6 +127,7 @@ def test_an_act_is_not_parted_from_what_it_depends_on(text: str) -> None:
         "Do not do any of this yet. First stop line 1. Then stop line 2.",
         "Do two things: 1. Stop line 1. 2. Start line 2. But not before noon.",
         "The manual says: 1. Stop the line. 2. Open the guard. Is that right?",
+        "From the manual: 1. Stop line 1. 2. Open the guard.",
         "Remember for the shift: First, stop line 1. Then start line 2.",
         "Yesterday I stopped line 1. Then I started line 2. What is line 3 set to?",
     ],
@@ -143,6 +146,7 @@ def test_what_is_said_of_several_parts_keeps_them_together(text: str) -> None:
         "Arrête la ligne 1. Puis-je démarrer la ligne 2 ?",
         "I finished it! Next is line 2, started an hour ago.",
         "Stop line 1. Then don't touch anything else.",
+        "Stop line 1. Then nobody touches line 2.",
         "Stoppe Linie 1. Außerdem ist es kalt hier.",
     ],
 )
