@@ -82,6 +82,9 @@ class Plan(_Strict, frozen=True):
     note: str = ""
 
     def __post_init__(self) -> None:
+        values = (value for part in (self, *self.waves) for value in msgspec.structs.astuple(part))
+        if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+            raise ValueError("a number is infinite or NaN, which cannot be kept")
         if not 1 <= len(self.waves) <= MAX_WAVES:
             raise ValueError(f"{len(self.waves)} waves; 1 to {MAX_WAVES}")
         for wave in self.stages:
@@ -197,10 +200,12 @@ def _check(query: Any) -> None:
     if not isinstance(query, Mapping):
         raise ValueError(f"a query is an object of path and value, not {query!r}")
     for path, want in query.items():
-        if path == "any" and isinstance(want, list):
+        if path == "any":
+            if not isinstance(want, list):
+                raise ValueError(f"facts: any: a list of queries, not {want!r}")
             for each in want:
                 _check(each)
-        elif path in ("any", "not"):
+        elif path == "not":
             _check(want)
         elif isinstance(want, Mapping) and (unknown := want.keys() - OPERATORS.keys()):
             raise ValueError(f"facts: {path}: {', '.join(map(str, unknown))} is not one of {', '.join(OPERATORS)}")

@@ -79,7 +79,8 @@ def direction(key: SigningKey, fleet: str, name: str, manifest: Manifest | None,
     """A patch that directs a device to a version of a bundle, or to none; it raises Refused 409 for other hardware."""
 
     def direct(row: sa.Row[Any]) -> dict[str, Any]:
-        hardware = str(row.reported.get("agent", {}).get("machine", ""))
+        agent = row.reported.get("agent")
+        hardware = str(agent.get("machine", "")) if isinstance(agent, dict) else ""  # whatever a device put there
         if manifest and hardware and manifest.hardware and hardware not in manifest.hardware:
             need = f"{name} {manifest.version} is for {', '.join(manifest.hardware)}"
             raise Refused(409, f"{need}, {row.name} is {hardware}", "assign a version for its hardware")

@@ -312,6 +312,10 @@ def test_the_byte_budget_spaces_the_assignments() -> None:
         ({"select": {"facts": {"a.b": {"above": 3}}}}, "not one of"),
         ({"not_before": "tomorrow"}, "isoformat"),
         ({"success": 95}, "0 to 1"),
+        ({"select": {"facts": {"any": {"a.b": 3}}}}, "a list of queries"),
+        ({"timeout_s": float("inf")}, "infinite"),
+        ({"waves": [{"soak_s": float("nan")}]}, "infinite"),
+        ({"success": float("nan"), "waves": [{"success": 0.5}]}, "infinite"),
     ],
 )
 def test_a_plan_that_cannot_be_carried_out_is_refused_with_what_is_wrong(wrong: dict[str, Any], says: str) -> None:

@@ -231,3 +231,16 @@ async def test_rights_and_refusals_say_what_to_do(hub: Hub) -> None:
     assert (await admin.post(f"/v1/rollouts/{made['id']}/explode")).status_code == 422
     for client in (admin, viewer, auditor, developer):
         await client.aclose()
+
+
+async def test_no_device_stops_rollouts_by_what_it_reports_of_itself(hub: Hub) -> None:
+    admin = await hub.login()
+    await publish(admin, "2", hardware=["aarch64"])
+    async with fleet(hub, 2) as devices:
+        for told in ("a text", ["a list"]):
+            await devices[0].report("reported", {"doc": {"agent": told}})
+        await until(lambda: devices[0].acked()[1] == devices[0].seq)
+        assigned = await admin.post("/v1/devices/press-0/bundles", json={"name": "reader", "version": "2"})
+        assert assigned.status_code == 201
+        assert (await reached(admin, await start(admin), "succeeded"))["waves"][0]["devices"] == 2
+    await admin.aclose()
