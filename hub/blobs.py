@@ -31,10 +31,21 @@ class Uploads:
         self._busy: set[tuple[str, str]] = set()
 
     async def begin(self, device: str, sha256: str, size: int) -> int:
-        """How many bytes are here. Raises Refused 422 (also for another size), 507 past the quota."""
+        """How many bytes are here. Raises Refused 422 (also for another size), 423 (see `append`), 507 past the quota.
+
+        All of them only of one that is whole: who asks lets go of its own copy then.
+        """
         if size <= 0:
             raise Refused(422, f"a blob of {size} bytes", "declare its size in Upload-Length")
-        return await asyncio.to_thread(self._begin, device, _checked(sha256), size)
+        here = await asyncio.to_thread(self._begin, device, _checked(sha256), size)
+        if here < size:
+            return here
+        try:
+            return await self.append(device, sha256, here, _nothing())  # its last step may have been cut off
+        except Refused as refused:
+            if refused.status != 422:
+                raise
+            return await asyncio.to_thread(self._begin, device, sha256, size)
 
     async def state(self, device: str, sha256: str) -> tuple[int, int]:
         """Bytes here and bytes in all. Raises Refused 404."""
@@ -107,6 +118,11 @@ def _checked(sha256: str) -> str:
     if not _SHA256.fullmatch(sha256):
         raise Refused(422, f"{sha256[:80]!r} is not a SHA-256", "64 hexadecimal digits, lower case")
     return sha256
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    for piece in ():
+        yield piece
 
 
 def _size(path: Path) -> int:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import random
+import shutil
 import time
 from base64 import b64encode
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+from starlette.requests import ClientDisconnect
 
 from bench.fleet import free_port
 from bench.link import Link
@@ -140,6 +142,25 @@ async def test_a_device_cannot_fill_the_hub(tmp_path: Path) -> None:
         await uploads.begin("press-1", "b" * 64, 600)
     assert caught.value.status == 507
     assert await uploads.begin("press-2", "b" * 64, 600) == 0, "another device has its own"
+
+
+async def test_a_blob_whose_last_step_was_cut_off_is_finished_before_the_device_may_forget_it(tmp_path: Path) -> None:
+    content = random.Random(3).randbytes(5000)
+    sha256 = hashlib.sha256(content).hexdigest()
+
+    async def cut_off(sent: bytes) -> AsyncIterator[bytes]:
+        yield sent
+        raise ClientDisconnect  # after the last byte, before the end
+
+    uploads = Uploads(tmp_path)
+    for sent, here in ((content, len(content)), (bytes(5000), 0)):
+        assert await uploads.begin("press-1", sha256, len(content)) == 0
+        with pytest.raises(ClientDisconnect):
+            await uploads.append("press-1", sha256, 0, cut_off(sent))
+        assert await uploads.begin("press-1", sha256, len(content)) == here
+        if here:
+            assert (await uploads.file("press-1", sha256)).read_bytes() == content
+        await asyncio.to_thread(shutil.rmtree, tmp_path / "uploads")
 
 
 async def test_a_restarted_hub_goes_on_with_an_upload(tmp_path: Path) -> None:
