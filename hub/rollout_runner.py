@@ -107,7 +107,7 @@ class Rollouts:
                 live.waits = 0.0
                 await self._carry_out(live, decisions, by, f"{verb}:rollout")
             finally:
-                if not live.run.live:
+                if id in self._lives and not self._lives[id].run.live:
                     self._lives.pop(id)
         return await self.get(id)
 
@@ -132,10 +132,9 @@ class Rollouts:
     async def run(self) -> None:
         """Go on with what is under way, until cancelled."""
         async with self._lock:
-            found = await self._db.read(lambda c: _load(c, rollouts.c.live))
-            for live in found:
+            await self._load_live()
+            for live in self._lives.values():
                 live.waits = time.monotonic() + GRACE_S
-            self._lives = {live.run.id: live for live in found}
         while True:
             await asyncio.sleep(TICK_S)
             await self.tick()
@@ -162,13 +161,7 @@ class Rollouts:
                 newer = _newer(live, lives[number + 1 :])
                 decisions = await asyncio.to_thread(rollout.tick, run, live.fleet, newer, time.time())
                 self.took.append(time.perf_counter() - began)
-                try:
-                    await self._carry_out(live, decisions, "hub", "advance:rollout")
-                except BaseException:  # what is in memory is ahead of what is on disk
-                    self._lives = {
-                        each.run.id: each for each in await self._db.read(lambda c: _load(c, rollouts.c.live))
-                    }
-                    raise
+                await self._carry_out(live, decisions, "hub", "advance:rollout")
                 if not run.live:
                     self._lives.pop(run.id)
 
@@ -192,17 +185,27 @@ class Rollouts:
                 if (seen := live.fleet.get(row.device)) is not None:
                     _take(seen, document.get("bundles"), live.run.plan.bundle)
 
+    async def _load_live(self) -> None:
+        found = await self._db.read(lambda c: _load(c, rollouts.c.live))
+        self._lives = {live.run.id: live for live in found}
+
     async def _carry_out(self, live: _Live, decisions: list[Decision], by: str, action: str) -> None:
         """Commit decisions with what they mean for devices, then tell these."""
+        try:
+            await self._commit(live, decisions, by, action)
+        except BaseException:  # what is in memory is ahead of what is on disk
+            await self._load_live()
+            raise
+
+    async def _commit(self, live: _Live, decisions: list[Decision], by: str, action: str) -> None:
         run, told = live.run, [d for d in decisions if d.version is not None]
         versions = {version: await self._version(run, version) for version in {d.version or "" for d in told}}
         plain = {d.device for d in decisions if d.device} - {d.device for d in told}
         turns = [d for d in decisions if not d.device]
+        row = _row(run) | ({"live": True} if told else {})  # until they are directed: a start would not go on else
 
         def save(connection: sa.Connection) -> None:
-            connection.execute(
-                rollouts.update().where(rollouts.c.id == run.id).values(updated=time.time(), **_row(run))
-            )
+            connection.execute(rollouts.update().where(rollouts.c.id == run.id).values(updated=time.time(), **row))
             for turn in turns:
                 audit.append(connection, by, action, {"rollout": run.id, "to": turn.to, "reason": turn.reason})
             _keep(connection, run, plain)
@@ -217,7 +220,7 @@ class Rollouts:
             for device, desired in sent.items():
                 await self._twin.send(device, desired)
                 await asyncio.sleep(0)
-        if told and not run.live:
+        if not run.live and (told or not decisions):
             await self._db.write(
                 lambda c: c.execute(rollouts.update().where(rollouts.c.id == run.id).values(live=False))
             )

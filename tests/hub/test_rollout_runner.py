@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from edge_agent.wire.bundle import Sealed, open_directive
 from hub import rollout_runner
@@ -243,4 +244,55 @@ async def test_no_device_stops_rollouts_by_what_it_reports_of_itself(hub: Hub) -
         assigned = await admin.post("/v1/devices/press-0/bundles", json={"name": "reader", "version": "2"})
         assert assigned.status_code == 201
         assert (await reached(admin, await start(admin), "succeeded"))["waves"][0]["devices"] == 2
+    await admin.aclose()
+
+
+def full_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """The hub's database takes so many writes for rollouts and no more, as when its disk is full."""
+    write, taken = hub.services.db.write, 0
+
+    async def limited(change: Any) -> Any:
+        nonlocal taken
+        taken += change.__module__ == rollout_runner.__name__
+        if taken > after:
+            raise OperationalError("", {}, Exception("disk I/O error"))
+        return await write(change)
+
+    monkeypatch.setattr(hub.services.db, "write", limited)
+
+
+async def test_a_rollback_that_was_cut_off_goes_on_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path / "hub") as hub:
+        admin = await hub.login()
+        await publish(admin, "2")
+        async with fleet(hub, 2):
+            id = await start(admin)
+            await reached(admin, id, "succeeded")
+            full_disk(hub, monkeypatch, after=2)  # the command, and what the tick decided; nobody is directed
+            rollouts = hub.services.rollouts
+            await rollouts.command(id, "rollback", "admin")
+            with pytest.raises(OperationalError):
+                await rollouts.tick()
+    async with running(tmp_path / "hub") as hub:
+        admin = await hub.login()
+
+        async def undone() -> bool:
+            shown = [(await admin.get(f"/v1/devices/press-{n}")).json()["desired"]["bundles"] for n in range(2)]
+            return shown == [{}, {}] and not (await admin.get(f"/v1/rollouts/{id}")).json()["live"]
+
+        await until(undone)
+
+
+async def test_a_command_that_could_not_be_kept_is_not_obeyed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    admin = await hub.login()
+    await publish(admin, "2")
+    id = await start(admin, not_before="2999-01-01T00:00:00+00:00")
+    with monkeypatch.context() as broken:
+        full_disk(hub, broken, after=0)
+        with pytest.raises(OperationalError):
+            await hub.services.rollouts.command(id, "abort", "admin")
+    assert (await admin.get(f"/v1/rollouts/{id}")).json()["status"] == "scheduled"
+    assert list(hub.services.rollouts._lives) == [id], "it still begins when its time has come"
     await admin.aclose()
