@@ -57,6 +57,8 @@ class _Ticking:
         assert to is place.step or to in STEPS[place.step], f"{place.device}: {place.step} to {to}"
         if place.step is Step.REVERTING and to is not Step.REVERTING:
             place.assigned = 0.0
+        if to is not place.step and place.changed <= self.run.resumed:
+            self._unforgive(place, to)
         place.step, place.reason, place.changed = to, reason, self.now
         place.history = [*place.history[1 - HISTORY :], (self.now, str(to), reason)]
         self.decisions.append(Decision(place.device, to, reason, version))
@@ -178,6 +180,13 @@ class _Ticking:
 
     def _forgiven(self, number: int) -> tuple[int, int, int]:
         return self.run.forgiven.get(number, (0, 0, 0))
+
+    def _unforgive(self, place: Place, to: Step) -> None:
+        """One that stood where it was forgiven and moves on excuses no other."""
+        (failed, missed, done), was, results = self._forgiven(place.wave), place.step, (Step.FAILED, Step.SUCCEEDED)
+        left = done - (was in results and to not in results)
+        forgiven = (failed - (was is Step.FAILED), missed - (was is Step.MISSED), left)
+        self.run.forgiven = self.run.forgiven | {place.wave: forgiven}
 
     def _mostly(self, number: int) -> str:
         why = Counter(p.reason for p in self.run.places.values() if p.wave == number and p.step is Step.FAILED)
@@ -321,7 +330,7 @@ def command(run: Run, verb: str, by: str, now: float) -> list[Decision]:
         at.decisions.append(Decision("", run.status, f"wave {due[0] + 1} approved by {by}"))
         return at.decisions
     if verb == "resume":
-        to = Status.RUNNING if run.wave >= 0 else Status.SCHEDULED
+        to, run.resumed = Status.RUNNING if run.wave >= 0 else Status.SCHEDULED, now
         for number, count in enumerate(at.tally()[: run.wave + 1]):
             failed, missed = count[Step.FAILED], count[Step.MISSED]
             run.forgiven = run.forgiven | {number: (failed, missed, failed + count[Step.SUCCEEDED])}

@@ -120,7 +120,8 @@ class Place(msgspec.Struct, gc=False):
 class Run(msgspec.Struct):
     """A rollout under way. `size`: of the bundle in bytes; `wave`: -1 before it began; `complete`: when that one ended.
 
-    `forgiven` has, by wave, what a person saw before resuming: failed, missed, and how many had a result.
+    `forgiven` has, by wave, what a person saw before resuming: failed, missed, and how many had a result; of these, who
+    has not moved since `resumed`.
     """
 
     id: str
@@ -135,6 +136,7 @@ class Run(msgspec.Struct):
     joined: bool = False
     approved: list[int] = []
     forgiven: dict[int, tuple[int, int, int]] = {}
+    resumed: float = 0.0
     places: dict[str, Place] = {}
 
     @property

@@ -192,6 +192,33 @@ def test_after_a_resume_the_next_sample_is_judged_by_itself() -> None:
     assert again["succeeded"] + again["failed"] >= 10
 
 
+@pytest.mark.parametrize("end", ["failed", "missed"])
+def test_what_was_forgiven_and_does_well_after_all_excuses_no_other_device(end: str) -> None:
+    seen = fleet(40)
+    run = Run("r", plan(min_sample=20, failure=0.05, success=0.95, timeout_s=100))
+    for decision in tick(run, seen, {}, 1000):
+        if decision.version is not None:
+            seen[decision.device].wanted = "2"
+    first = [place.device for place in run.places.values() if place.step is S.ASSIGNED]
+    report = {"state": "failed", "error": "no space left"} if end == "failed" else {"state": "downloading", "error": ""}
+    for name in first:
+        told = {"state": "committed", "version": "2"} if name not in first[:4] else report
+        seen[name] = msgspec.structs.replace(seen[name], target="2", **told)
+    now = run_on(run, seen, 1101)
+    if end == "missed":  # the others, and then the wave is over
+        assert steps(run) == {"succeeded": 36, "missed": 4}
+    assert run.status is Status.PAUSED
+    command(run, "resume", "admin", now)
+    for name in first[:4]:
+        seen[name] = msgspec.structs.replace(seen[name], state="committed", version="2", error="")
+    bad = {name: "too slow" for name in seen if run.places[name].step is S.PENDING}
+    now = run_on(run, seen, now + 1, dict(list(bad.items())[:5]))
+    if end == "failed":
+        assert "of 20 failed" in run.reason, (run.reason, steps(run))
+        assert run.status is Status.PAUSED
+    assert run.forgiven[0][:2] == (0, 0)
+
+
 def test_a_canary_that_fails_pauses_at_once_and_one_that_fails_while_it_soaks_too() -> None:
     run, seen = Run("r", plan(canary=10, soak_s=50)), fleet(30)
     now = run_on(run, seen, 1000)
