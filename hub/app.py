@@ -234,14 +234,20 @@ async def _running(services: Services, ingest: Ingest, connected: asyncio.Event)
         while True:
             await connected.wait()
             connected.clear()
-            await services.tell_broker()
-            await services.downlink.grants(services.auth.grants_text)
-            await services.twin.send_all()
+            try:
+                await services.tell_broker()
+                await services.downlink.grants(services.auth.grants_text)
+                await services.twin.send_all()
+            except BaseException:
+                connected.set()  # all of it again
+                raise
 
     async def tend_jobs() -> None:
         while True:
             await asyncio.sleep(JOB_TICK_S)
             await services.jobs.expire()
+            if services.session.connected:
+                await services.twin.send_owed()
             for device in (await services.jobs.waiting()).intersection(services.devices.liveness.claiming()):
                 await services.jobs.send_queued(device)
 

@@ -1,7 +1,8 @@
 """Desired and reported documents of devices.
 
-Invariants: a desired document is at most 32 KiB and its version only grows; a reported document is replaced only from
-a record the ingest accepts once and in order, so it never goes back.
+Invariants: a desired document is at most 32 KiB and its version only grows, that of what the broker retains too; one
+that could not be published is published again; a reported document is replaced only from a record the ingest accepts
+once and in order, so it never goes back.
 """
 
 import time
@@ -19,7 +20,8 @@ from hub import audit
 from hub.db import Database, devices
 from hub.errors import Refused
 
-Send = Callable[[str, Desired], Awaitable[object]]
+AT_ONCE = 500  # devices that are told again
+Send = Callable[[str, Desired], Awaitable[bool]]
 Patch = dict[str, Any] | Callable[[sa.Row[Any]], dict[str, Any]]
 """A merge patch, or what makes one of the device's row."""
 _ELSEWHERE = {
@@ -98,11 +100,12 @@ def direction(key: SigningKey, fleet: str, name: str, manifest: Manifest | None,
 
 
 class Twin:
-    """Changing desired documents; `send` publishes one, signed and retained."""
+    """Changing desired documents; the given `send` publishes one, signed and retained, and says whether it could."""
 
     def __init__(self, db: Database, send: Send) -> None:
-        self._db = db
-        self.send = send
+        self._db, self._send = db, send
+        self._published: dict[str, int] = {}  # the newest version, by device
+        self._owed: set[str] = set()  # devices that could not be told
 
     async def patch_desired(
         self, device: str, patch: Patch, by: str, action: str = "patch:desired", expected: int | None = None
@@ -112,9 +115,20 @@ class Twin:
         await self.send(device, desired)
         return desired
 
-    async def send_all(self) -> None:
+    async def send(self, device: str, desired: Desired) -> None:
+        """Publish it, unless a newer one went out since it was read: the broker would retain the older one."""
+        if desired.version >= self._published.get(device, 0):
+            self._published[device] = desired.version
+            (self._owed.discard if await self._send(device, desired) else self._owed.add)(device)
+
+    async def send_owed(self) -> None:
+        """Tell those that could not be told, while the connection stood: no other comes to tell them."""
+        if self._owed:
+            await self.send_all(devices.c.name.in_(sorted(self._owed)[:AT_ONCE]))
+
+    async def send_all(self, which: sa.ColumnElement[bool] = devices.c.desired_version > 0) -> None:
         """Publish every desired document again: a broker that forgot its retained messages gets them back."""
         query = sa.select(devices.c.name, devices.c.desired_version, devices.c.desired)
-        rows = await self._db.read(lambda c: c.execute(query.where(devices.c.desired_version > 0)).all())
+        rows = await self._db.read(lambda c: c.execute(query.where(which)).all())
         for row in rows:
             await self.send(row.name, Desired(version=row.desired_version, ts=time.time(), doc=row.desired))

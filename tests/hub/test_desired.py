@@ -8,7 +8,10 @@ from typer.testing import CliRunner
 
 from bench.fleet import Device, running, until
 from bench.fleet import Hub as FleetHub
+from edge_agent.wire.messages import Desired
 from hub.cli import app
+from hub.db import Database, devices
+from hub.twin import Twin
 from tests.hub.rig import Hub, enrolled
 from tests.hub.rig import until as soon
 
@@ -91,3 +94,43 @@ async def _beyond(device: Device, seq: int) -> bool | None:
 async def _there(hub: FleetHub, device: Device) -> bool | None:
     device.process.check()
     return any(each["presence"]["online"] for each in await hub.get("/v1/devices")) or None
+
+
+async def test_the_broker_never_retains_an_older_document_than_went_out(database: Database) -> None:
+    retained: dict[str, Desired] = {}
+
+    async def publish(device: str, desired: Desired) -> bool:
+        retained[device] = desired
+        if device == "press-1" and desired.version == 1 and len(retained) == 2:  # all are sent again, press-2 is next
+            await twin.patch_desired("press-2", {"a": 2}, "admin")
+        return True
+
+    await _known(database, "press-1", "press-2")
+    twin = Twin(database, publish)
+    for name in ("press-1", "press-2"):
+        await twin.patch_desired(name, {"a": 1}, "admin")
+    await twin.send_all()
+    assert retained["press-2"].doc == {"a": 2}
+
+
+async def test_what_a_stalled_broker_did_not_take_is_published_again(database: Database) -> None:
+    stalled, told = True, list[tuple[str, int]]()
+
+    async def publish(device: str, desired: Desired) -> bool:
+        told.append((device, desired.version))
+        return not stalled
+
+    await _known(database, "press-1", "press-2")
+    twin = Twin(database, publish)
+    await twin.patch_desired("press-1", {"a": 1}, "admin")
+    await twin.send_owed()
+    stalled = False
+    await twin.patch_desired("press-2", {"a": 1}, "admin")
+    for _ in range(2):
+        await twin.send_owed()
+    assert told == [("press-1", 1), ("press-1", 1), ("press-2", 1), ("press-1", 1)]
+
+
+async def _known(database: Database, *names: str) -> None:
+    rows = [{"name": n, "public_key": "", "enrolled": 0.0, "desired": {}, "reported": {}} for n in names]
+    await database.write(lambda c: c.execute(devices.insert(), rows))

@@ -1,5 +1,6 @@
 """Enrolment, true presence, twins and jobs over a real broker."""
 
+import asyncio
 import json
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from edge_agent.sync.transport import MqttSession
 from edge_agent.wire.grants import verify_grants
@@ -367,9 +369,22 @@ async def test_telemetry_is_paged_by_device_and_over_all(hub: Hub) -> None:
     assert await hub.services.telemetry.count_after(0) == (40, after)
 
 
-async def test_a_fresh_broker_gets_grants_and_desired_again(hub: Hub) -> None:
+async def test_a_fresh_broker_gets_grants_and_desired_again_once_the_database_is_back(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = await enrolled(hub, "press-1")
     await hub.services.twin.patch_desired("press-1", {"a": 1}, "admin")
+    void, away = hub.services.devices.void, list[OperationalError]()
+
+    async def look() -> Any:
+        if away:
+            raise away.pop()
+        return await void()
+
+    monkeypatch.setattr(hub.services.devices, "void", look)
+    await until(lambda: hub.services.session.connected)
+    await asyncio.sleep(0.2)  # it is greeted
+    away.append(OperationalError("", {}, Exception("the server is starting up")))
     broker = hub.services.broker
     assert broker is not None
     assert broker._child is not None
@@ -380,7 +395,7 @@ async def test_a_fresh_broker_gets_grants_and_desired_again(hub: Hub) -> None:
     session = MqttSession(
         broker.url, "reader", username=broker.username, password=broker.password, subscriptions=[topic]
     )
-    async with session, device.online():
+    async with asyncio.timeout(20), session, device.online():
         message = await anext(session.messages())
         assert verify_grants(device.hub_key, message.payload.decode(), 0).epoch == 1
         await until(lambda: device.desired and device.desired[-1].version == 1)
