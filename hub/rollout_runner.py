@@ -75,10 +75,13 @@ class Rollouts:
         return await self.get(run.id)
 
     async def get(self, id: str, only: Collection[str] | None = None) -> dict[str, Any]:
-        """With `only` these of its devices, if given, as in `list` and `devices`. Raises Refused 404."""
+        """With `only` these of its devices, if given, as in `list` and `devices`.
+
+        Raises Refused 404, and the same for one that has none of them: whose it is not learns not that it is there.
+        """
         query = sa.select(rollouts).where(rollouts.c.id == id)
         found = await self._db.read(lambda c: _show(c, c.execute(query).all(), only))
-        if not found:
+        if not found or (only is not None and not any(wave["devices"] for wave in found[0]["waves"])):
             raise Refused(404, f"no rollout {id}", "outrider rollout list")
         took = sorted(self.took) or [0.0]
         return found[0] | {"tick_ms": {"p50": took[len(took) // 2] * 1000, "max": took[-1] * 1000, "ticks": len(took)}}
@@ -87,7 +90,7 @@ class Rollouts:
         self, id: str, step: str = "", after: str = "", limit: int = 100, only: Collection[str] | None = None
     ) -> list[dict[str, Any]]:
         """Devices of a rollout, by name, those past `after`: wave, step, reason, figures, history."""
-        await self.get(id)
+        await self.get(id, only)
         query = sa.select(rollout_devices.c.place).where(rollout_devices.c.rollout == id, _of(only))
         query = query.where(rollout_devices.c.step == step) if step else query
         query = query.where(rollout_devices.c.device > after).order_by(rollout_devices.c.device)

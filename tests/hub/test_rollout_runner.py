@@ -202,11 +202,13 @@ async def test_who_may_read_rollouts_of_a_group_sees_those_of_its_devices_and_no
         assert [each["device"] for each in devices.json()] == ["press-1"]
         assert not any(word in shown.text + devices.text for word in ("press-2", REASON))
         assert len((await admin.get("/v1/rollouts")).json()) == 2
-        assert (await line.get(f"/v1/rollouts/{theirs['id']}")).status_code == 403
-        assert (await line.get(f"/v1/rollouts/{theirs['id']}/devices")).json() == []
         assert (await line.post(f"/v1/rollouts/{both}/abort")).status_code == 403
         assert (await stranger.get("/v1/rollouts")).json() == []
-        assert (await stranger.get(f"/v1/rollouts/{both}")).status_code == 403
+        for who, unseen in ((line, theirs["id"]), (stranger, theirs["id"]), (stranger, both)):
+            for part in ("", "/devices", "/devices?step=failed"):
+                told, unknown = [await who.get(f"/v1/rollouts/{id}{part}") for id in (unseen, "none")]
+                assert (told.status_code, told.text.replace(unseen, "none")) == (404, unknown.text), part
+        assert (await line.get(f"/v1/rollouts/{both}/devices?step=reverted")).json() == []
     for client in (admin, line, stranger):
         await client.aclose()
 
