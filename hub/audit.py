@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from hub.db import Database, audit, settings, telemetry
+from hub.db import AUDITED, Database, audit, settings, telemetry
 
 GENESIS = "0" * 64
 where: ContextVar[str] = ContextVar("where", default="")
@@ -236,13 +236,13 @@ class Audit:
         """What devices chained, in the order of (device, epoch, seq), past that."""
         place = sa.tuple_(telemetry.c.device, telemetry.c.epoch, telemetry.c.seq)
         columns = [telemetry.c[name] for name in DeviceEntry.__struct_fields__]
-        query = sa.select(*columns).where(telemetry.c.kind == "audit", place > after)
+        query = sa.select(*columns).where(AUDITED, place > after)
         query = query.order_by(telemetry.c.device, telemetry.c.epoch, telemetry.c.seq).limit(limit)
         return [DeviceEntry(*row) for row in await self._db.read(lambda c: c.execute(query).all())]
 
     async def devices(self) -> dict[str, dict[str, Any]]:
         """Each device's chain as the hub holds it: entries, and what is wrong with it, or an empty text."""
-        records = sa.select(telemetry.c.device, telemetry.c.body).where(telemetry.c.kind == "audit")
+        records = sa.select(telemetry.c.device, telemetry.c.body).where(AUDITED)
         records = records.order_by(telemetry.c.device, telemetry.c.epoch, telemetry.c.seq)
         anchors = sa.select(audit.c.detail).where(audit.c.action == "anchor:device")
 

@@ -9,6 +9,7 @@ from hub.errors import HubError
 from hub.talk import Json, Url, errors, talking, tell
 
 app = typer.Typer()
+WALKING_S = 1800.0  # the hub follows each chain from its start before it answers
 
 
 @app.command("audit-verify")
@@ -32,7 +33,7 @@ def audit_verify(
                 ) from error
     else:
         with talking(hub) as client:
-            found = client.get("/v1/audit/verify")
+            found = client.get("/v1/audit/verify", timeout=WALKING_S)
     wrong = [name for name, chain in found["devices"].items() if chain["wrong"]]
     tell(found, as_json, _chains)
     raise typer.Exit(bool(wrong) or found["first_broken"] is not None)
@@ -60,7 +61,7 @@ def audit_export(
         if form not in ("jsonl", "cef"):
             raise HubError(f"format {form!r} is not known", "jsonl or cef")
         show: Any = {"jsonl": (msgspec.json.encode, msgspec.json.encode), "cef": (cef, cef_device)}[form]
-        verdicts = client.get("/v1/audit/verify")["devices"] if devices else {}
+        verdicts = client.get("/v1/audit/verify", timeout=WALKING_S)["devices"] if devices else {}
         while entries := client.get("/v1/audit", after=after, limit=1000)["entries"]:
             for entry in entries:
                 typer.echo(show[0](entry))

@@ -72,8 +72,9 @@ class HubClient:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def get(self, path: str, **query: Any) -> Any:
-        return _answer(self._http, "GET", path, params={k: v for k, v in query.items() if v is not None})
+    def get(self, path: str, timeout: float = 60.0, **query: Any) -> Any:
+        params = {k: v for k, v in query.items() if v is not None}
+        return _answer(self._http, "GET", path, params=params, timeout=timeout)
 
     def post(self, path: str, body: dict[str, Any], **more: Any) -> Any:
         return _answer(self._http, "POST", path, json=body, **more)

@@ -157,3 +157,20 @@ async def test_every_change_says_from_where_and_strangers_are_told_of_at_a_bound
     own = [each for each in entries if each["actor"] == "hub"]
     assert own, "the hub's own deeds"
     assert all("where" not in each["detail"] for each in own)
+
+
+async def test_what_devices_chained_is_read_without_reading_all_that_they_sent(tmp_path: Path) -> None:
+    database, asked = Database(f"sqlite:///{tmp_path / 'hub.db'}"), list[tuple[str, Any]]()
+    sa.event.listen(
+        database.engine, "before_cursor_execute", lambda _c, _cursor, text, given, *_: asked.append((text, given))
+    )
+    log = Audit(database)
+    await log.devices()
+    await log.device_entries(("press-1", 1, 7))
+    queries = [each for each in asked if "FROM telemetry" in each[0]]
+    assert len(queries) == 2
+    for text, given in queries:
+        with database.engine.connect() as connection:
+            plan = str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", given).all())
+        assert "USING INDEX telemetry_audit" in plan, plan
+    database.close()
