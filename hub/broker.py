@@ -119,7 +119,8 @@ class Mosquitto:
             if self._folder is None or self._told == (serials, revoked):
                 return
             # of two lists OpenSSL takes the later, and their times are whole seconds
-            time.sleep(max(0.0, self._when + 1.0 - time.time()) if self._told else 0.0)
+            wait = self._when + 1.0 - time.time()
+            time.sleep(min(max(0.0, wait), 1.0) if self._told else 0.0)  # no longer, if the clock was set back
             self._when = time.time()
             try:
                 rules = topic_rules(self._authority.fleet, revoked).encode()
@@ -250,7 +251,7 @@ class EmbeddedBroker:
             try:
                 self._start_child()
                 self.restarts += 1
-            except Fatal as error:
+            except (Fatal, OSError) as error:  # or a full disk, of this moment
                 log.error("%s", error)
 
 

@@ -1,11 +1,13 @@
 """The embedded broker: a real rumqttd child, real clients."""
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from hub.broker import EmbeddedBroker
+from edge_agent.wire import durable
+from hub.broker import EmbeddedBroker, Mosquitto, write_config
+from hub.ca import Authority
 from hub.errors import Fatal
 
 
@@ -105,6 +109,37 @@ def test_a_killed_broker_comes_back_on_the_same_port(tmp_path: Path) -> None:
         [child] = set(children(os.getpid())).difference(others)
         os.kill(child, signal.SIGKILL)
         until(lambda: broker.restarts == 1 and broker.alive and listening(broker.port))
+
+
+def test_a_full_disk_at_the_moment_that_the_broker_ends_is_not_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, full = durable.write, [OSError(errno.ENOSPC, "No space left on device")]
+
+    def limited(path: Path, data: bytes, mode: int = 0o644) -> None:
+        if full:
+            raise full.pop()
+        write(path, data, mode)
+
+    with EmbeddedBroker(tmp_path) as broker:
+        monkeypatch.setattr("edge_agent.wire.durable.write", limited)
+        assert broker._child is not None
+        broker._child._process.kill()
+        until(lambda: broker.restarts == 1 and broker.alive and listening(broker.port))
+    assert not full
+
+
+def test_a_clock_that_is_set_back_does_not_hold_up_revocations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = Authority(tmp_path / "ca", tmp_path / "root", "main")
+    write_config(tmp_path / "broker", authority, ["localhost"])
+    mosquitto, slept = Mosquitto(tmp_path / "broker", authority), list[float]()
+    mosquitto.tell([], [])
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() - 3600)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    mosquitto.tell([], ["press-1"])
+    assert "user press-1" in (tmp_path / "broker" / "acl").read_text()
+    assert slept == [1.0]
 
 
 def test_the_broker_ends_when_its_hub_is_killed(tmp_path: Path) -> None:
