@@ -31,6 +31,11 @@ def read(path: Path | None, **given: Any) -> dict[str, Any]:
             raise HubError(f"{path} cannot be read: {error}", "give a plan in YAML or JSON") from error
         if not isinstance(plan, dict):
             raise HubError(f"{path} holds no plan", "see docs/examples/rollout.yaml")
+        try:
+            json.dumps(plan, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            hint = 'put a time in quotes: not_before: "2027-01-01T22:00:00"'
+            raise HubError(f"{path} has what JSON does not: {error}", hint) from error
     for field in ("bundle", "version"):
         if not given.get(field) and not plan.get(field):
             raise HubError(f"the plan names no {field}", f"give a file that does, or --{field}")

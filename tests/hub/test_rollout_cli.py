@@ -48,6 +48,8 @@ def test_an_approval_is_waited_for_and_silence_is_no_success(tmp_path: Path) -> 
     [
         ("bundle: b", "no version"),
         ("[1]", "holds no plan"),
+        ("bundle: b\nversion: '2'\nnot_before: 2027-01-01T22:00:00", "put a time in quotes"),
+        ("bundle: b\nversion: '2'\ntimeout_s: .inf", "not JSON compliant"),
         ("a: [", "cannot be read"),
         ("bundle: b\nversion: 1", "version"),
     ],
