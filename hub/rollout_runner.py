@@ -107,7 +107,8 @@ class Rollouts:
                 raise Refused(404, f"no rollout {id}", "outrider rollout list")
             try:
                 decisions = rollout.command(live.run, verb, by, time.time())
-                live.waits = 0.0
+                if live.run.status is not Status.RUNNING:  # who is online counts, and is not known yet after a start
+                    live.waits = 0.0
                 await self._carry_out(live, decisions, by, f"{verb}:rollout")
             finally:
                 if id in self._lives and not self._lives[id].run.live:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -297,4 +298,20 @@ async def test_a_command_that_could_not_be_kept_is_not_obeyed(hub: Hub, monkeypa
             await hub.services.rollouts.command(id, "abort", "admin")
     assert (await admin.get(f"/v1/rollouts/{id}")).json()["status"] == "scheduled"
     assert list(hub.services.rollouts._lives) == [id], "it still begins when its time has come"
+    await admin.aclose()
+
+
+async def test_a_command_right_after_a_start_finds_nobody_missing_who_had_no_time_to_show(hub: Hub) -> None:
+    admin = await hub.login()
+    await publish(admin, "2")
+    await enrolled(hub, "press-1")
+    id = await start(admin, timeout_s=0.5)
+    await reached(admin, id, "running")
+    assert (await admin.post(f"/v1/rollouts/{id}/pause")).status_code == 200
+    await asyncio.sleep(1)
+    hub.services.rollouts._lives[id].waits = time.monotonic() + 600  # as after a start
+    assert (await admin.post(f"/v1/rollouts/{id}/resume")).json()["status"] == "running"
+    await asyncio.sleep(0.5)
+    shown = (await admin.get(f"/v1/rollouts/{id}")).json()
+    assert (shown["status"], shown["waves"][0]["steps"]) == ("running", {"pending": 1})
     await admin.aclose()
