@@ -245,11 +245,12 @@ class Auth:
         for key in keys:
             self._backoff.succeeded(key)
         self._lockout.succeeded(name)
-        await self._db.write(lambda c: audit.append(c, name, "login:user", {"client": client}))
-        return self._access(name, row.roles), TOKEN_LIFETIME_S
+        now = await self._db.write(lambda c: _admit(c, name, "login:user", {"client": client}))
+        return self._access(name, row.roles, now), TOKEN_LIFETIME_S
 
-    def _access(self, name: str, roles: list[str], audience: str = tokens.AUDIENCE, until: float = 0.0) -> str:
-        now = time.time()
+    def _access(
+        self, name: str, roles: list[str], now: float, audience: str = tokens.AUDIENCE, until: float = 0.0
+    ) -> str:
         lifetime_s = until - now if until else TOKEN_LIFETIME_S
         return tokens.issue_access_token(self.keys.now, name, roles, now=now, lifetime_s=lifetime_s, audience=audience)
 
@@ -268,7 +269,7 @@ class Auth:
         """A new access token, the next refresh token, and the former's lifetime in seconds. Raises Refused 401."""
         table, again = refresh_tokens.c, "log in again: outrider hub login"
 
-        def change(connection: sa.Connection) -> tuple[Any, str] | str:
+        def change(connection: sa.Connection) -> tuple[Any, str, float] | str:
             now = time.time()
             connection.execute(refresh_tokens.delete().where(table.expires < now))
             row = connection.execute(sa.select(refresh_tokens).where(table.token_hash == _digest(token))).first()
@@ -284,20 +285,21 @@ class Auth:
             used = refresh_tokens.update().where(table.token_hash == row.token_hash, table.used.is_(None))
             if connection.execute(used.values(used=now)).rowcount == 0:
                 return "the refresh token was used at the same time"
-            return user, _new_refresh(connection, {"family": row.family, "user": row.user, "expires": row.expires})
+            new = _new_refresh(connection, {"family": row.family, "user": row.user, "expires": row.expires})
+            return user, new, now
 
         done = await self._db.write(change)
         if isinstance(done, str):
             raise Refused(401, done, again)
-        user, following = done
-        return self._access(user.name, user.roles), following, TOKEN_LIFETIME_S
+        user, following, now = done
+        return self._access(user.name, user.roles, now), following, TOKEN_LIFETIME_S
 
     async def offline_token(self, who: Subject, device: str, ttl_s: float) -> tuple[str, float]:
         """A token that one device takes, with no network, and when it ends: with the grants at the latest."""
         until = min(time.time() + max(60.0, ttl_s), self.grants.hard_expiry)
         detail = {"device": device, "expires": until}
-        await self._db.write(lambda c: audit.append(c, who.name, "create:offline-token", detail))
-        return self._access(who.name, who.roles, f"{tokens.AUDIENCE}/{device}", until), until
+        now = await self._db.write(lambda c: _admit(c, who.name, "create:offline-token", detail))
+        return self._access(who.name, who.roles, now, f"{tokens.AUDIENCE}/{device}", until), until
 
     def subject(self, token: str) -> Subject:
         """Who shows the token. Raises Refused 401."""
@@ -319,6 +321,15 @@ class Auth:
         if not self.may(subject, action, device):
             roles = ", ".join(subject.roles) or "no role"
             raise Refused(403, f"{subject.name} may not {action}", f"{subject.name} has {roles}; ask an admin")
+
+
+def _admit(connection: sa.Connection, name: str, action: str, detail: dict[str, Any]) -> float:
+    """When a token for somebody is issued: before any revocation that is still to come. Raises Refused 401."""
+    known = sa.select(users.c.name).where(users.c.name == name, users.c.revoked.is_(None))
+    if connection.execute(known).first() is None:
+        raise Refused(401, f"{name} may not log in", "ask an admin")
+    audit.append(connection, name, action, detail)
+    return time.time()
 
 
 def _groups(connection: sa.Connection, named: set[str]) -> dict[str, list[str]]:

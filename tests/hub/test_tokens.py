@@ -1,5 +1,6 @@
 """Tokens that are not good are refused at the hub and at the device alike; logins, refresh tokens, keys and roles."""
 
+import asyncio
 import base64
 import hmac
 import json
@@ -17,6 +18,7 @@ from edge_agent.wire import tokens
 from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, allowed, public_jwk
 from edge_agent.wire.signing import SigningKey, to_text
 from hub.auth import Lockout, TokenKeys
+from hub.errors import Refused
 from tests.api.test_app import Plant
 from tests.hub.rig import PASSWORD, Hub, enrolled
 
@@ -193,6 +195,26 @@ async def test_a_revoked_person_gets_nothing_for_a_refresh_token(hub: Hub) -> No
     kept = (await hub.http.post("/v1/login", json={"user": "ann", "password": PASSWORD})).json()["refresh_token"]
     await admin.delete("/v1/users/ann")
     assert (await hub.http.post("/v1/token", json={"refresh_token": kept})).status_code == 401
+
+
+async def test_who_is_revoked_in_the_middle_of_it_gets_no_token_either(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auth, loop = hub.services.auth, asyncio.get_running_loop()
+    await auth.add_user("ann", ["operator"], PASSWORD, by="test")
+    token, _ = await auth.login("ann", PASSWORD, "here")
+    ann = auth.subject(token)
+
+    def revoked_while_hashing(hashed: str, password: str) -> bool:
+        asyncio.run_coroutine_threadsafe(auth.revoke("ann", by="admin"), loop).result(20)
+        return True
+
+    monkeypatch.setattr("hub.auth._password_matches", revoked_while_hashing)
+    with pytest.raises(Refused) as login:
+        await auth.login("ann", PASSWORD, "here")
+    with pytest.raises(Refused) as offline:
+        await auth.offline_token(ann, "press-1", 7 * 86400)
+    assert (login.value.status, offline.value.status) == (401, 401)
 
 
 async def test_a_name_guessed_at_from_everywhere_is_locked_known_or_not(hub: Hub) -> None:
