@@ -31,10 +31,7 @@ class Uploads:
         self._busy: set[tuple[str, str]] = set()
 
     async def begin(self, device: str, sha256: str, size: int) -> int:
-        """How many bytes are here. Raises Refused 422 (also for another size), 423 (see `append`), 507 past the quota.
-
-        All of them only of one that is whole: who asks lets go of its own copy then.
-        """
+        """How many bytes are here, all only of one that is whole. Raises Refused 422 (also for its size), 423, 507."""
         if size <= 0:
             raise Refused(422, f"a blob of {size} bytes", "declare its size in Upload-Length")
         here = await asyncio.to_thread(self._begin, device, _checked(sha256), size)
@@ -121,8 +118,7 @@ def _checked(sha256: str) -> str:
 
 
 async def _nothing() -> AsyncIterator[bytes]:
-    for piece in ():
-        yield piece
+    yield b""
 
 
 def _size(path: Path) -> int:

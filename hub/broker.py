@@ -118,9 +118,8 @@ class Mosquitto:
         with self._lock:
             if self._folder is None or self._told == (serials, revoked):
                 return
-            # of two lists OpenSSL takes the later, and their times are whole seconds
-            wait = self._when + 1.0 - time.time()
-            time.sleep(min(max(0.0, wait), 1.0) if self._told else 0.0)  # no longer, if the clock was set back
+            # of two lists OpenSSL takes the later, and their times are whole seconds; no clock set back makes it longer
+            time.sleep(min(1.0, max(0.0, self._when + 1.0 - time.time())) if self._told else 0.0)
             self._when = time.time()
             try:
                 rules = topic_rules(self._authority.fleet, revoked).encode()

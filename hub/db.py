@@ -27,8 +27,7 @@ READERS = 4
 metadata = sa.MetaData()
 BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
-AUDITED = sa.text("kind = 'audit'")
-"""What devices chained, among all that they sent; not as a parameter, or SQLite does not use the index."""
+AUDITED = sa.text("kind = 'audit'")  # not as a parameter, or SQLite does not use the index
 
 settings = sa.Table(
     "settings",

@@ -184,9 +184,8 @@ class _Ticking:
     def _unforgive(self, place: Place, to: Step) -> None:
         """One that stood where it was forgiven and moves on excuses no other."""
         (failed, missed, done), was, results = self._forgiven(place.wave), place.step, (Step.FAILED, Step.SUCCEEDED)
-        left = done - (was in results and to not in results)
-        forgiven = (failed - (was is Step.FAILED), missed - (was is Step.MISSED), left)
-        self.run.forgiven = self.run.forgiven | {place.wave: forgiven}
+        less = (was is Step.FAILED, was is Step.MISSED, was in results and to not in results)
+        self.run.forgiven |= {place.wave: (failed - less[0], missed - less[1], done - less[2])}
 
     def _mostly(self, number: int) -> str:
         why = Counter(p.reason for p in self.run.places.values() if p.wave == number and p.step is Step.FAILED)

@@ -34,8 +34,7 @@ def read(path: Path | None, **given: Any) -> dict[str, Any]:
         try:
             json.dumps(plan, allow_nan=False)
         except (TypeError, ValueError) as error:
-            hint = 'put a time in quotes: not_before: "2027-01-01T22:00:00"'
-            raise HubError(f"{path} has what JSON does not: {error}", hint) from error
+            raise HubError(f"{path} is no JSON: {error}", 'put a time in quotes: "2027-01-01T22:00:00"') from error
     for field in ("bundle", "version"):
         if not given.get(field) and not plan.get(field):
             raise HubError(f"the plan names no {field}", f"give a file that does, or --{field}")

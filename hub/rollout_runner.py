@@ -75,10 +75,7 @@ class Rollouts:
         return await self.get(run.id)
 
     async def get(self, id: str, only: Collection[str] | None = None) -> dict[str, Any]:
-        """With `only` these of its devices, if given, as in `list` and `devices`.
-
-        Raises Refused 404, and the same for one that has none of them: whose it is not learns not that it is there.
-        """
+        """With `only` these of its devices, if given; one that has none of them is as if not there: Refused 404."""
         query = sa.select(rollouts).where(rollouts.c.id == id)
         found = await self._db.read(lambda c: _show(c, c.execute(query).all(), only))
         if not found or (only is not None and not any(wave["devices"] for wave in found[0]["waves"])):
@@ -107,8 +104,7 @@ class Rollouts:
                 raise Refused(404, f"no rollout {id}", "outrider rollout list")
             try:
                 decisions = rollout.command(live.run, verb, by, time.time())
-                if live.run.status is not Status.RUNNING:  # who is online counts, and is not known yet after a start
-                    live.waits = 0.0
+                live.waits = live.waits if live.run.status is Status.RUNNING else 0.0  # for who is online after a start
                 await self._carry_out(live, decisions, by, f"{verb}:rollout")
             finally:
                 if id in self._lives and not self._lives[id].run.live:

@@ -120,8 +120,7 @@ class Place(msgspec.Struct, gc=False):
 class Run(msgspec.Struct):
     """A rollout under way. `size`: of the bundle in bytes; `wave`: -1 before it began; `complete`: when that one ended.
 
-    `forgiven` has, by wave, what a person saw before resuming: failed, missed, and how many had a result; of these, who
-    has not moved since `resumed`.
+    `forgiven` has, by wave, what a person saw when `resumed` and moved not since: failed, missed, and who had a result.
     """
 
     id: str

@@ -20,7 +20,6 @@ from hub import audit
 from hub.db import Database, devices
 from hub.errors import Refused
 
-AT_ONCE = 500  # devices that are told again
 Send = Callable[[str, Desired], Awaitable[bool]]
 Patch = dict[str, Any] | Callable[[sa.Row[Any]], dict[str, Any]]
 """A merge patch, or what makes one of the device's row."""
@@ -124,7 +123,7 @@ class Twin:
     async def send_owed(self) -> None:
         """Tell those that could not be told, while the connection stood: no other comes to tell them."""
         if self._owed:
-            await self.send_all(devices.c.name.in_(sorted(self._owed)[:AT_ONCE]))
+            await self.send_all(devices.c.name.in_(sorted(self._owed)[:500]))
 
     async def send_all(self, which: sa.ColumnElement[bool] = devices.c.desired_version > 0) -> None:
         """Publish every desired document again: a broker that forgot its retained messages gets them back."""

@@ -9,5 +9,6 @@ down_revision = "0007"
 
 def upgrade() -> None:
     which = sa.text("kind = 'audit'")
-    columns = ["device", "epoch", "seq"]
-    op.create_index("telemetry_audit", "telemetry", columns, sqlite_where=which, postgresql_where=which)
+    op.create_index(
+        "telemetry_audit", "telemetry", ["device", "epoch", "seq"], sqlite_where=which, postgresql_where=which
+    )
