@@ -88,7 +88,7 @@ def verify_grants(key: VerifyKey, text: str, known_epoch: int = 0) -> Grants:
     """Raises BadSignature, VersionRefused, or Undecodable (also for an epoch below `known_epoch`)."""
     try:
         signed = jws.deserialize_compact(text, OKPKey.import_key(key.key), [ALGORITHM])
-    except (JoseError, ValueError) as error:
+    except (JoseError, ValueError, TypeError) as error:  # TypeError: a `crit` that is no list of names
         raise BadSignature(f"the grants are not signed by key {key.key_id}: {error}") from None
     if signed.headers().get("typ") != _TYPE:
         raise BadSignature(f"a signed {signed.headers().get('typ')!r} is not grants")

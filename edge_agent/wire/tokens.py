@@ -101,6 +101,6 @@ def _verify(
             issued = decoded.claims.get("iat")
             now = max(floor, issued) if isinstance(issued, int | float) else floor
         jwt.JWTClaimsRegistry(now=int(now), leeway=LEEWAY_S, **rules).validate(decoded.claims)
-    except (JoseError, ValueError) as error:
+    except (JoseError, ValueError, TypeError) as error:  # TypeError: a `crit` that is no list of names
         raise BadSignature(f"the token is refused: {error}") from None
     return decoded.claims

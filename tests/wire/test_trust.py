@@ -27,7 +27,7 @@ from edge_agent.wire.bundle import (
 from edge_agent.wire.errors import BadSignature, Undecodable, VersionRefused
 from edge_agent.wire.grants import SHIPPED_ROLES, Grants, Subject, allowed, public_jwk, sign_grants, verify_grants
 from edge_agent.wire.messages import encode
-from edge_agent.wire.signing import SigningKey
+from edge_agent.wire.signing import SigningKey, to_text
 from edge_agent.wire.tokens import (
     device_of,
     issue_access_token,
@@ -164,6 +164,19 @@ def test_a_token_of_another_type_or_without_signature_is_refused() -> None:
     for noise in ("", "a", "a.!!.c", "a.bm90anNvbg.c"):
         with pytest.raises(BadSignature):
             device_of(noise)
+
+
+@pytest.mark.parametrize("crit", [1, None, "b64", [1], [[]], {"b64": 1}, ["exp"]])
+def test_a_header_that_makes_no_sense_is_refused_and_breaks_nothing(crit: object) -> None:
+    """A retained one on the grants' topic, which no signature is needed for, would end every daemon at each start."""
+    head = to_text(msgspec.json.encode({"alg": "Ed25519", "typ": "outrider-grants", "crit": crit}))
+    text = f"{head}.{to_text(b'{}')}.{to_text(bytes(64))}"
+    with pytest.raises(BadSignature):
+        verify_grants(KEY.public, text)
+    with pytest.raises(BadSignature):
+        verify_access_token(JWKS, text, now=NOW)
+    with pytest.raises(BadSignature):
+        verify_device_token(KEY.public, text, fleet="plant", device="press-1", now=NOW)
 
 
 def bundle(tmp_path: Path) -> Manifest:
