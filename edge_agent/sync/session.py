@@ -90,6 +90,7 @@ class Session:
         self._heartbeat, self._window = heartbeat, window
         kinds = (TopicKind.ACK, TopicKind.DESIRED, TopicKind.JOBS)
         self._down = [str(Topic(fleet, TopicKind.GRANTS)), *(str(Topic(fleet, kind, device)) for kind in kinds)]
+        self._acks = self._down[1]
         self._up = str(Topic(fleet, TopicKind.UP, device))
         self._presence_topic = str(Topic(fleet, TopicKind.PRESENCE, device))
         self._mqtt = MqttSession(
@@ -111,6 +112,7 @@ class Session:
         self._cursor = self._furthest = outbox.acked  # sent since the last rewind, and ever
         self._inflight: deque[int] = deque()  # last seqs of the batches not acked
         self._turn = 0  # rewinds
+        self._later: dict[tuple[str, bytes], Message] = {}  # what the disk had no room for
         self._progress, self._patience = time.monotonic(), PATIENCE_S[0]
         self._storing = Trouble(log, "what came is tried again")
         self._sending = Trouble(log, "sending waits")
@@ -225,18 +227,27 @@ class Session:
                 await self._take(message)
             except Retry as error:
                 self._storing.tell(f"{message.topic}: {error}")
-                tasks.create_task(self._take_later(message), name="sync-retry")
+                if message.topic == self._acks:  # the next says the same and more
+                    message.ack()
+                    continue
+                key = message.topic, message.payload
+                if key not in self._later:
+                    tasks.create_task(self._take_later(key), name="sync-retry")
+                self._later[key] = message
             else:
                 message.ack()
                 self._storing.over()
 
-    async def _take_later(self, message: Message) -> None:
-        """The disk was full. Others go on; how many wait here is bounded by what the broker may leave unacked."""
+    async def _take_later(self, key: tuple[str, bytes]) -> None:
+        """The disk was full. Others go on; how many wait here is bounded by what the broker may leave unacked.
+
+        One that comes again, as after each cut, takes the place of what it was.
+        """
         while True:
             await asyncio.sleep(1.0)
             with contextlib.suppress(Retry):
-                await self._take(message)
-                message.ack()
+                await self._take(self._later[key])
+                self._later.pop(key).ack()
                 self._storing.over()
                 return
 

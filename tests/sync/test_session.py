@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import socket
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,7 +23,8 @@ from edge_agent.sync.session import Session
 from edge_agent.sync.twin import GrantsCache, Twin
 from edge_agent.wire.grants import SHIPPED_ROLES, Grants, sign_grants
 from edge_agent.wire.messages import Ack, Desired, Job, JobKind, JobState, PresenceState
-from edge_agent.wire.signing import SigningKey
+from edge_agent.wire.signed import seal
+from edge_agent.wire.signing import SigningKey, to_text
 from edge_agent.wire.topics import TopicKind
 from tests.sync.brokers import Embedded, Mosquitto, until
 from tests.sync.peer import DEVICE, FLEET, Hub, topic
@@ -225,7 +227,9 @@ async def test_a_message_the_hub_did_not_sign_is_audited_and_changes_nothing(hub
     await hub.send(TopicKind.ACK, Ack(device.outbox.epoch, 10**9, 0.0), forger)
     await hub.mqtt.publish(topic(TopicKind.JOBS), b"\xff\x00 rubbish")
     await hub.mqtt.publish(topic(TopicKind.DESIRED), b"x" * 300_000)
-    await until(lambda: device.session.counters.refused == 4)
+    odd = to_text(b'{"alg":"Ed25519","crit":1}')
+    await hub.mqtt.publish(topic(TopicKind.GRANTS), f"{odd}.{to_text(b'{}')}.AA".encode())
+    await until(lambda: device.session.counters.refused == 5)
     await hub.send(TopicKind.JOBS, job("real"))
     assert (await asyncio.wait_for(device.inbox.next(), 10)).id == "real"
     assert await device.inbox.state("forged") is None
@@ -323,3 +327,36 @@ async def test_a_job_that_found_the_disk_full_is_taken_when_there_is_room(hub: H
     assert await device.inbox.state("big") is None
     await device.store.read(lambda db: db.execute("PRAGMA max_page_count = 1000000").fetchone())
     assert (await asyncio.wait_for(device.inbox.next(), 10)).body == big.body
+
+
+async def test_what_cannot_be_stored_makes_no_crowd_of_messages_that_wait(hub: Hub, device: Device) -> None:
+    """Acks are of QoS 0 and come again by themselves; a job that the broker sends again after a cut is the same one."""
+
+    def waiting() -> int:
+        return sum(task.get_name() == "sync-retry" for task in asyncio.all_tasks())
+
+    hub.deaf = True
+    await device.outbox.append_many("telemetry", [{"n": n} for n in range(10)])
+    await until(lambda: device.session.counters.batches > 0)
+    await device.store.read(lambda db: db.execute("PRAGMA busy_timeout = 0").fetchone())
+    other = sqlite3.connect(device.store.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")  # as good as a full disk: Retry at each write
+    await hub.send(TopicKind.JOBS, job("once"))
+    await until(lambda: waiting() > 0)
+    for _ in range(20):
+        before = device.session.counters.acks
+        payload, properties = seal(hub.key, topic(TopicKind.ACK), Ack(device.outbox.epoch, 5, time.time(), hub.nonce))
+        await hub.mqtt.publish(topic(TopicKind.ACK), payload, properties=properties, qos=0)
+        await until(lambda before=before: device.session.counters.acks > before)  # type: ignore[misc]
+    for made in (2, 3):
+        device.cut()
+        await until(lambda made=made: device.session.counters.connections == made)  # type: ignore[misc]
+    await asyncio.sleep(0.5)
+    assert waiting() == 1
+    other.execute("ROLLBACK")
+    other.close()
+    assert (await asyncio.wait_for(device.inbox.next(), 10)).id == "once"
+    assert device.outbox.acked == 0
+    hub.deaf = False
+    device.cut()
+    await until(lambda: device.outbox.depth == 0)
