@@ -17,10 +17,10 @@ from edge_agent.agent.rules import PolicyFile
 from edge_agent.agent.workflow import Broken, read
 from edge_agent.agent.workflow_check import check
 from edge_agent.agent.workflow_triggers import Library
-from edge_agent.errors import Refused
+from edge_agent.errors import Refused, Retry
 from edge_agent.hosting import Hosting
 from edge_agent.update.slots import Installed, Slots
-from edge_agent.update.trial import Activation, Figures
+from edge_agent.update.trial import Activation, Figures, Untried
 from edge_agent.wire.bundle import BundleKind
 
 POLICY = "policy.toml"
@@ -39,11 +39,14 @@ class Bundled:
                 self._take(name, installed)
 
     async def probe(self, name: str, candidate: Installed, activation: Activation) -> Figures:
-        """Raises Worse or Refused when it is no good here, Retry when that cannot be told now."""
+        """Raises Worse or Refused when it is no good here, Untried when that cannot be told now."""
         if candidate.manifest.kind is not BundleKind.WORKFLOW:
             return await self._hosting.probe(name, candidate, activation)
         await asyncio.to_thread(PolicyFile(candidate.folder / POLICY).read)
-        specs = await self._tools.specs()
+        try:
+            specs = await self._tools.specs()
+        except Retry as error:
+            raise Untried(error.message, error.hint) from error
         for file, text in (await asyncio.to_thread(_texts, candidate)).items():
             try:
                 flow, marks = read(text)

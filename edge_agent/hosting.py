@@ -29,7 +29,7 @@ from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.update import probe
 from edge_agent.update.mirror import Mirror
 from edge_agent.update.slots import Installed
-from edge_agent.update.trial import SAMPLE, Activation, Figures, Trial, Why, Worse
+from edge_agent.update.trial import SAMPLE, Activation, Figures, Trial, Untried, Why, Worse
 from edge_agent.wire.bundle import BundleKind
 from edge_agent.wire.tensor import Tensor
 
@@ -298,7 +298,7 @@ class Hosting:
         base = adapter.manifest.base
         running = self.running.get(base.name) if base else None
         if base is None or running is None or running.digest != base.digest:
-            raise Retry(f"the base model of {adapter.manifest.name} does not run here", "assign it to this device")
+            raise Untried(f"the base model of {adapter.manifest.name} does not run here", "assign it to this device")
         return running
 
     async def _adapt(self, worker: WorkerProcess, adapter: Installed) -> None:
@@ -384,7 +384,7 @@ async def _load(worker: WorkerProcess, name: str, installed: Installed, beside: 
     if needed > free and not worker.holds(name):  # one that is replaced makes room; no reason for quarantine: it passes
         mib = f"{needed / 2**20:.0f} MiB of memory and {free / 2**20:.0f} MiB are free"
         hint = "a smaller precision, fewer other models, or more memory for the service (MemoryMax, another device)"
-        raise Retry(f"{name} {installed.manifest.version} needs {mib}", hint)
+        raise Untried(f"{name} {installed.manifest.version} needs {mib}", hint)
     beside = beside and roomy
     await _loading(worker, installed, lambda: worker.load(name, installed.folder, LOAD_S, serving, beside))
 

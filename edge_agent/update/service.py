@@ -29,7 +29,7 @@ from edge_agent.update.neighbours import Neighbours
 from edge_agent.update.slots import Installed, Slots
 from edge_agent.update.staging import Staging
 from edge_agent.update.timing import Timing
-from edge_agent.update.trial import Activation, Figures, Why, activation
+from edge_agent.update.trial import Activation, Figures, Untried, Why, activation
 from edge_agent.update.trust import Director, Trust
 from edge_agent.wire.bundle import Manifest, Target
 from edge_agent.wire.topics import check_name
@@ -44,7 +44,10 @@ class Prober(Protocol):
     """Tries a candidate beside what runs: its golden probe (update/probe.py), then live traffic (update/trial.py)."""
 
     async def probe(self, name: str, candidate: Installed, activation: Activation) -> Figures:
-        """Raises Worse or Refused when it does not load or is not as good, Retry when it cannot be tried now."""
+        """Raises Worse or Refused when it does not load or is not as good, Untried when it cannot be tried now.
+
+        Retry when it did not answer, which is borne a few times.
+        """
         ...
 
 
@@ -354,15 +357,17 @@ class UpdateService:
 
     async def _try(self, name: str, candidate: Installed, target: Target) -> None:
         """The trial, for as long as it is wanted."""
-        given = candidate.manifest.meta.get("activation") or {}
+        machine, given = self._machine(name), candidate.manifest.meta.get("activation") or {}
         plan = activation(given if isinstance(given, dict) else {"policy": given}, self._activation.get(name) or {})
         trying = asyncio.ensure_future(self._prober.probe(name, candidate, plan))
         try:
             while not (await asyncio.wait([trying], timeout=WANTED_S))[0]:
                 self._still_wanted(name, target)
-            machine = self._machine(name)
             machine.update.trial, machine.update.trials = await trying, 0
             self._timing.check_hold()
+        except Untried:
+            machine.update.trials -= 1
+            raise
         finally:
             trying.cancel()
             await asyncio.gather(trying, return_exceptions=True)

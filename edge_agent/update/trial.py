@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from edge_agent.errors import Refused
+from edge_agent.errors import Refused, Retry
 
 SAMPLES, SAMPLE, LOG = 3, 4096, 40
 REPORTED_SAMPLE, REPORTED_LOG = 1024, 1536
@@ -100,6 +100,10 @@ class Worse(Refused):
     def __init__(self, message: str, hint: str, why: Why) -> None:
         super().__init__(message, hint)
         self.why = why
+
+
+class Untried(Retry):
+    """The candidate could not be tried now, which says nothing of it: no trial is used up."""
 
 
 class Tally:

@@ -9,11 +9,12 @@ import msgspec
 import pytest
 
 from edge_agent import hosting
-from edge_agent.errors import Refused, Retry
+from edge_agent.errors import Refused
 from edge_agent.hosting import Hosting
 from edge_agent.machine import UNBOUND, available_memory, ending, memory, oom_kills
 from edge_agent.serving import supervisor
 from edge_agent.update.slots import Installed
+from edge_agent.update.trial import Untried
 from edge_agent.wire.bundle import BundleKind, Manifest, scan
 from tests.serving.test_supervisor import child
 
@@ -97,7 +98,7 @@ async def test_a_model_that_does_not_fit_says_both_sizes_and_is_not_quarantined_
     monkeypatch.setattr(hosting, "available_memory", lambda: 100 * MIB)
     async with child() as worker:
         host = Hosting({"language": worker})
-        with pytest.raises(Retry, match="m 1 needs 200 MiB of memory and 100 MiB are free") as e:
+        with pytest.raises(Untried, match="m 1 needs 200 MiB of memory and 100 MiB are free") as e:
             await host.switch("m", bundle(tmp_path / "m", "m", memory_mb=200))
         assert "MemoryMax" in e.value.hint
         await host.switch("m", bundle(tmp_path / "m", "m", memory_mb=99))

@@ -21,7 +21,7 @@ from edge_agent.errors import Fatal, Refused, Retry
 from edge_agent.update.machine import AFTER_RESTART, MAX_TRIALS, TRANSITIONS, Machine, State, Target
 from edge_agent.update.service import BundleReport, UpdateService
 from edge_agent.update.slots import Installed
-from edge_agent.update.trial import Activation, Figures
+from edge_agent.update.trial import Activation, Figures, Untried
 from edge_agent.wire.bundle import FileEntry, content_digest
 from edge_agent.wire.chunks import MAX_CHUNK
 from tests.update.plant_hub import PlantHub, ReadsGood, until
@@ -295,6 +295,22 @@ async def test_model_that_never_answers_its_trial_is_quarantined(hub: PlantHub, 
     async with device(tmp_path / "state", hub, prober=Dies(), retry_s=(0.01, 0.01)) as it:
         report = await it.wants(target, "quarantined")
     assert "was tried" in report.error
+
+
+async def test_version_that_could_not_be_tried_yet_is_not_blamed_for_it(hub: PlantHub, tmp_path: Path) -> None:
+    class Crowded(ReadsGood):
+        tries = 0
+
+        async def probe(self, name: str, candidate: Installed, activation: Activation) -> Figures:
+            self.tries += 1
+            if self.tries <= 2 * MAX_TRIALS:
+                raise Untried("net 1 needs 2048 MiB of memory and 100 MiB are free")
+            return await super().probe(name, candidate, activation)
+
+    target = hub.publish("net", "1", {"model.bin": BIG}, tmp_path)
+    async with device(tmp_path / "state", hub, prober=Crowded(), retry_s=(0.01, 0.01)) as it:
+        assert "100 MiB are free" in (await it.wants(target, "failed")).error
+        await until(lambda: it.running == ["1"])
 
 
 async def test_newer_wish_ends_a_running_download(hub: PlantHub, tmp_path: Path) -> None:
