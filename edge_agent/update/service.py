@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
@@ -166,6 +167,8 @@ class UpdateService:
         wanted: dict[str, Target] = {}
         for name, target in (await asyncio.to_thread(self._director.accept, document)).items():
             try:
+                if not re.fullmatch("[0-9a-f]{64}", target.manifest_sha256):
+                    raise ValueError(f"{target.manifest_sha256!r} is no SHA-256")
                 wanted[check_name(name, "bundle")] = target
             except ValueError as error:
                 log.error("the bundle %r is ignored: %s", name, error)
@@ -213,16 +216,14 @@ class UpdateService:
             await self._keep_one_good(name)
 
     async def _keep_one_good(self, name: str) -> None:
-        current = await asyncio.to_thread(self.slots.current, name)
-        while current is not None:
+        while (id := await asyncio.to_thread(self.slots.pointed, name)) is not None:
             try:
-                await asyncio.to_thread(self.slots.check, name, current.id)
+                await asyncio.to_thread(self.slots.check, name, id)
                 return
             except Refused as error:
                 log.error("%s; going back to the version before", error)
-                damaged = current.id
-                current = await asyncio.to_thread(self.slots.roll_back, name)
-                await asyncio.to_thread(self.slots.discard, name, damaged)
+                await asyncio.to_thread(self.slots.roll_back, name)
+                await asyncio.to_thread(self.slots.discard, name, id)
 
     async def _pass(self) -> None:
         names = {*await asyncio.to_thread(self.slots.names), *self._desired}

@@ -12,6 +12,7 @@ are what the next one is made of.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -60,6 +61,11 @@ class Slots:
     def current(self, name: str) -> Installed | None:
         """The version that runs."""
         return self._follow(name, "current")
+
+    def pointed(self, name: str) -> str | None:
+        """The id that `current` names, whether or not that version can be read."""
+        link = self.root / name / "current"
+        return link.readlink().name if link.is_symlink() else None
 
     def previous(self, name: str) -> Installed | None:
         """The version that ran before."""
@@ -144,12 +150,12 @@ class Slots:
         missing = []
         for entry in manifest.files:
             target = files / entry.path
-            if target.is_file() and target.stat().st_size == entry.size and sha256_file(target) == entry.sha256:
+            if target.is_file() and target.stat().st_size == entry.size and _found(target) == entry.sha256:
                 continue  # a power loss keeps a length without its bytes
             if target.is_file():
                 target.unlink()
             source = held.get(entry.sha256)
-            if source is not None and sha256_file(source) == entry.sha256:
+            if source is not None and _found(source) == entry.sha256:
                 self._place(target, source, keep=True)
             else:
                 missing.append(entry)
@@ -191,8 +197,7 @@ class Slots:
         """Read every byte of a version again. Raises Refused when one is not as the manifest says."""
         installed = self.open(name, id)
         for entry in installed.manifest.files:
-            path = installed.folder / entry.path
-            found = sha256_file(path) if path.is_file() else "nothing"
+            found = _found(installed.folder / entry.path)
             if found != entry.sha256:
                 reason = f"{name} {installed.manifest.version}: {entry.path} is damaged"
                 raise Refused(f"{reason}: expected sha256 {entry.sha256}, found {found}", "it is downloaded again")
@@ -254,6 +259,16 @@ class Slots:
     def _held(self, name: str) -> dict[str, Path]:
         slots = [slot for slot in (self.previous(name), self.current(name)) if slot is not None]
         return {entry.sha256: slot.folder / entry.path for slot in slots for entry in slot.manifest.files}
+
+
+def _found(path: Path) -> str:
+    """The SHA-256 of a file, or what is there instead: a bad block is the damage of one file, not the device's end."""
+    try:
+        return sha256_file(path) if path.is_file() else "nothing"
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
+            raise
+        return f"an error ({error.strerror})"
 
 
 def _manifest(folder: Path) -> bytes:

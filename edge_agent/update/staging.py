@@ -85,6 +85,7 @@ class Staging:
     def _manifest(self, name: str, target: Target) -> Manifest:
         raw = self._slots.manifest(name, target.manifest_sha256)
         if raw is None:
+            self._slots.discard(name, target.manifest_sha256)  # it would be taken for whole
             raise Retry(f"the manifest of {name} {target.version} is gone")
         try:
             manifest = decode_manifest(raw)

@@ -234,7 +234,8 @@ async def test_one_failing_bundle_does_not_hold_up_the_others(hub: PlantHub, tmp
     good = hub.publish("zz", "1", {"model.bin": BIG}, tmp_path)
     async with device(tmp_path / "state", hub) as it:
         missing = Target("9", "0" * 64)
-        await it.directed({"aa": missing, "zz": good, "!": good})
+        out = Target("9", f"../../zz/versions/{good.manifest_sha256}")
+        await it.directed({"aa": missing, "zz": good, "!": good, "bb": out})
         await until(lambda: it.running == ["1"])
         failed = [report for report in it.reports if report.target == "9"]
     assert "the hub has no bundles/aa/9/manifest.json" in failed[-1].error
@@ -347,6 +348,35 @@ async def test_damaged_version_gives_way_at_start_and_is_fetched_again(
     async with device(tmp_path / "state", hub) as it:
         if damage == "current":
             await until(lambda: it.running == ["1"])
+        await it.wants(two, "committed")
+        await until(lambda: it.running[-1] == "2")
+
+
+def _no_bytes(version: Path) -> None:
+    """The file is there and reading it is an I/O error, as with a bad block."""
+    (version / "files/model.bin").unlink()
+    (version / "files/model.bin").symlink_to("/proc/self/mem")
+
+
+@pytest.mark.parametrize("damage", [_no_bytes, lambda version: (version / "manifest.json").write_bytes(b"{")])
+@pytest.mark.parametrize("both", [False, True])
+async def test_bad_block_in_a_version_costs_that_version_alone(
+    hub: PlantHub, tmp_path: Path, damage: Callable[[Path], object], both: bool
+) -> None:
+    one = hub.publish("net", "1", {"model.bin": BIG}, tmp_path)
+    two = hub.publish("net", "2", {"model.bin": b"good two"}, tmp_path)
+    async with device(tmp_path / "state", hub) as it:
+        await it.wants(one, "committed")
+        await it.wants(two, "committed")
+        await until(lambda: it.running == ["1", "2"])
+    for target in [one, two] if both else [two]:
+        damage(tmp_path / f"state/net/versions/{target.manifest_sha256}")
+    url, hub.url = hub.url, "http://127.0.0.1:9"
+    async with device(tmp_path / "state", hub) as it:
+        if not both:
+            await until(lambda: it.running == ["1"])  # with no network
+        await it.wants(two, "failed")
+        it.client.base_url = url
         await it.wants(two, "committed")
         await until(lambda: it.running[-1] == "2")
 
