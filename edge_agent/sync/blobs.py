@@ -4,7 +4,7 @@
 
 Invariants: the file is on disk before the record that names it; it leaves when the hub has it whole, or when the quota
 makes it the victim (oldest first, told by a record too). A cut costs nothing that the hub has: it is asked how much is
-there, and the rest is sent (tus 1.0). What the hub refuses for good is told and let go.
+there, and the rest is sent (tus 1.0). What the hub refuses for good is told and let go; who stands between takes none.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Blobs:
     ) -> None:
         self._folder, self._outbox, self._client, self._token, self.quota = folder, outbox, client, token, quota
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for part in folder.glob(".*.part"):  # of a process that was killed
+            part.unlink()
         self._next = 1 + max((_order(path) for path in self._waiting()), default=0)
         self._put, self._more = asyncio.Lock(), asyncio.Event()
         self._trouble = Trouble(log, "uploads wait")
@@ -98,7 +100,14 @@ class Blobs:
         self, method: str, path: str, headers: dict[str, str], content: AsyncIterator[bytes] | None = None
     ) -> httpx.Response:
         shown = {"Authorization": f"Bearer {self._token()}", "Tus-Resumable": "1.0.0"}
-        return await self._client.request(method, path, headers=shown | headers, content=content)
+        answer = await self._client.request(method, path, headers=shown | headers, content=content)
+        told = answer.headers.get("content-type", "")
+        if answer.is_success and "Tus-Resumable" not in answer.headers or (
+            answer.status_code in (400, 422) and not told.startswith("application/problem+json")
+        ):
+            hint = "is there a proxy or a sign-in page between?"
+            raise Retry(f"not the hub's answer ({answer.status_code}) to a blob", hint)
+        return answer
 
     async def _let_go(self, path: Path, why: str) -> None:
         await self._outbox.append("blob", {"sha256": path.name.partition("-")[2], "lost": why}, PRIORITY)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import random
+import resource
 import shutil
 import time
 from base64 import b64encode
@@ -17,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from bench.fleet import free_port
 from bench.link import Link
-from edge_agent.errors import Refused
+from edge_agent.errors import Refused, Retry
 from edge_agent.store import Store
 from edge_agent.sync.blobs import Blobs
 from edge_agent.sync.outbox import Outbox
@@ -106,6 +107,50 @@ async def test_past_the_devices_quota_the_oldest_goes_and_is_told(hub: Hub, serv
     assert part is not None
     assert first.encode() in part.lines[1]
     assert b'"lost":"quota"' in part.lines[1]
+
+
+async def test_a_sign_in_page_between_takes_no_blob(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mobile network whose credit is used up answers everything with 200 and a page."""
+    monkeypatch.setattr("edge_agent.sync.blobs.BACKOFF_S", (0.01, 0.02))
+    device, answers = await enrolled(hub, "press-1"), [b"200 OK", b"201 Created", b"400 Bad Request"]
+
+    async def page(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        said = answers.pop(0) if answers else b"200 OK"
+        writer.write(b"HTTP/1.1 %b\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello" % said)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(page, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, blobs(device, tmp_path, port) as (queue, outbox):
+        await queue.put(b"evidence" * 100, "camera.jpg")
+        task = asyncio.create_task(queue.run())
+        await until(lambda: not answers)
+        await asyncio.sleep(0.2)
+        assert len(list((tmp_path / "blobs").iterdir())) == 1
+        assert outbox.depth == 1, "and none was told lost"
+        task.cancel()
+
+
+async def test_a_blob_the_disk_has_no_room_for_leaves_nothing_behind(
+    hub: Hub, served: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file size limit stands for the full disk: the kernel refuses the write in the middle of the file."""
+    device = await enrolled(hub, "press-1")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / ".7-abc.part").write_bytes(bytes(1000))  # of a process that was killed
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    async with blobs(device, tmp_path, served) as (queue, _):
+        assert not list((tmp_path / "blobs").iterdir())
+        for n in range(3):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+            try:
+                with pytest.raises(Retry, match="cannot keep"):
+                    await queue.put(bytes([n]) * (2 << 20), "camera.jpg")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list((tmp_path / "blobs").iterdir())
 
 
 async def begin(client: httpx.AsyncClient, content: bytes, sha256: str = "") -> httpx.Response:
