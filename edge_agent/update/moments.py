@@ -75,10 +75,12 @@ def held(before: Hold | None, now: float, minutes: float, reason: str, limit: fl
     """A new hold, or a longer one. Raises Refused when nothing of the limit is left."""
     if not 0 < minutes < 1e6 or not 0 < len(reason.strip()) <= 200:
         raise Refused("a hold has minutes and a reason of at most 200 characters", "minutes 30, reason 'batch 7 runs'")
-    since = before.since if before is not None and now < before.until + REST_S else now
+    since = before.since if before is not None and before.since <= now < before.until + REST_S else now
     until = min(now + minutes * 60, since + limit * 60)
     if until <= now:
         raise Refused(f"updates were held for {limit:g} minutes, no longer", "let them pass, or raise max_hold_minutes")
+    if before is not None and before.until >= until:  # another application's, which lasts longer
+        return before
     return Hold(since, until, reason.strip())
 
 

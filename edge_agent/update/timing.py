@@ -26,6 +26,7 @@ class Timing:
     ) -> None:
         self._path, self._own, self._facts, self._clock = path, own, facts, clock
         self.rules, self.holding = moments.rules(own), _read(path)
+        self._changing = asyncio.Lock()
 
     def configure(self, asked: Mapping[str, Any]) -> None:
         """Raises Refused, and keeps what was before."""
@@ -33,29 +34,38 @@ class Timing:
 
     async def hold(self, minutes: float, reason: str) -> Hold:
         """Raises Refused."""
-        kept = moments.held(self.holding, self._clock(), minutes, reason, self.rules.max_hold_minutes)
-        await self._keep(kept)
+        async with self._changing:
+            kept = moments.held(self._held(), self._clock(), minutes, reason, self.rules.max_hold_minutes)
+            await self._keep(kept)
         return kept
 
     async def release(self) -> None:
-        if self.holding is not None and self._clock() < self.holding.until:
-            await self._keep(msgspec.structs.replace(self.holding, until=self._clock()))
+        async with self._changing:
+            if self.holding is not None and self._clock() < self.holding.until:
+                await self._keep(msgspec.structs.replace(self.holding, until=self._clock()))
 
     async def check(self, step: moments.Step) -> None:
         """Before a step begins. Raises NotNow."""
-        moments.check(step, self.rules, await asyncio.to_thread(self._facts), self.holding, self._clock())
+        moments.check(step, self.rules, await asyncio.to_thread(self._facts), self._held(), self._clock())
 
     def check_window(self, step: moments.Step) -> None:
         """While it goes on: windows and holds, not the machine. Raises NotNow."""
-        moments.check(step, self.rules, Facts(), self.holding, self._clock())
+        moments.check(step, self.rules, Facts(), self._held(), self._clock())
 
     def check_hold(self) -> None:
         """When it is done: a hold alone, as a window may have closed meanwhile. Raises NotNow."""
-        moments.check("activate", moments.Rules(), Facts(), self.holding, self._clock())
+        moments.check("activate", moments.Rules(), Facts(), self._held(), self._clock())
 
     def left(self, until: float) -> float:
         """Seconds until it may be asked again; not too many, as a clock may be set."""
         return min(max(0.05, until - self._clock()), moments.ASK_AGAIN_S)
+
+    def _held(self) -> Hold | None:
+        """The last hold; one that ends beyond the limit is of a clock that was put back since, and is forgotten."""
+        most = self._clock() + self.rules.max_hold_minutes * 60 + moments.REST_S
+        if self.holding is not None and self.holding.until > most:
+            self.holding = None
+        return self.holding
 
     async def _keep(self, hold: Hold) -> None:
         await asyncio.to_thread(self._path.parent.mkdir, parents=True, exist_ok=True)

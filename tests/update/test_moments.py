@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 from collections.abc import Iterator
@@ -151,6 +152,33 @@ def test_holds_that_follow_one_another_never_last_beyond_the_limit(
         began = now if lapsed else began
         assert now < hold.until <= began + limit * 60 + 1e-3
         assert hold.since == began
+
+
+async def test_a_clock_that_is_put_back_prolongs_no_hold_beyond_its_limit(hub: PlantHub, tmp_path: Path) -> None:
+    clock = Clock("UTC", "2036-01-01T00:00")  # before the first answer of a time server
+    target = hub.publish("net", "1", {"model.bin": BIG}, tmp_path)
+    async with device(tmp_path / "state", hub, clock=clock, rules={"max_hold_minutes": 600}) as it:
+        await it.service.hold(30, "batch 7 runs")
+        await it.wants(target, "waiting")
+        clock.set("2026-01-01T00:00")
+        it.service._hurry()
+        await until(lambda: it.running == ["1"])
+        again = await it.service.hold(1e5, "batch 8 runs")
+        assert again.until - clock() <= 600 * 60
+        clock.set("2025-12-31T23:59:58")  # a little is the daily work of a time server
+        with pytest.raises(NotNow):
+            it.service._timing.check_hold()
+
+
+async def test_holds_of_several_applications_at_once_end_with_the_last(hub: PlantHub, tmp_path: Path) -> None:
+    async with device(tmp_path / "state", hub) as it:
+        await asyncio.gather(*(it.service.hold(minutes, f"line {minutes}") for minutes in (60, 5, 30, 90, 1)))
+        holding = it.service.holding
+        assert holding is not None
+        assert holding.reason == "line 90"
+        assert 89 * 60 < holding.until - time.time() <= 90 * 60
+    async with device(tmp_path / "state", hub) as it:
+        assert it.service.holding == holding
 
 
 @given(st.floats(0, 100), st.floats(-20, 120), st.floats(0, 100), st.floats(1, 120))
