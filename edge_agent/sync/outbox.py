@@ -286,10 +286,10 @@ class Outbox:
 
     def _cut(self, db: Connection, seq: int) -> None:
         """No block holds both `seq` and what follows it."""
-        within = db.execute("SELECT first, lines FROM outbox WHERE first <= ? AND last > ?", [seq, seq]).fetchone()
-        if within is None:
+        newest = "SELECT first, last, lines FROM outbox WHERE first <= ? ORDER BY first DESC LIMIT 1"
+        first, last, lines = db.execute(newest, [seq]).fetchone() or (0, 0, b"")
+        if last <= seq:
             return
-        first, lines = within
         *parts, rest = lines.split(b"\n", seq - first + 1)
         after = "INSERT INTO outbox SELECT ?, last, priority, expires, ? FROM outbox WHERE first = ?"
         db.execute(after, [seq + 1, rest, first])
@@ -300,13 +300,13 @@ class Outbox:
         state = self._begin(db)
         state.acked = max(state.acked, seq)
         self._cut(db, seq)
-        self._delete(db, "last <= ?", [seq])
+        self._delete(db, "first <= ?", [seq])  # the key: an ack is not to read all that still waits
         self._handed_out = max(self._handed_out, seq)
 
     def _renew(self, db: Connection, epoch: int, base: int) -> None:
         state, epoch = self._begin(db), max(epoch, int(self._clock() * 1000))
         self._cut(db, base)
-        self._delete(db, "last <= ?", [base])
+        self._delete(db, "first <= ?", [base])
         firsts = [first for (first,) in db.execute("SELECT first FROM outbox ORDER BY first")]
         for first in firsts:
             (lines,) = db.execute("SELECT lines FROM outbox WHERE first = ?", [first]).fetchone()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 from edge_agent import store as store_module
 from edge_agent.errors import Refused
-from edge_agent.store import Store
+from edge_agent.store import Connection, Store
 from edge_agent.sync.outbox import Limits, Outbox
 from edge_agent.wire.batch import MAX_BATCH
 from edge_agent.wire.messages import Loss, Record
@@ -94,6 +94,33 @@ async def test_an_ack_empties_the_outbox_up_to_its_seq_and_no_further(outbox: Ou
     await outbox.ack(3)  # late
     assert (outbox.acked, outbox.depth) == (4, 6)
     assert [r.seq for r in await everything(outbox)] == [5, 6, 7, 8, 9, 10]
+
+
+async def test_an_ack_reads_what_it_lets_go_and_not_what_waits(store: Store) -> None:
+    """A device that was away for weeks drains in as many acks as batches: each must not cost a look at all the rest."""
+
+    async def steps(waiting: int) -> int:
+        def fill(db: Connection) -> None:
+            (last,) = db.execute("SELECT last_seq FROM outbox_state").fetchone()
+            rows = ((seq, seq, 5, None, b"{}") for seq in range(last + 1, last + waiting + 1))
+            db.executemany("INSERT INTO outbox VALUES (?, ?, ?, ?, ?)", rows)
+            db.execute("UPDATE outbox_state SET last_seq = ?", [last + waiting])
+
+        await store.write(fill)
+        outbox, counted = await Outbox.open(store), 0
+
+        def count() -> int:
+            nonlocal counted
+            counted += 1
+            return 0
+
+        await store.read(lambda db: db.set_progress_handler(count, 10))
+        await outbox.ack(outbox.acked + 10)
+        await store.read(lambda db: db.set_progress_handler(None, 0))
+        return counted
+
+    few = await steps(100)
+    assert await steps(20_000) <= few + 10
 
 
 @given(
