@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from edge_agent.wire.chunks import HASH, MAX_CHUNK, Chunk, chunk_hash
 ASKED, FETCHED, ANSWER, SERVED = 64, 16, 4 << 20, 4
 """Chunks a request asks for, the hub is asked for before the neighbours are again; an answer's bytes, at one time."""
 WAIT_S, WAITS = 0.25, 20
+ANSWER_S, SILENT_S = 10.0, 60.0
+"""What a whole answer may take; how long one that gave none in it, or is not there, is not asked again."""
 PEERS = 32
 AUTO, SERVICE = "auto", "_outrider._tcp.local."
 log = logging.getLogger("outrider.neighbours")
@@ -68,11 +71,11 @@ class Neighbours:
         self, assembly: Assembly, fetch: Callable[[Sequence[Chunk]], Awaitable[None]], tick: Callable[[int], None]
     ) -> None:
         """Bring chunks from neighbours, and from the hub by `fetch` those that fall to this device."""
-        waits = 0
+        waits, silent = 0, dict[str, float]()
         self.filling.add(assembly)
         try:
             while self.known and (wanted := assembly.wanted()[:ASKED]):
-                coming = await self._ask(assembly, wanted)
+                coming = await self._ask(assembly, wanted, silent)
                 tick(assembly.left)
                 here = [chunk for chunk in wanted if chunk.hash in assembly]
                 waits -= min(waits, len(wanted) - len(here))
@@ -125,16 +128,21 @@ class Neighbours:
             await zero.async_unregister_all_services()
             await zero.async_close()
 
-    async def _ask(self, assembly: Assembly, wanted: Sequence[Chunk]) -> dict[bytes, list[str]]:
-        """Take what the neighbours have; who has what coming."""
+    async def _ask(
+        self, assembly: Assembly, wanted: Sequence[Chunk], silent: dict[str, float]
+    ) -> dict[bytes, list[str]]:
+        """Take what the neighbours have; who has what coming. `silent`: who is not asked until when (monotonic)."""
         by_hash, coming = {chunk.hash: chunk for chunk in wanted}, dict[bytes, list[str]]()
         for peer, url in list(self.known.items())[:PEERS]:
-            if not by_hash or peer in self.dropped:
+            if not by_hash or peer in self.dropped or time.monotonic() < silent.get(peer, 0.0):
                 continue
             try:
-                answer = await self._post(url, b"".join(by_hash))
-            except (httpx.HTTPError, msgspec.DecodeError, Retry) as error:
+                async with asyncio.timeout(ANSWER_S):
+                    answer = await self._post(url, b"".join(by_hash))
+            except (httpx.HTTPError, msgspec.DecodeError, Retry, TimeoutError) as error:
                 log.debug("%s does not answer: %s", peer, error)
+                if isinstance(error, (httpx.TransportError, TimeoutError)):
+                    silent[peer] = time.monotonic() + SILENT_S
                 continue
             for hash, data in answer.have.items():
                 chunk = by_hash.get(hash)

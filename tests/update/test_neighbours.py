@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +18,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from edge_agent.api.access import Device as ApiDevice
@@ -28,6 +29,7 @@ from edge_agent.wire.chunks import HASH
 from tests.update.plant_hub import FLEET, PlantHub, until
 from tests.update.test_update import Device, device
 
+ROUTE = partial(Route, "/v1/chunks", methods=["POST"])
 DATA = b"good" + os.urandom(3_000_000)
 
 
@@ -100,7 +102,7 @@ def says(answer: Any) -> Starlette:
         asked = await request.body()
         return Response(answer([asked[at : at + HASH] for at in range(0, len(asked), HASH)]))
 
-    return Starlette(routes=[Route("/v1/chunks", chunks, methods=["POST"])])
+    return Starlette(routes=[ROUTE(chunks)])
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,37 @@ async def test_one_that_promises_and_never_gives_is_waited_for_a_bounded_time(
         assert it.service.neighbours is not None
         it.service.neighbours.known = {url: url}
         await it.wants(target, "committed")
+
+
+async def test_one_that_trickles_or_is_not_there_holds_up_no_update(
+    hub: PlantHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.update.neighbours.ANSWER_S", 0.3)
+    asked: list[str] = []
+
+    async def trickle(request: Request) -> Response:
+        async def drops() -> AsyncIterator[bytes]:
+            with contextlib.suppress(asyncio.CancelledError):
+                while True:
+                    yield b"x"
+                    await asyncio.sleep(0.05)
+
+        asked.append("trickle")
+        await request.body()
+        return StreamingResponse(drops())
+
+    async def hangs_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append("gone")
+        writer.close()
+
+    target = hub.publish("net", "1", {"model.bin": DATA}, tmp_path)
+    gone = await asyncio.start_server(hangs_up, "127.0.0.1", 0)
+    async with gone, site(hub, tmp_path, 1) as (it,), serving(Starlette(routes=[ROUTE(trickle)])) as url:
+        assert it.service.neighbours is not None
+        there = f"http://127.0.0.1:{gone.sockets[0].getsockname()[1]}"
+        it.service.neighbours.known = {url: url, there: there}
+        await it.wants(target, "committed")
+    assert sorted(asked) == ["gone", "trickle"], "once, not for each few chunks of a large model"
 
 
 async def test_what_is_served_is_bounded_and_off_unless_it_is_set(hub: PlantHub, tmp_path: Path) -> None:
