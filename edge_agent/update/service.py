@@ -109,6 +109,7 @@ class UpdateService:
         self._retry_s = retry_s
         self._machines: dict[str, Machine] = {}
         self._desired: dict[str, Target] = {}
+        self._directed = False
         self._active: dict[str, str] = {}
         self._due: dict[str, float] = {}  # when to try again (monotonic)
         self._delay: dict[str, float] = {}  # how long to wait after the next failure
@@ -176,7 +177,7 @@ class UpdateService:
             if self._desired.get(name) != target:
                 self._due.pop(name, None)
                 self._delay.pop(name, None)
-        self._desired = wanted
+        self._desired, self._directed = wanted, True
         self._wake.set()
 
     def retry_now(self) -> None:
@@ -264,6 +265,7 @@ class UpdateService:
         target = self._desired.get(name)
         try:
             await self._activate(name)
+            await self._tidy(name)
         except _NoBase:
             current = await asyncio.to_thread(self.slots.current, name)
             if target is None or current is None or current.id == target.manifest_sha256:
@@ -288,12 +290,18 @@ class UpdateService:
                 await self.reject(name, str(error))
                 continue
             self._active[name] = current.id
-            await asyncio.to_thread(self.slots.collect, name)
+            await self._tidy(name)
             await self._tell(name)
             for adapter in [adapter for adapter, base in self._waits.items() if base == name]:
                 del self._waits[adapter]
                 self._due.pop(adapter, None)
                 self._wake.set()
+
+    async def _tidy(self, name: str) -> None:
+        """Give back the room of what an ended wish left; before the first directive nobody can say what is wanted."""
+        if self._directed:
+            wanted = self._desired.get(name)
+            await asyncio.to_thread(self.slots.collect, name, wanted.manifest_sha256 if wanted else "")
 
     def _needs_base(self, manifest: Manifest) -> None:
         """Raises _NoBase when a manifest is an adapter's and its base model does not run here."""

@@ -6,8 +6,8 @@
 
 Invariants: `id` is the SHA-256 of the manifest's bytes. A version folder appears by one rename, when every file in it
 is whole; `current` changes by one rename; `previous` is set before `current` moves away from it, so whatever instant
-the power fails at, `current` names a whole version. Only versions that nothing names are collected; those that stay
-are what the next one is made of.
+the power fails at, `current` names a whole version. Only versions that nothing names and nobody wants are collected;
+those that stay are what the next one is made of.
 """
 
 from __future__ import annotations
@@ -228,13 +228,13 @@ class Slots:
             shutil.rmtree(self._version(name, id), ignore_errors=True)
         shutil.rmtree(self.incoming(name, id), ignore_errors=True)
 
-    def collect(self, name: str) -> None:
-        """Remove every version that neither `current` nor `previous` names."""
-        kept = {slot.id for slot in (self.current(name), self.previous(name)) if slot is not None}
-        versions = self.root / name / "versions"
-        for folder in list(versions.iterdir()) if versions.is_dir() else []:
+    def collect(self, name: str, wanted: str) -> None:
+        """Remove what neither `current` nor `previous` names and nobody wants, whole or coming in."""
+        links = (self.root / name / pointer for pointer in ("current", "previous"))
+        kept = {wanted, *(link.readlink().name for link in links if link.is_symlink())}
+        for folder in [*self.root.glob(f"{name}/versions/*"), *self.root.glob(f"{name}/incoming/*")]:
             if folder.name not in kept:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _version(self, name: str, id: str) -> Path:
         return self.root / name / "versions" / id

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -60,6 +61,8 @@ async def test_download_and_activation_have_their_own_windows(hub: PlantHub, tmp
         assert it.running == []
         assert "it opens 2026-03-29 03:00" in it.last.error  # 02:00 is skipped that night
         fetched = len(hub.asked)
+    async with device(tmp_path / "state", hub, rules=NIGHT, clock=clock) as it:  # a restart keeps what waits
+        await it.wants(target, "waiting")
         clock.set("2026-03-29T03:10")
         it.service._hurry()
         await until(lambda: it.running == ["1"])
@@ -67,6 +70,25 @@ async def test_download_and_activation_have_their_own_windows(hub: PlantHub, tmp
     clock.set("2026-03-29T12:00")
     async with device(tmp_path / "state", hub, rules=NIGHT, clock=clock) as it:
         await until(lambda: it.running == ["1"])  # a restart at noon runs what is installed
+
+
+async def test_a_restart_keeps_the_version_that_waits_for_its_window(hub: PlantHub, tmp_path: Path) -> None:
+    one = hub.publish("net", "1", {"model.bin": BIG}, tmp_path)
+    two = hub.publish("net", "2", {"model.bin": BIG + b"2"}, tmp_path)
+    async with device(tmp_path / "state", hub) as it:
+        await it.wants(one, "committed")
+        await until(lambda: it.running == ["1"])
+    shut: dict[str, Any] = {"rules": NIGHT | {"download": []}, "clock": Clock("Europe/Vienna", "2026-05-02T12:00")}
+    async with device(tmp_path / "state", hub, **shut) as it:
+        await it.wants(two, "waiting")
+        fetched = len(hub.asked)
+    async with device(tmp_path / "state", hub, **shut) as it:
+        await until(lambda: it.running == ["1"])
+        await it.wants(two, "waiting")
+        shut["clock"].set("2026-05-03T03:00")
+        it.service._hurry()
+        await until(lambda: it.running == ["1", "2"])
+        assert len(hub.asked) == fetched
 
 
 async def test_a_window_that_closes_stops_a_download_and_the_next_goes_on_from_there(

@@ -327,6 +327,23 @@ async def test_newer_wish_ends_a_running_download(hub: PlantHub, tmp_path: Path)
     assert not (tmp_path / "state/net/incoming" / one.manifest_sha256).exists()
 
 
+async def test_what_a_withdrawn_version_took_of_the_disk_is_given_back(hub: PlantHub, tmp_path: Path) -> None:
+    one = hub.publish("net", "1", {"model.bin": BIG}, tmp_path)
+    two = hub.publish("net", "2", {"model.bin": b"good" + os.urandom(2_000_000)}, tmp_path)
+    new = hub.publish("new", "1", {"model.bin": b"good" + os.urandom(2_000_000)}, tmp_path)
+    async with device(tmp_path / "state", hub) as it:
+        await it.wants(one, "committed")
+        hub.gate.clear()
+        await it.wants(two, "downloading")
+        await until(lambda: (tmp_path / f"state/net/incoming/{two.manifest_sha256}/parts").is_dir())
+        await it.directed({"net": one, "new": new})
+        hub.gate.set()
+        await until(lambda: "1" in {report.version for report in it.reports if report.kind and report.target == "1"})
+        await until(lambda: it.running == ["1", "1"])
+        await it.directed({"net": one})
+        await until(lambda: not (tmp_path / f"state/net/incoming/{two.manifest_sha256}").exists())
+
+
 async def test_version_for_a_newer_agent_waits(hub: PlantHub, tmp_path: Path) -> None:
     target = hub.publish("net", "1", {"model.bin": BIG}, tmp_path, min_agent_version="1.1")
     async with device(tmp_path / "state", hub) as it:
