@@ -9,6 +9,7 @@ worker or the device down cannot loop. `waiting` is for a better moment, which i
 
 from __future__ import annotations
 
+import contextlib
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -104,7 +105,8 @@ class Machine:
         left = self.update.state
         self.update.state = AFTER_RESTART[left]
         if left not in (State.IDLE, State.COMMITTED, State.QUARANTINED):
-            self._save()
+            with contextlib.suppress(OSError):  # a full disk: the next start makes the same of it
+                self._save()
         return left
 
     def aim(self, target: Target, state: State, error: str = "") -> None:

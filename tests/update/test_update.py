@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -451,6 +452,18 @@ def test_unreadable_record_goes_back_to_idle(tmp_path: Path, content: bytes) -> 
     machine = Machine(tmp_path / "update.json")
     assert machine.load() is State.UNKNOWN
     assert machine.update.state is State.IDLE
+
+
+def test_full_disk_keeps_no_record_from_being_read_at_a_start(tmp_path: Path) -> None:
+    """It was the full disk that failed the update: what is installed is to start all the same."""
+    Machine(tmp_path / "update.json").aim(Target("1", "0" * 64), State.FAILED, "the disk is full")
+    limits, again = resource.getrlimit(resource.RLIMIT_FSIZE), Machine(tmp_path / "update.json")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        assert again.load() is State.FAILED
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert again.update.state is State.IDLE
 
 
 def test_trials_are_counted_before_they_begin(tmp_path: Path) -> None:
