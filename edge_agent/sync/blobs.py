@@ -102,9 +102,8 @@ class Blobs:
         shown = {"Authorization": f"Bearer {self._token()}", "Tus-Resumable": "1.0.0"}
         answer = await self._client.request(method, path, headers=shown | headers, content=content)
         told = answer.headers.get("content-type", "")
-        if answer.is_success and "Tus-Resumable" not in answer.headers or (
-            answer.status_code in (400, 422) and not told.startswith("application/problem+json")
-        ):
+        page = answer.status_code in (400, 422) and not told.startswith("application/problem+json")
+        if page or (answer.is_success and "Tus-Resumable" not in answer.headers):
             hint = "is there a proxy or a sign-in page between?"
             raise Retry(f"not the hub's answer ({answer.status_code}) to a blob", hint)
         return answer

@@ -135,9 +135,9 @@ class UpdateService:
         asked, plans = document.get("updates") or {}, document.get("activation") or {}
         if not isinstance(asked, dict) or not isinstance(plans, dict):
             raise Refused("updates and activation are tables", "see docs/updates.md")
-        self._timing.configure(asked)
         for plan in plans.values():
             activation(plan)
+        self._timing.configure(asked)
         self._activation = plans
         self._hurry()
 

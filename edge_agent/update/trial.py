@@ -58,6 +58,8 @@ def activation(*given: Mapping[str, Any]) -> Activation:
     """Later ones go before earlier ones, key by key. Raises Refused, naming the key."""
     merged: dict[str, Any] = {}
     for each in given:
+        if not isinstance(each, dict):
+            raise Refused(f"activation is a table, not {str(each)[:80]!r}", "see docs/updates.md")
         trial = {**(merged.get("trial") or {}), **each["trial"]} if isinstance(each.get("trial"), dict) else None
         merged |= dict(each) | ({"trial": trial} if trial is not None else {})
     try:

@@ -149,6 +149,15 @@ async def test_the_hubs_rules_go_before_the_devices_and_a_wrong_one_changes_noth
         await until(lambda: it.running == ["1"])
 
 
+@pytest.mark.parametrize("plan", ["hand-over", 3, ["canary"], {"trial": "shadow"}, {"policy": None}])
+async def test_a_plan_that_is_no_table_is_refused_and_changes_nothing(hub: PlantHub, tmp_path: Path, plan: Any) -> None:
+    """The document stays on the device's disk: what ended the daemon would end it at each start."""
+    async with device(tmp_path / "state", hub) as it:
+        with pytest.raises(Refused, match="activation"):
+            it.service.configure({"updates": {"time_zone": "Europe/Vienna"}, "activation": {"net": plan}})
+        assert it.service.time_zone == "UTC"
+
+
 async def test_the_bundles_share_of_the_disk_is_a_setting_that_holds(hub: PlantHub, tmp_path: Path) -> None:
     target = hub.publish("net", "1", {"model.bin": BIG}, tmp_path)
     async with device(tmp_path / "state", hub, budget=100_000) as it:
