@@ -2,8 +2,9 @@
 
 Invariants: a rule is asked right before every act, whoever asked for it and by whatever way it comes (task, workflow,
 job, API, MCP), because it stands inside the tools themselves; an act that a rule forbids is refused by the rule's name;
-what a rule looks at but cannot read, a rule that gives neither true nor false, and a file that cannot be used forbid
-too. Reading is never held up. The file is read again when it changes.
+what a rule looks at but cannot read or that is not as its tool declares it (its range, its unit), a rule that gives
+neither true nor false, and a file that cannot be used forbid too. Reading is never held up. The file is read again when
+it changes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from edge_agent.agent.act import Tools
+from edge_agent.agent.act import Tools, shaped
 from edge_agent.agent.calls import Call, CallError, validate
 from edge_agent.agent.rules import PolicyFile, Rule
 from edge_agent.agent.tool import ToolError, ToolSpec
@@ -43,9 +44,11 @@ class Interlocked:
         try:
             for as_name, look in rule.look.items():
                 call = validate(Call(look.tool, fill(look.args, {"tool": name, "args": args})), list(specs.values()))
-                if specs[call.name].risk != "read":
-                    raise ValueError(f"{call.name} does more than read")
-                seen[as_name] = await self._tools.call(call.name, call.args, specs[call.name].timeout_s)
+                spec = specs[call.name]
+                if spec.risk != "read":
+                    raise ValueError(f"{spec.name} does more than read")
+                value = await self._tools.call(spec.name, call.args, spec.timeout_s)
+                seen[as_name] = shaped(spec.name, spec.returns, value)
             forbidden = evaluate(rule.never, seen)
             if not isinstance(forbidden, bool):
                 raise ValueError(f"{rule.never} is neither true nor false")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edge_agent.agent.interlock import Interlocked
 from edge_agent.agent.loop import AgentLoop
 from edge_agent.agent.rules import PolicyFile
-from edge_agent.agent.tool import ToolError, tool
+from edge_agent.agent.tool import Range, ToolError, tool
 from edge_agent.agent.transcript import Transcripts, migrations
 from edge_agent.agent.workflow_run import Runner
 from edge_agent.errors import Refused, Retry
@@ -114,6 +114,38 @@ async def test_a_file_or_a_rule_that_cannot_be_used_forbids_acts_and_holds_up_no
     assert await made.tools.call("read_guard", {"line": 1}, 1.0) == {"open": False}
     (tmp_path / "policy.toml").unlink()
     assert await start(made.tools, 1)
+
+
+class Heat(TypedDict):
+    """A reading."""
+
+    value: Annotated[float, Range(-40.0, 400.0, "°C")]
+    unit: str
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "starts"),
+    [(60.0, "°C", True), (90.0, "°C", False), (-999.0, "°C", False), (70.0, "°F", False), ("off", "°C", False)],
+)
+async def test_a_reading_that_breaks_what_its_tool_declares_is_no_reason_to_start(
+    tmp_path: Path, value: Any, unit: str, starts: bool
+) -> None:
+    """A thermocouple that is not connected gives -999, which is not below 80."""
+
+    @tool()
+    def read_heat() -> Heat:
+        """Read the heat."""
+        return {"value": value, "unit": unit}
+
+    @tool(risk="act")
+    def start_line(line: int) -> str:
+        """Start a line."""
+        return "started"
+
+    rule = "[[interlocks]]\nname='interlock guard-open'\ntools=['*']\nnever='heat.value > 80.0'\nlook.heat={tool='read_heat'}"
+    (tmp_path / "policy.toml").write_text(rule)
+    tools = Interlocked(LocalTools(read_heat, start_line), PolicyFile(tmp_path / "policy.toml"))
+    assert await start(tools, 1) is starts
 
 
 async def test_the_rule_stands_before_tasks_workflows_and_direct_calls(tmp_path: Path) -> None:
