@@ -198,7 +198,7 @@ class _Check:
             return None
         if want is not None and not unknown and value is not None and not _is(want.kind, value):
             must = f"{want.name} is" if want.name else "it must be"
-            given = _GIVEN[type(value).__name__]
+            given = _GIVEN.get(kind := type(value).__name__, f"a {kind}")
             self._tell(where, f"{text} gives {given}; {must} {_WANTED.get(want.kind, 'a text')}")
         return value
 

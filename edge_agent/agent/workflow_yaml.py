@@ -47,7 +47,10 @@ def _plain(node: yaml.Node, path: str, marks: Marks, seen: set[int]) -> Any:
         raise Broken(marks.problem(path, "anchors, aliases and tags are not taken", "write it out"))
     seen.add(id(node))
     if isinstance(node, yaml.ScalarNode):
-        return _SCALARS[kind](node.value)
+        try:
+            return _SCALARS[kind](node.value)
+        except (KeyError, ValueError) as error:  # a tag, such as `!!int two`
+            raise Broken(marks.problem(path, f"{node.value!r:.60} is no {kind}", "leave its tag out")) from error
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, f"{path}[{n}]", marks, seen) for n, item in enumerate(node.value)]
     found: dict[str, Any] = {}

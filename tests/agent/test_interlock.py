@@ -142,8 +142,8 @@ async def test_a_reading_that_breaks_what_its_tool_declares_is_no_reason_to_star
         """Start a line."""
         return "started"
 
-    rule = "[[interlocks]]\nname='interlock guard-open'\ntools=['*']\nnever='heat.value > 80.0'\nlook.heat={tool='read_heat'}"
-    (tmp_path / "policy.toml").write_text(rule)
+    rule = "name='interlock guard-open'\ntools=['*']\nnever='heat.value > 80.0'\nlook.heat={tool='read_heat'}"
+    (tmp_path / "policy.toml").write_text(f"[[interlocks]]\n{rule}")
     tools = Interlocked(LocalTools(read_heat, start_line), PolicyFile(tmp_path / "policy.toml"))
     assert await start(tools, 1) is starts
 

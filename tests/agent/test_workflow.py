@@ -121,6 +121,13 @@ result: steps.look.result.value
         ),
         (f"{HEAD}steps:\n  - {{id: b, tool: jam, when: 1 + }}", " }", "Syntax error"),
         (f"{HEAD}steps:\n  - {{id: b, tool: jam, when: '1'}}", "'1'", "it must be true or false"),
+        (f"{HEAD}steps:\n  - {{id: b, tool: jam, when: duration('1h')}}", "duration", "a timedelta; it must be true"),
+        (
+            f"{HEAD}steps:\n  - {{id: a, tool: stamp, args: {{text: \"${{timestamp('2026-01-01T00:00:00Z')}}\"}}}}",
+            '"${time',
+            "gives a datetime; text is a text",
+        ),
+        (f"{HEAD}steps:\n  - {{id: a, tool: stamp, args: {{text: \"${{b'x'}}\"}}}}", '"${b', "gives a bytes"),
         (
             f"{HEAD}steps:\n{LOOK}  - {{id: b, tool: read_gauge, depends_on: [look], args: "
             '{line: "${steps.look.result.value}"}}',

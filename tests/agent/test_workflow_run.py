@@ -388,8 +388,13 @@ async def test_a_device_runs_a_workflow_by_job_and_by_the_end_of_another(tmp_pat
             await made.work.call("run_workflow", {"name": "c"}, ADA)
 
 
-async def test_a_file_that_is_no_workflow_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "bad.yaml").write_text("steps: [")
+@pytest.mark.parametrize(
+    "text", ["steps: [", "version: !!int two", "version: !!float x", "version: !!seq x", "version: !x:int y"]
+)
+async def test_a_file_that_is_no_workflow_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
     (tmp_path / "good.yaml").write_text(f"{HEAD}{GAUGE}")
     library = Library(tmp_path)
     with caplog.at_level(logging.ERROR):
