@@ -32,7 +32,9 @@ _log = logging.getLogger("outrider")
 class Reports:
     """`event` starts the workflows that wait for it: its kind, its name, what it is about."""
 
-    def __init__(self, twin: Twin, audit: Audit, event: Callable[[str, str, dict[str, Any]], Awaitable[None]]) -> None:
+    def __init__(
+        self, twin: Twin, audit: Audit, event: Callable[[str, str, dict[str, Any]], Awaitable[object]]
+    ) -> None:
         self._twin, self._audit, self._event = twin, audit, event
 
     async def bundle(self, name: str, report: BundleReport) -> None:

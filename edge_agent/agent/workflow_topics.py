@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.config import Site
-from edge_agent.errors import OutriderError, Refused
+from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.sync.transport import MqttSession
 from edge_agent.trouble import Trouble
 
@@ -31,7 +31,8 @@ _log = logging.getLogger("outrider.site")
 
 
 class Topics:
-    """Listens to what `wanted` says now, and tells `heard` each topic with its payload; that raises ValueError."""
+    """Listens to what `wanted` says now, and tells `heard` each topic with its payload; that raises ValueError,
+    and Retry for what is to be told again."""
 
     def __init__(
         self,
@@ -95,12 +96,13 @@ class Topics:
 
     async def _take(self, session: MqttSession) -> None:
         async for message in session.messages():
-            if not message.retain:
-                await self._message(message.topic, message.payload)
+            self.messages += not message.retain
+            while not message.retain and not await self._message(message.topic, message.payload):  # noqa: ASYNC110
+                await asyncio.sleep(self._again_s)
             message.ack()
 
-    async def _message(self, topic: str, payload: bytes) -> None:
-        self.messages += 1
+    async def _message(self, topic: str, payload: bytes) -> bool:
+        """Whether it is dealt with."""
         try:
             if len(payload) > MAX_PAYLOAD:
                 raise ValueError(f"{len(payload)} bytes, at most {MAX_PAYLOAD} are read")
@@ -108,3 +110,6 @@ class Topics:
         except (ValueError, RecursionError) as error:  # of JSON, UTF-8 and CEL
             self.bad += 1
             self._bad_trouble.tell(f"{topic}: {error}")
+        except Retry:  # who cannot take it says why
+            return False
+        return True

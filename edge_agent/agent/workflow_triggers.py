@@ -2,8 +2,9 @@
 
 Invariants: a start has an id made of its cause, so the same minute of a clock that was set back starts nothing twice; a
 stream, and an alarm of the pack `history`, fires once until it was quiet again, across restarts too; a file that is no
-workflow, a sample that fails and a start that is refused are told and stop nothing. A minute that passed while the
-device was off is not made up for.
+workflow, a sample that fails and a start that is refused are told and stop nothing; one that cannot be taken now (full
+disk, full queue) is tried again by the next sample, look or delivery. A minute that passed while the device was off, or
+that a clock set forward leaves more than LATE_S behind, is not made up for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime
@@ -28,13 +30,13 @@ from edge_agent.agent.calls import Call, CallError, Decision, parse, render, val
 from edge_agent.agent.tool import ToolError
 from edge_agent.agent.workflow import Broken, Trigger, Workflow, evaluate, read, topic_pattern
 from edge_agent.agent.workflow_check import ALARMS, check, runs_as
-from edge_agent.errors import OutriderError
+from edge_agent.errors import OutriderError, Retry
 from edge_agent.rhythm import tick
 from edge_agent.trouble import Trouble
 from edge_agent.wire import durable, windows
 from edge_agent.wire.grants import Subject
 
-TICK_S, ALARMS_S = 0.5, 10.0
+TICK_S, ALARMS_S, LATE_S = 0.5, 10.0, 3600.0
 MAX_DEPTH = 4  # runs that start each other by their ends
 _log = logging.getLogger("outrider.workflows")
 
@@ -103,17 +105,21 @@ class Threshold:
         self.fired = fired
 
     def feed(self, value: float, now: float) -> bool:
-        """Whether this reading, at `now` in seconds, starts something."""
+        """Whether this reading, at `now` in seconds, starts something; if that fails, `fired` is to be taken back.
+
+        Raises ValueError for what is no number.
+        """
+        if math.isnan(value):
+            raise ValueError("the reading is no number")
         value *= self._sign
         if self.fired:
-            self.fired = value > self._clear
+            self.fired, self._since = value > self._clear, None
             return False
         if value <= self._limit:
             self._since = None
             return False
-        self._since = now if self._since is None else self._since
+        self._since = now if self._since is None else min(self._since, now)  # a clock set back prolongs nothing
         self.fired = now - self._since >= self._for_s
-        self._since = None if self.fired else self._since
         return self.fired
 
 
@@ -145,16 +151,16 @@ class Triggers:
 
     async def look(self) -> None:
         """One round over all triggers."""
-        now, last = self._clock(), self._last
-        self._last = now
+        now, last, taken = self._clock(), self._last, True
         streams = {}
         for flow, n, trigger in self._all():
-            if trigger.cron and (due := self._due(flow.flow, n, trigger.cron, last, now)):
-                await self._fire(flow, f"cron-{n}-{due}", trigger, {"time": due})
+            if trigger.cron and (due := self._due(flow.flow, n, trigger.cron, max(last, now - LATE_S), now)):
+                taken &= await self._fire(flow, f"cron-{n}-{due}", trigger, {"time": due})
             elif trigger.stream:
                 key = (flow.flow.workflow, n, flow.since)
                 known = self._streams.get(key) or (Threshold(trigger, _key(key) in self._fired), 0.0)
                 streams[key] = await self._sample(flow, n, trigger, *known)
+        self._last = now if taken else min(last, now)
         self._streams, self._on = streams, await self._alarms(now)
         fired = {_key(key) for key, (threshold, _) in streams.items() if threshold.fired} | self._on
         if fired != self._fired and self._kept is not None:
@@ -173,8 +179,9 @@ class Triggers:
         return wanted
 
     async def message(self, topic: str, payload: Any) -> None:
-        """A message of the site's broker. Raises ValueError when a condition cannot be asked of it."""
-        problem: ValueError | None = None
+        """A message of the site's broker. Raises ValueError when a condition cannot be asked of it, Retry when a run
+        that it starts is not journaled."""
+        problem, lost = None, ""
         for flow, n, trigger in self._all():
             key, now = (flow.flow.workflow, n, flow.since), self._clock()
             try:
@@ -189,21 +196,31 @@ class Triggers:
             if wanted and not self._quiet_from.get(key, now) - trigger.debounce_s < now < self._quiet_from.get(
                 key, now
             ):
+                event = {"topic": topic, "payload": payload}
+                if not await self._fire(flow, f"mqtt-{n}-{int(now * 1e3)}", trigger, event):
+                    lost = flow.flow.workflow
+                    continue
                 self._quiet_from = {k: until for k, until in self._quiet_from.items() if until > now}
                 self._quiet_from[key] = now + trigger.debounce_s
-                await self._fire(flow, f"mqtt-{n}-{int(now * 1e3)}", trigger, {"topic": topic, "payload": payload})
+        if lost:
+            raise Retry(f"{lost} is not started")
         if problem is not None:
             raise problem
 
-    async def event(self, kind: str, name: str, data: dict[str, Any]) -> None:
-        """Something happened: `task.failed`, `workflow.succeeded` of a name, `alarm.raised` of one, `link.down`."""
+    async def event(self, kind: str, name: str, data: dict[str, Any]) -> bool:
+        """Something happened: `task.failed`, `workflow.succeeded` of a name, `alarm.raised` of one, `link.down`.
+
+        False when a run that it starts could not be taken now.
+        """
+        taken = True
         if data["depth"] > MAX_DEPTH:
             _log.error("%s of %s starts nothing: %d runs have started each other", kind, name, data["depth"])
-            return
+            return taken
         for flow, n, trigger in self._all():
             own = kind.startswith("workflow.") and flow.flow.workflow == name
             if (trigger.event == kind or fnmatchcase(f"{kind}:{name}", trigger.event)) and not own:
-                await self._fire(flow, f"event-{n}-{data['id']}", trigger, data | {"kind": kind, "name": name})
+                taken &= await self._fire(flow, f"event-{n}-{data['id']}", trigger, data | {"kind": kind, "name": name})
+        return taken
 
     async def _alarms(self, now: float) -> set[str]:
         """The alarms that are on, looked at while a workflow waits for some; tells of those that began or ended."""
@@ -219,13 +236,15 @@ class Triggers:
         for alarm in found["alarms"]:  # of each the newest first
             latest.setdefault(f"alarm {alarm['limit']:g} {alarm['series']}", alarm)
         on = {key for key, alarm in latest.items() if alarm["active"]}
+        told = set(self._on)
         for key in sorted(on ^ self._on):
             alarm, minute = latest.get(key, {}), int(now // 60)
             minute -= alarm.get("minutes_ago", 0) - (0 if key in on else alarm.get("minutes", 0))
             name, id = key.split(" ", 2)[2], f"{sha256(key.encode()).hexdigest()[:12]}-{minute}"
             about = {"series": name, **alarm, "id": id, "depth": 1}
-            await self.event(f"alarm.{'raised' if key in on else 'cleared'}", name, about)
-        return on
+            if await self.event(f"alarm.{'raised' if key in on else 'cleared'}", name, about):
+                told ^= {key}
+        return told
 
     def _due(self, flow: Workflow, n: int, cron: str, after: float, until: float) -> int:
         found = 0
@@ -269,21 +288,29 @@ class Triggers:
             result = await self._read(parse(trigger.stream), runs_as(flow.flow, flow.since))
             value = evaluate(trigger.value or "result", {"result": result})
             if threshold.feed(float(value), now):
-                await self._fire(flow, f"stream-{n}-{int(now * 1e3)}", trigger, {"value": value, "result": result})
+                event = {"value": value, "result": result}
+                threshold.fired = await self._fire(flow, f"stream-{n}-{int(now * 1e3)}", trigger, event)
         due = next_at if 0 <= now - next_at < trigger.every_s else now
         return threshold, due + trigger.every_s
 
-    async def _fire(self, installed: Installed, cause: str, trigger: Trigger, event: dict[str, Any]) -> None:
+    async def _fire(self, installed: Installed, cause: str, trigger: Trigger, event: dict[str, Any]) -> bool:
+        """False when the start cannot be taken now; what is refused is told, and done with."""
         flow = installed.flow
+        trouble = self._trouble.setdefault(f"{flow.workflow} starts", Trouble(_log, f"{flow.workflow} is not started"))
         try:
             marks = read(installed.text)[1]
             if found := check(flow, marks, await self._tools.specs(), self._allowed):
                 _log.error("%s is not started: line %d: %s", flow.workflow, found[0].line, found[0].message)
-                return
+                return True
             subject = runs_as(flow, installed.since)
             await self._start(flow.workflow, subject, f"{flow.workflow}-{cause}", trigger.inputs, event)
+            trouble.over()
+        except Retry as error:
+            trouble.tell(error)
+            return False
         except OutriderError as error:
             _log.error("%s is not started: %s", flow.workflow, error)
+        return True
 
 
 def _latest(cron: str, after: float, until: float, zone: str) -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from edge_agent.agent.toolrunner import load
 from edge_agent.agent.workflow_triggers import Library, Triggers
+from edge_agent.errors import Retry
 from edge_agent.wire.grants import Subject
 from tests.agent.test_workflow import read_gauge
 from tests.agent.test_workflow_run import GAUGE, HEAD, permit
@@ -68,6 +69,8 @@ async def test_alarms_are_looked_at_only_while_a_workflow_waits_for_one_and_not_
     clock.now = device.ctx.time
 
     async def start(name: str, subject: Subject, id: str, inputs: dict[str, Any], event: Any) -> None:
+        if len(tools.calls) == 1:
+            raise Retry("the disk is full")
         started.append(event["kind"])
 
     tools = WithContext(clock, read_gauge, *load("tools.history", tmp_path / "tools", {}))
@@ -78,5 +81,6 @@ async def test_alarms_are_looked_at_only_while_a_workflow_waits_for_one_and_not_
     for _ in range(4):
         clock.now += 4
         await triggers.look()
-    assert (len(tools.calls), started) == (2, ["alarm.raised"])
+        assert (len(tools.calls), started) in ((1, []), (2, ["alarm.raised"])), "the first time there was no room"
+    assert len(tools.calls) == 2
     device.history.close()

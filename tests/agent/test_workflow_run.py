@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -214,6 +215,60 @@ def test_a_stream_fires_once_after_its_debounce_until_it_was_quiet() -> None:
     assert [at for at, value in readings if threshold.feed(value, at)] == [4, 10]
     below = Threshold(Trigger(below=3.0))
     assert [below.feed(value, 0.0) for value in (4, 2, 1, 3.5, 2)] == [False, True, False, False, True]
+    with pytest.raises(ValueError, match="no number"):
+        Threshold(Trigger(above=7.0)).feed(float("nan"), 0.0)
+
+
+def test_a_clock_that_is_set_back_does_not_hold_up_what_a_lasting_reading_starts() -> None:
+    threshold = Threshold(Trigger(above=7.0, for_s=30.0))
+    assert [threshold.feed(8.0, at) for at in (9000, 9010, 100, 120, 130)] == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize(("hour", "starts"), [(9, 0), (2, 1)], ids=["by day", "soon after its time"])
+async def test_a_clock_that_is_set_right_after_a_weekend_does_not_start_the_nightly_run_by_day(
+    tmp_path: Path, hour: int, starts: int
+) -> None:
+    (tmp_path / "w.yaml").write_text(f"{HEAD}triggers:\n  - cron: '30 2 * * *'\n  - cron: '* * * * *'\n{GAUGE}")
+    now, started = [datetime(2024, 1, 5, 17, tzinfo=UTC).timestamp()], list[str]()
+
+    async def start(name: str, subject: Subject, id: str, inputs: dict[str, Any], event: Any) -> None:
+        started.append(id)
+
+    triggers = Triggers(Library(tmp_path), LocalTools(read_gauge), permit, start, lambda: now[0])
+    now[0] = datetime(2026, 1, 8, hour, 40, tzinfo=UTC).timestamp()
+    before = time.process_time()
+    await triggers.look()
+    assert time.process_time() - before < 2.0, "it went through each minute of two years"
+    assert len([id for id in started if "cron-0" in id]) == starts
+    assert len([id for id in started if "cron-1" in id]) == 1
+
+
+async def test_a_start_that_the_full_disk_holds_up_is_made_when_there_is_room_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "w.yaml").write_text(
+        f"{HEAD}triggers:\n  - cron: '* * * * *'\n  - {{mqtt: door, debounce_s: 60}}\n"
+        "  - {stream: read_gauge(line=2), value: result.value, above: 1, every_s: 5, for_s: 10}\n" + GAUGE
+    )
+    now, full, started = [600.0], [True], list[str]()
+
+    async def start(name: str, subject: Subject, id: str, inputs: dict[str, Any], event: Any) -> None:
+        if full[0]:
+            raise Retry("the disk is full")
+        started.append(id)
+
+    triggers = Triggers(Library(tmp_path), LocalTools(read_gauge), permit, start, lambda: now[0])
+    for now[0] in (601.0, 661.0, 667.0, 673.0):
+        await triggers.look()
+    with pytest.raises(Retry):
+        await triggers.message("door", 1)
+    assert caplog.text.count("w is not started: the disk is full") == 1
+    full[0] = False
+    now[0] = 679.0
+    await triggers.look()
+    await triggers.message("door", 1)
+    await triggers.look()
+    assert started == ["w-cron-0-660", "w-stream-2-679000", "w-mqtt-1-679000"]
 
 
 async def test_cron_and_stream_start_runs_and_a_set_back_clock_starts_none_twice(tmp_path: Path) -> None:

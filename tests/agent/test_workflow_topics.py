@@ -17,6 +17,7 @@ from edge_agent.agent.workflow import topic_pattern
 from edge_agent.agent.workflow_topics import Topics
 from edge_agent.agent.workflow_triggers import Library, Triggers
 from edge_agent.config import Site
+from edge_agent.errors import Retry
 from edge_agent.sync.transport import MqttSession
 from edge_agent.wire.grants import Subject
 from tests.agent.test_workflow import read_gauge
@@ -50,7 +51,7 @@ class Rig:
     """A device's triggers on a broker, with the runs they started: (id, event)."""
 
     def __init__(self, folder: Path, broker: Mosquitto) -> None:
-        self.folder, self.started, self.now = folder, list[tuple[str, Any]](), 1000.0
+        self.folder, self.started, self.now, self.full = folder, list[tuple[str, Any]](), 1000.0, False
         self.triggers = Triggers(Library(folder), LocalTools(read_gauge), permit, self._start, lambda: self.now)
         (folder / "password").write_text(f"{PASSWORD}\n")
         site = Site(broker.url, USER, str(folder / "password"))
@@ -58,6 +59,8 @@ class Rig:
         self.other = MqttSession(broker.url, "plc", username=USER, password=PASSWORD, session_expiry=0)
 
     async def _start(self, name: str, subject: Subject, id: str, inputs: dict[str, Any], event: Any) -> None:
+        if self.full:
+            raise Retry("the disk is full")
         self.started.append((id, event))
 
     def write(self, trigger: str) -> None:
@@ -138,6 +141,21 @@ async def test_what_came_while_the_broker_or_the_line_was_down_is_heard_after_an
     await rig.send("door", b"2", 2)
     await until(lambda: len(rig.started) == 2)
     assert [event["payload"] for _, event in rig.started] == [1, 2]
+
+
+async def test_a_message_whose_run_is_not_journaled_is_not_acknowledged(rig: Rig, broker: Mosquitto) -> None:
+    rig.write("{mqtt: door, debounce_s: 10}")
+    await rig.listening()
+    rig.full = True
+    await rig.send("door", b"1", 1)
+    rig.now += 1
+    broker.stop()
+    await until(lambda: not rig.topics.status()["connected"])
+    assert rig.started == []
+    rig.full = False
+    broker.start()
+    await until(lambda: rig.started)
+    assert [event["payload"] for _, event in rig.started] == [1]
 
 
 async def test_other_topics_are_listened_to_as_soon_as_a_file_says_so(rig: Rig) -> None:
