@@ -9,6 +9,8 @@ import asyncio
 import uuid
 from typing import Any
 
+import msgspec
+
 from edge_agent.agent import policy
 from edge_agent.agent.act import undoable
 from edge_agent.agent.approval import Approvals
@@ -70,6 +72,7 @@ class Verdicts:
                 raise Refused(f"{undo.tool} is dangerous", "ask for it in a task: its call waits there for an approval")
         if not args.get("look"):
             await self._audit.append("undo", subject.name, task=id, steps=chosen)
+            task = msgspec.structs.replace(task, subject=subject)  # by whom, and by whose grants, from here on
             for n, shown in zip(chosen, done, strict=True):
                 step = await self._agent.undo(task, n)
                 shown |= {"by": render(step.call) if step.call else "", "ok": step.ok, "result": step.text}

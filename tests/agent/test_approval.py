@@ -252,6 +252,20 @@ async def test_what_a_task_did_is_taken_back_by_who_may_do_that_from_the_last_on
             await made.work.call("undo_task", {"id": "other"}, OTTO)
 
 
+async def test_what_somebody_did_whose_rights_are_gone_is_taken_back_by_who_has_them(tmp_path: Path) -> None:
+    async with device(tmp_path, "set_speed(percent=40)", "none()") as made:
+        id = await made.work.submit("to 40", OTTO)
+        await made.until(id, "succeeded")
+        made.grants = msgspec.structs.replace(made.grants, revoked={"otto": 9e9})
+        with pytest.raises(Forbidden, match="otto may not use set_speed"):
+            await made.work.call("undo_task", {"id": id}, OTTO)
+        done = await made.work.call("undo_task", {"id": id}, ANN)
+        assert ([each["ok"] for each in done["undone"]], made.speed) == ([True], 10)
+        blocks = await made.store.read(lambda db: db.execute("SELECT lines FROM outbox ORDER BY first").fetchall())
+        told = [msgspec.json.decode(line)["body"] for (block,) in blocks for line in block.splitlines()]
+        assert [each["subject"] for each in told if each.get("event") == "call"] == ["otto", "ann"]
+
+
 async def test_a_job_takes_back_what_a_task_did_and_two_who_ask_at_once_do_it_once(tmp_path: Path) -> None:
     async with device(tmp_path, "set_speed(percent=40)", "none()", "set_speed(percent=70)", "none()") as made:
         id = await made.work.submit("to 40, then 70", OTTO)
