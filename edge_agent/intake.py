@@ -1,11 +1,13 @@
 """How work comes in at this device itself: tasks of the local API, what is scheduled, workflows that a trigger starts.
 
 Invariants: what is taken in is in the inbox, the audit and (a task) the transcripts by one transaction, or in none of
-them. Of one workflow no trigger starts a run while one that a trigger started waits or runs.
+them. Of one workflow no trigger starts a run while one that a trigger started waits or runs, over restarts too.
+Work is of who asked as of the time of their token: what is revoked later ends it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from edge_agent.errors import Refused, Retry
 from edge_agent.store import Connection
 from edge_agent.sync.inbox import Inbox
 from edge_agent.wire.grants import Subject
-from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobState
+from edge_agent.wire.messages import Job, JobKind, JobState
 
 LOCAL_TTL_S = 86400.0
 RUN_WORKFLOW = "run_workflow"
@@ -50,16 +52,16 @@ class Intake:
             self.library, tools, self._allowed, self._trigger, self._clock, folder / "triggers.json"
         )
         self.schedule = Scheduled(folder / "tools" / "schedule.db", self.scheduled, self._clock)
-        self._triggered: dict[str, str] = {}  # the workflow of each run that a trigger started
+        self._trying = asyncio.Lock()
 
     async def submit(self, text: str, subject: Subject, conversation: str = "") -> str:
         """Accept a local task; on disk when its id is returned. Raises Refused (bad text), Retry (too many wait)."""
-        return await self._task(_local(), text, subject, self._clock(), 0, conversation)
+        return await self._task(_local(), text, subject, 0, conversation)
 
-    async def _task(self, id: str, text: str, by: Subject, created: float, priority: int, conversation: str) -> str:
+    async def _task(self, id: str, text: str, by: Subject, priority: int, conversation: str) -> str:
         task = self._agent.task(id, text, by, priority, conversation)
         body = {"text": task.text, "conversation": conversation}
-        job = Job(id, JobKind.TASK, body, by.name, by.roles, created, self._clock() + LOCAL_TTL_S)
+        job = Job(id, JobKind.TASK, body, by.name, by.roles, by.issued_at, self._clock() + LOCAL_TTL_S)
         return await self._queue(job, self._audit.entry("submit", by.name, task=id, text=task.text), task)
 
     async def scheduled(self, id: str, entry: Entry) -> None:
@@ -68,18 +70,18 @@ class Intake:
         if await self._inbox.state(id) is not None:
             return
         if entry.workflow:
-            await self._run(id, who, {"name": entry.workflow, "inputs": entry.inputs}, who.issued_at)
+            await self._run(id, who, {"name": entry.workflow, "inputs": entry.inputs})
         else:
-            await self._task(id, entry.text, who, who.issued_at, 1, "")  # nobody waits for it
+            await self._task(id, entry.text, who, 1, "")  # nobody waits for it
 
     async def workflow(self, args: dict[str, Any], subject: Subject) -> str:
         """The id of the run that is queued. Raises Forbidden, Refused, Retry."""
-        return await self._run(_local(), subject, args, self._clock())
+        return await self._run(_local(), subject, args)
 
-    async def _run(self, id: str, subject: Subject, args: dict[str, Any], created: float) -> str:
+    async def _run(self, id: str, subject: Subject, args: dict[str, Any]) -> str:
         self.installed(args, subject)
         body, until = {"tool": RUN_WORKFLOW, "args": args}, self._clock() + LOCAL_TTL_S
-        job = Job(id, JobKind.TOOL, body, subject.name, subject.roles, created, until)
+        job = Job(id, JobKind.TOOL, body, subject.name, subject.roles, subject.issued_at, until)
         return await self._queue(job, self._audit.entry("workflow", subject.name, id=id, workflow=args["name"]))
 
     async def _queue(self, job: Job, entry: Callable[[Connection], None], task: Task | None = None) -> str:
@@ -94,17 +96,10 @@ class Intake:
         return await self._transcripts.store.write(work)
 
     async def _trigger(self, name: str, subject: Subject, id: str, inputs: dict[str, Any], event: Any) -> None:
-        for began in [each for each, of in self._triggered.items() if of == name]:
-            if (state := await self._inbox.state(began)) is None or state in TERMINAL:
-                self._triggered.pop(began, None)  # it was taken back, or ran out of time, while it waited
-        if name in self._triggered.values() or await self._inbox.state(id) is not None:
-            return
-        await self._run(id, subject, {"name": name, "inputs": inputs, "event": event}, subject.issued_at)
-        self._triggered[id] = name
-
-    def over(self, id: str) -> None:
-        """A run has ended."""
-        self._triggered.pop(id, None)
+        async with self._trying:  # of two causes at once
+            under_way = [job.subject for job in await self._inbox.under_way()]
+            if subject.name not in under_way and await self._inbox.state(id) is None:
+                await self._run(id, subject, {"name": name, "inputs": inputs, "event": event})
 
     def installed(self, args: Any, subject: Subject) -> str:
         """The text of the workflow to run. Raises Forbidden, Refused."""

@@ -201,7 +201,6 @@ class Work:
         entry = self._audit.entry("end", job.subject, **told)
         await _until_stored(lambda: self._inbox.report(job.id, state, result, error, entry))
         self._watch.over(job.id)
-        self._intake.over(job.id)
         kind, name, args = "task", "", job.body.get("args")
         args = args if isinstance(args, dict) else {}
         if job.body.get("tool") == RUN_WORKFLOW:

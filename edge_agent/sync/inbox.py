@@ -53,8 +53,13 @@ class Inbox:
 
     async def interrupted(self) -> list[Job]:
         """Jobs that were running when the last process ended: resume them or report them failed."""
-        rows = "SELECT job FROM jobs WHERE state = 'running' ORDER BY n"
-        return await self._store.read(lambda db: [_job(line) for (line,) in db.execute(rows)])
+        return await self.under_way("running")
+
+    async def under_way(self, *states: str) -> list[Job]:
+        """Jobs of these states; without any, those that wait or run."""
+        states = states or ("delivered", "running")
+        rows = f"SELECT job FROM jobs WHERE state IN ({', '.join('?' * len(states))}) ORDER BY n"
+        return await self._store.read(lambda db: [_job(line) for (line,) in db.execute(rows, states)])
 
     async def report(
         self,

@@ -225,6 +225,42 @@ async def test_a_step_that_nobody_approved_goes_to_its_on_error_and_is_not_asked
         assert (made.purged, [step.role for step in done.steps].count("ask")) == ([], 1)
 
 
+async def test_a_trigger_starts_no_second_run_while_one_of_before_a_restart_waits(tmp_path: Path) -> None:
+    (tmp_path / "workflows").mkdir()
+    head = FLOW.replace("steps", "run_as: [operator]\ntriggers: [{event: link.down}, {event: link.up}]\nsteps")
+    (tmp_path / "workflows" / "w.yaml").write_text(head)
+    down, up = {"id": "1", "depth": 1}, {"id": "2", "depth": 1}
+    async with device(tmp_path) as made:
+        await asyncio.gather(
+            made.work.triggers.event("link.down", "", down), made.work.triggers.event("link.up", "", up)
+        )
+        await made.until("w-event-0-1", "waiting")
+    async with device(tmp_path) as made:
+        await made.until("w-event-0-1", "waiting")
+        await made.work.triggers.event("link.up", "", up)
+        assert [job.id for job in await made.inbox.under_way()] == ["w-event-0-1"], "two would ask for the same act"
+        await made.approve("w-event-0-1")
+        await made.until("w-event-0-1", "succeeded")
+        await until(lambda: not made.work.current)
+        await made.work.triggers.event("link.up", "", up)
+        await made.until("w-event-1-2", "waiting")
+        assert made.purged == [2]
+
+
+async def test_a_run_of_somebody_who_was_revoked_before_it_began_ends_when_the_device_hears_of_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "workflows" / "w.yaml").write_text(FLOW)
+    async with device(tmp_path) as made:
+        id = (await made.work.call("run_workflow", {"name": "w"}, OTTO))["id"]
+        await made.until(id, "waiting")
+        made.grants = msgspec.structs.replace(made.grants, revoked={"otto": made.now - 1})
+        await made.approve(id)
+        assert "otto may not use purge" in (await made.until(id, "succeeded", "failed")).error
+        assert made.purged == []
+
+
 async def test_a_dangerous_tool_is_not_called_past_a_task(tmp_path: Path) -> None:
     async with device(tmp_path) as made:
         with pytest.raises(Refused, match="needs an approval"):
