@@ -46,6 +46,7 @@ def approve(
     json: Annotated[bool, typer.Option("--json", help="Print the call that was approved or denied.")] = False,
 ) -> None:
     """Show the call that a task waits with, and approve or deny it, once."""
+    _sure(yes, json)
     with _client(api, token) as client:
         seen = _answer(client, "GET", f"/v1/tasks/{id}")
         ask = seen["steps"][-1] if seen["steps"] else {}
@@ -63,6 +64,11 @@ def approve(
         typer.echo(msgspec.json.encode(args | {"expires": ask["expires"], "made": ask["call"]}))
 
 
+def _sure(yes: bool, json: bool) -> None:
+    if json and not yes:  # nothing but JSON is printed, so there would be a question about what nobody sees
+        raise Refused("--json shows no call and asks no question", "add --yes")
+
+
 @task.command()
 def undo(
     id: Annotated[str, typer.Argument(help="The task that has ended.")],
@@ -73,6 +79,7 @@ def undo(
     json: Json = False,
 ) -> None:
     """Take what a task did back, the last first, where its tools say how; each once."""
+    _sure(yes, json)
     args: dict[str, Any] = {"id": id} | ({} if step is None else {"step": step})
     with _client(api, token) as client:
         found = _answer(client, "POST", "/v1/tools/undo_task", json={"args": args | {"look": True}})["result"]

@@ -129,8 +129,11 @@ def _open(
     return flow, there, found, text
 
 
-def _tell(file: Path, found: Sequence[Problem]) -> None:
-    for problem in found:
+def _tell(file: Path, found: Sequence[Problem], as_json: bool) -> None:
+    if as_json:
+        fields = ("line", "column", "message", "hint")
+        typer.echo(json.dumps([{"file": str(file)} | {f: getattr(p, f) for f in fields} for p in found], indent=1))
+    for problem in [] if as_json else found:
         hint = f" ({problem.hint})" if problem.hint else ""
         typer.echo(f"{file}:{problem.line}:{problem.column}: {problem.message}{hint}")
 
@@ -141,11 +144,7 @@ def check_(
 ) -> None:
     """Schema, cycles, unknown tools, types between steps, permissions; exits 1 when something is wrong."""
     _, _, found, _ = _open(file, pack, role or [], config, state)
-    if as_json:
-        fields = ("line", "column", "message", "hint")
-        typer.echo(json.dumps([{"file": str(file)} | {f: getattr(p, f) for f in fields} for p in found], indent=1))
-    else:
-        _tell(file, found)
+    _tell(file, found, as_json)
     raise typer.Exit(bool(found))
 
 
@@ -170,7 +169,7 @@ def simulate(
     """Run against simulated tools: the path, its calls, about how long and at most; exits 1 when the run fails."""
     flow, there, found, text = _open(file, pack, role or [], config, state)
     if flow is None or found:
-        _tell(file, found)
+        _tell(file, found, as_json)
         raise typer.Exit(1)
     subject = Subject("simulate", role or flow.run_as or ["admin"], time.time())
     inputs, results, began = ({n: json_of(v) for n, v in map(_pair, texts or [])} for texts in (given, result, event))

@@ -222,6 +222,8 @@ def test_check_and_simulate_tell_machines_the_same(tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["check", str(tmp_path / "bad.yaml"), "--json"])
     assert told.exit_code == 1
     assert json.loads(told.output)[0]["line"] == 5
+    again = CliRunner().invoke(app, ["simulate", str(tmp_path / "bad.yaml"), "--json"])
+    assert (again.exit_code, again.output) == (1, told.output)
     text = f"{HEAD}steps:\n  - {{id: a, tool: list_alarms}}\n"
     (tmp_path / "good.yaml").write_text(text)
     told = CliRunner().invoke(app, ["simulate", str(tmp_path / "good.yaml"), "--json"])
