@@ -62,7 +62,7 @@ class Device:
         except httpx.HTTPError as error:
             raise Retry(f"the device does not answer: {error}", "is `outrider agent` running there?") from error
         if answer.is_error:
-            raise Refused(*problem(answer))
+            raise (Retry if answer.status_code in (429, 503) else Refused)(*problem(answer))
         return answer.content
 
 

@@ -10,7 +10,9 @@ import msgspec
 import pytest
 from starlette.routing import Route
 
+from edge_agent.agent import mcp_serve
 from edge_agent.agent.policy import Forbidden
+from edge_agent.agent.tool import ToolSpec
 from edge_agent.api.access import MAX_BODY
 from edge_agent.api.app import create_app
 from edge_agent.errors import Refused, Retry
@@ -60,6 +62,11 @@ class Plant:
 
     async def tasks(self) -> list[Any]:
         return [{"id": "t1"}]
+
+    async def tools(self, subject: Subject) -> list[ToolSpec]:
+        if self.full:
+            raise Retry("the tools process is not ready", "its log says why it does not start")
+        return []
 
     async def call(self, name: str, args: dict[str, Any], subject: Subject) -> Any:
         if "viewer" in subject.roles:
@@ -203,3 +210,17 @@ async def test_bad_input_is_a_problem_with_a_hint(client: httpx.AsyncClient, pla
         assert answer.json()["detail"]
         assert answer.json()["hint"]
     assert answers[503].headers["retry-after"] == "5"
+
+
+async def test_while_the_tools_restart_a_good_token_is_not_told_to_be_a_bad_one(
+    client: httpx.AsyncClient, plant: Plant
+) -> None:
+    """An MCP client that is told so asks its person to log in again, and forgets the token."""
+    device = mcp_serve.Device("device")
+    device._client = client
+    good = bearer("operator")["Authorization"].partition(" ")[2]
+    assert await device.verify_token("forged") is None
+    assert await device.verify_token(good) is not None
+    plant.full = True
+    with pytest.raises(Retry, match="is not ready"):
+        await device.verify_token(good)
