@@ -4,7 +4,8 @@ Invariants: an entry carries who asked for it, and starts as that subject, by th
 due it starts under one id, so after a crash it starts once; one that started or was taken out stays known by its id
 (the last MAX_GONE), so the call that made it, made again after a crash, makes no second one; a time that passed while
 the device was off is made up for within LATE_S, once, and otherwise told and left out; times follow from the first one,
-whole days by the clock on the wall. The tool runner writes entries (tools/schedule.py), the daemon starts them.
+whole days by the clock on the wall, and a clock that was far ahead for a while puts none off. The tool runner writes
+entries (tools/schedule.py), the daemon starts them.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Scheduled:
         self, path: Path, start: Callable[[str, Entry], Awaitable[None]], clock: Callable[[], float] = time.time
     ) -> None:
         self._schedule, self._start, self._clock = Schedule(path), start, clock
-        self._seen, self._soonest = (0, 0), 0.0
+        self._seen, self._soonest, self._looked = (0, 0), 0.0, 0.0
 
     async def run(self) -> None:
         """Look until cancelled; what cannot be read or started is told, and tried again later."""
@@ -143,13 +144,18 @@ class Scheduled:
             await tick(pause)
 
     async def look(self) -> None:
-        """One round, if the file has changed or something is due. Raises Retry, sqlite3.Error."""
-        now, stamp = self._clock(), self._schedule.stamp()
-        if stamp == self._seen and now < self._soonest:
+        """One round, if the file changed, something is due or the clock was set back. Raises Retry, sqlite3.Error."""
+        now, stamp, before = self._clock(), self._schedule.stamp(), self._looked
+        self._looked = now
+        if stamp == self._seen and before <= now < self._soonest:
             return
         due = await asyncio.to_thread(self._schedule.all)
         self._seen, self._soonest = stamp, min((entry.due for entry in due), default=float("inf"))
-        for entry in [entry for entry in due if entry.due <= now]:
+        for entry in due:
+            if entry.due > now:
+                if entry.first and entry.due - now > entry.every_s + 2 * LATE_S:  # a clock that was ahead put it off
+                    await asyncio.to_thread(self._schedule.started, entry, now)
+                continue
             if now - entry.times(now)[0] > LATE_S:
                 _log.warning("%s was due at %.0f, while the device was off: left out", entry.id, entry.due)
             else:

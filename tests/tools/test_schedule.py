@@ -219,6 +219,28 @@ async def test_each_time_follows_from_the_first_however_late_a_start_was_and_an_
         time.tzset()
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_clock_that_was_years_ahead_for_a_while_puts_what_comes_again_off_for_no_years(
+    tmp_path: Path, restarted: bool
+) -> None:
+    clock, path, started = Clock(), tmp_path / "schedule.db", list[str]()
+
+    async def start(id: str, _: schedule.Entry) -> None:
+        started.append(id)
+
+    far = START + 400 * schedule.DAY_S
+    schedule.Schedule(path).add(schedule.Entry("e", ADA, START, schedule.DAY_S))
+    schedule.Schedule(path).add(schedule.Entry("far", ADA, far, schedule.DAY_S))
+    runs = schedule.Scheduled(path, start, clock)
+    ahead, tomorrow = START + 73 * 365 * schedule.DAY_S + 3 * schedule.LATE_S, START + schedule.DAY_S
+    for clock.now in (START, ahead, START + 7200.0, START + 7201.0, tomorrow):
+        if restarted:
+            runs = schedule.Scheduled(path, start, clock)
+        await runs.look()
+    assert started == [f"e-{START:.0f}", f"e-{tomorrow:.0f}"]
+    assert [entry.due for entry in schedule.Schedule(path).all()] == [tomorrow + schedule.DAY_S, far]
+
+
 async def test_a_workflow_runs_again_and_again_until_it_is_taken_out(tmp_path: Path) -> None:
     clock = Clock()
     (tmp_path / "workflows").mkdir()
