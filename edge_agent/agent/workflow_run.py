@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
@@ -118,6 +119,7 @@ class _Run:
         """Raises Ended when it fails."""
         self._specs = {spec.name: spec for spec in specs}
         self._steps, self._slots = {step.id: step for step in self.flow.steps}, asyncio.Semaphore(slots(self.flow))
+        self._turns = defaultdict[str, asyncio.Lock](asyncio.Lock)
         left, running, problems = self.flow.order(), dict[asyncio.Task[None], Step](), list[BaseException]()
         over = set[str]()
         try:
@@ -152,7 +154,11 @@ class _Run:
     async def _whole(self, step: Step) -> None:
         """A step with what its error leads to. Raises Ended."""
         handler = self._steps.get(step.on_error)
-        if not await self._step(step) and not (handler and await self._step(handler)):
+        if await self._step(step):
+            return
+        async with self._turns[step.on_error]:  # of two errors at once: the second finds what the first led to
+            handled = handler is not None and await self._step(handler)
+        if not handled:
             raise Ended("failed", error=f"step {step.id}: {self._context['steps'][step.id]['error']}")
 
     async def _step(self, step: Step) -> bool:

@@ -163,6 +163,23 @@ async def test_an_error_ends_the_run_or_is_handled(bench: Bench, on_error: str, 
     assert (task.state, [name for name, _ in bench.tools.calls][1:]) == (state, called)
 
 
+async def test_a_step_that_handles_two_errors_at_once_runs_once_and_is_not_taken_for_cut_off(bench: Bench) -> None:
+    @tool(risk="act", idempotent=False)
+    def ring() -> str:
+        """Ring the bell."""
+        return "rung"
+
+    bench.tools._tools["ring"] = ring
+    steps = (
+        "parallel: 4\nsteps:\n  - {id: a, tool: read_gauge, args: {line: 1}, on_error: halt}\n"
+        "  - {id: b, tool: read_gauge, args: {line: 2}, on_error: halt}\n  - {id: halt, tool: ring}\n"
+    )
+    bench.tools._fail["read_gauge"] = ToolError("no signal")
+    task = await bench.do(steps)
+    assert (task.state, task.error) == ("succeeded", "")
+    assert [name for name, _ in bench.tools.calls] == ["read_gauge", "read_gauge", "ring"]
+
+
 async def test_an_effect_that_is_unknown_ends_the_run_unless_the_tool_takes_its_key(bench: Bench) -> None:
     bench.tools._fail = {"stamp": Retry("the tools process died"), "press": Retry("the tools process died")}
     task = await bench.do("steps:\n  - {id: s, tool: stamp, args: {text: x}, retry: {times: 3}}\n")
