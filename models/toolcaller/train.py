@@ -158,7 +158,7 @@ class Run:
         return total
 
     def _logits(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of what is learned. Where kernels are made for a shape, which takes its time, rows are padded to one length."""
+        """Of what is learned. In bfloat16 rows are padded to one length: a kernel is made for each shape."""
         to, count = self.device, len(row.tokens)
         more = self.plan.row_tokens - count if self._half else 0
         mask = np.eye(count + more, dtype=bool)
