@@ -10,17 +10,16 @@ Invariants: a blob gets its name only whole and fsynced; one whose hash is wrong
 import asyncio
 import hashlib
 import os
-import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from edge_agent.wire import durable
+from edge_agent.wire.bundle import SHA256
 from hub.errors import Refused
 
 QUOTA = 1 << 30  # bytes of a device
 STALE_S = 7 * 86400.0
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Uploads:
@@ -112,7 +111,7 @@ class Uploads:
 
 
 def _checked(sha256: str) -> str:
-    if not _SHA256.fullmatch(sha256):
+    if not SHA256.fullmatch(sha256):
         raise Refused(422, f"{sha256[:80]!r} is not a SHA-256", "64 hexadecimal digits, lower case")
     return sha256
 

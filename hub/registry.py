@@ -10,7 +10,6 @@ import asyncio
 import errno
 import hashlib
 import os
-import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,7 +20,7 @@ import msgspec
 import sqlalchemy as sa
 
 from edge_agent.wire import durable
-from edge_agent.wire.bundle import Manifest, Target, content_digest, decode_manifest, sha256, target_paths
+from edge_agent.wire.bundle import SHA256, Manifest, Target, content_digest, decode_manifest, sha256, target_paths
 from edge_agent.wire.chunks import Chunk, Index, decode_index
 from edge_agent.wire.errors import WireError
 from edge_agent.wire.messages import check_depth
@@ -34,7 +33,6 @@ from hub.repository import Repository
 T = TypeVar("T")
 MAX_BLOB = 64 << 30
 _PIECE = 1 << 20
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Registry:
@@ -64,7 +62,7 @@ class Registry:
 
     async def _local(self, sha256: str) -> Path | None:
         """A blob's file here; one that is damaged is asked for anew, if it lives elsewhere. Raises Refused 422, 503."""
-        if not _SHA256.fullmatch(sha256):
+        if not SHA256.fullmatch(sha256):
             raise Refused(422, f"{sha256[:80]!r} is not a SHA-256", "64 hexadecimal digits, lower case")
         path = await self._objects.local(sha256)
         if path is not None and not await self._is_intact(path):

@@ -166,6 +166,7 @@ def _order(passage: str, acts: Sequence[Call]) -> bool:
 
 
 def unquoted(request: str) -> str:
+    """The request with what it quotes hidden, but for single words, in the marks that it has."""
     return QUOTED.sub(
         lambda found: f"{found[0][0]}{HIDDEN}{found[0][-1]}" if " " in found[0].strip() else found[0], request
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,7 +31,7 @@ from edge_agent.update.staging import Staging
 from edge_agent.update.timing import Timing
 from edge_agent.update.trial import Activation, Figures, Untried, Why, activation
 from edge_agent.update.trust import Director, Trust
-from edge_agent.wire.bundle import Manifest, Target
+from edge_agent.wire.bundle import SHA256, Manifest, Target
 from edge_agent.wire.topics import check_name
 
 log = logging.getLogger("outrider.update")
@@ -168,7 +167,7 @@ class UpdateService:
         wanted: dict[str, Target] = {}
         for name, target in (await asyncio.to_thread(self._director.accept, document)).items():
             try:
-                if not re.fullmatch("[0-9a-f]{64}", target.manifest_sha256):
+                if not SHA256.fullmatch(target.manifest_sha256):
                     raise ValueError(f"{target.manifest_sha256!r} is no SHA-256")
                 wanted[check_name(name, "bundle")] = target
             except ValueError as error:

@@ -24,7 +24,7 @@ from edge_agent.wire.topics import VERSION, check_name
 _DIRECTED_AS, _ROOT_AS = "outrider/1/director", "outrider/1/root"
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_FILES = 1000
 MAX_FILE = 64 << 30
 
@@ -52,7 +52,7 @@ class FileEntry(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if not all(_PART.fullmatch(part) for part in self.path.split("/")) or self.path.count("/") > 8:
             raise ValueError(f"path {self.path!r} is not a plain relative path")
-        if not _SHA256.fullmatch(self.sha256) or not 0 <= self.size <= MAX_FILE:
+        if not SHA256.fullmatch(self.sha256) or not 0 <= self.size <= MAX_FILE:
             raise ValueError(f"{self.path}: size or SHA-256 makes no sense")
 
 
@@ -89,7 +89,7 @@ class Manifest(msgspec.Struct, frozen=True):
         paths = [entry.path for entry in self.files]
         if not paths or len(paths) > MAX_FILES or len(set(paths)) != len(paths):
             raise ValueError(f"bundle {self.name}: {len(paths)} files; 1 to {MAX_FILES}, no path twice")
-        if (base := self.base) and (not base.name or not _SHA256.fullmatch(base.digest)):
+        if (base := self.base) and (not base.name or not SHA256.fullmatch(base.digest)):
             raise ValueError(f"adapter {self.name}: meta names no base and base_digest")
 
     @property
