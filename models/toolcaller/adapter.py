@@ -19,35 +19,54 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.engines.adapters import DAMAGED, read_arrays
 from edge_agent.wire.bundle import content_digest, scan
 from models.errors import ModelError
 from models.gguf_weights import Floats
 
 
-def write_adapter(run: Path, out: Path, base: str, bias: Mapping[str, float] | None = None) -> str:
+def write_adapter(run: Path, out: Path, base: str, bias: Mapping[str, float] | None = None, *more: Path) -> str:
     """Write the adapter of a run into the folder `out`; returns its content digest. Raises ModelError.
 
-    `bias`: of the words that a decision may begin with.
+    `bias`: of the words that a decision may begin with. `more`: further runs, and it is the mean of all; what began
+    from one adapter may be averaged (Wortsman et al. 2022, arXiv:2203.05482).
     """
-    try:
-        plan = json.loads((run / "plan.json").read_text())
-        about = {"format": 1, "base": base, "rank": plan["rank"], "scale": plan["alpha"] / plan["rank"]}
-        with np.load(run / "adapter.npz") as file:
-            arrays = {name: np.asarray(file[name], np.float32) for name in sorted(file.files)}
-        if strange := [name for name in arrays if not name.endswith((".a", ".b"))]:
-            raise ValueError(f"{strange[0]} is no part of an adapter: a full run is merged, not shipped")
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        hint = "outrider models toolcaller train makes one"
-        raise ModelError(f"{run} is not a training run with an adapter: {error}", hint) from error
+    (about, arrays), *others = map(_read, (run, *more))
+    for path, (theirs, values) in zip(more, others, strict=True):
+        if theirs != about or {n: v.shape for n, v in values.items()} != {n: v.shape for n, v in arrays.items()}:
+            raise ModelError(f"{path} and {run} are not of one form", "a mean needs one rank over the same matrices")
+    if others:
+        arrays = {name: np.mean([value, *(v[name] for _, v in others)], 0) for name, value in arrays.items()}
     out.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(out / "adapter.npz", "w") as archive:
         for name, value in arrays.items():
             quants, scale = rounded(value, 1 if name.endswith(".a") else 0)
             _add(archive, name, quants)
             _add(archive, f"{name}.scale", scale)
-    about |= {"prompt": "signatures"} | ({"logit_bias": dict(bias)} if bias else {})
+    about = {"format": 1, "base": base} | about | {"prompt": "signatures"}
+    about |= {"logit_bias": dict(bias)} if bias else {}
     (out / "adapter.json").write_text(json.dumps(about, indent=1) + "\n")
     return content_digest(scan(out))
+
+
+def scale_of(folder: Path) -> dict[str, Any]:
+    """`rank`, and `scale` (alpha / rank), of a run or of what ships of one. Raises `DAMAGED`."""
+    if (plan := folder / "plan.json").exists():
+        run = json.loads(plan.read_text())
+        return {"rank": run["rank"], "scale": run["alpha"] / run["rank"]}
+    about = json.loads((folder / "adapter.json").read_text())
+    return {"rank": about["rank"], "scale": about["scale"]}
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Floats]]:
+    try:
+        about, arrays = scale_of(folder), read_arrays(folder / "adapter.npz")
+        if strange := [name for name in arrays if not name.endswith((".a", ".b"))]:
+            raise ValueError(f"{strange[0]} is no part of an adapter: a full run is merged, not shipped")
+    except DAMAGED as error:
+        hint = "outrider models toolcaller train makes one"
+        raise ModelError(f"{folder} is not a training run with an adapter: {error}", hint) from error
+    return about, dict(sorted(arrays.items()))
 
 
 def rounded(value: Floats, axis: int) -> tuple[NDArray[np.int8], Floats]:

@@ -108,7 +108,7 @@ def _bias(option: str) -> tuple[str, float]:
 
 @app.command()
 def adapter(
-    run: Annotated[Path, typer.Argument(help="The folder of a training run.")],
+    run: Annotated[list[Path], typer.Argument(help="The folder of a training run; of several, or adapters, the mean.")],
     out: Annotated[Path, typer.Option(help="The adapter folder to make.")],
     bias: Annotated[list[str], typer.Option(help="WORD=NUMBER: added to the logit of a decision's first word.")] = [],  # noqa: B006
     cache: Annotated[Path | None, typer.Option(envvar="OUTRIDER_CACHE")] = None,
@@ -116,14 +116,16 @@ def adapter(
 ) -> None:
     """Make what ships of a run: its adapter in 8 bits, for the base model as it is built here; needs no PyTorch."""
     from edge_agent.wire.bundle import content_digest, scan
+    from models.adapter import shipped
     from models.errors import ModelError
     from models.fetch import default_cache
     from models.package import build
     from models.toolcaller.adapter import write_adapter
 
-    words = dict(_bias(each) for each in bias)
+    words, (first, *more) = dict(_bias(each) for each in bias), (shipped().get(str(each), each) for each in run)
     try:
-        digest = write_adapter(run, out, content_digest(scan(build("smollm2", cache or default_cache()))), words)
+        base = content_digest(scan(build("smollm2", cache or default_cache())))
+        digest = write_adapter(first, out, base, words, *more)
     except (ModelError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -21,7 +21,7 @@ TARGETS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "f
 CHUNK = 192  # rows of attention at once: tokens that none of them reads are not computed
 COLUMNS = 256  # and those that are read are a multiple of so many: a kernel is made for each shape
 
-Piece = tuple[int, int, Tensor, Tensor]  # rows from, to; the columns that they read (c,); bias (rows, c), 0 or -1e30
+Piece = tuple[int, int, Tensor, Tensor]  # rows from, to; columns that they read (c,); bias (rows x a group's heads, c)
 
 
 class LoraLinear(nn.Module):
@@ -56,18 +56,19 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pieces: Sequence[Piece]) -> Tensor:
         s, count = self.shape, len(x)
-        normed = F.rms_norm(x, (s.width,), self.attn_norm, s.epsilon)
-        query = _rotate(self.attn_q(normed).view(count, s.heads, s.head_size), cos, sin)
-        key = _rotate(self.attn_k(normed).view(count, s.kv_heads, s.head_size), cos, sin)
+        kind = self.attn_q.weight.dtype
+        normed = F.rms_norm(x, (s.width,), self.attn_norm, s.epsilon).to(kind)
+        query = _rotate(self.attn_q(normed).view(count, s.heads, s.head_size) * s.head_size**-0.5, cos, sin).to(kind)
+        key = _rotate(self.attn_k(normed).view(count, s.kv_heads, s.head_size), cos, sin).to(kind)
         value = self.attn_v(normed).view(count, s.kv_heads, s.head_size)
         attended = _attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), pieces)
         x = x + self.attn_output(attended.transpose(0, 1).reshape(count, s.width))
-        normed = F.rms_norm(x, (s.width,), self.ffn_norm, s.epsilon)
+        normed = F.rms_norm(x, (s.width,), self.ffn_norm, s.epsilon).to(kind)
         return x + self.ffn_down(F.silu(self.ffn_gate(normed)) * self.ffn_up(normed))
 
 
 class Decoder(nn.Module):
-    """Tokens (n,), positions (n,), who reads whom (n, n) in; hidden states (n, width) out; `head` makes logits."""
+    """Tokens (n,), positions (n,), who reads whom (n, n) in; hidden states (n, width) out."""
 
     def __init__(self, weights: GgufWeights, rank: int, alpha: float, full: bool = False) -> None:
         super().__init__()
@@ -81,13 +82,10 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         angle = positions[:, None, None] * self.inverse
         x, cos, sin = self.embedding[tokens].float(), angle.cos(), angle.sin()
-        pieces = list(_pieces(mask, x.dtype))
+        pieces = list(_pieces(mask, self.embedding.dtype, self.shape.heads // self.shape.kv_heads))
         for layer in self.layers:
             x = layer(x, cos, sin, pieces)
         return F.rms_norm(x, (self.shape.width,), self.norm, self.shape.epsilon)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embedding)
 
     def halve(self) -> None:
         """Keep what is not trained as bfloat16."""
@@ -105,7 +103,7 @@ def load(gguf: Path, rank: int, alpha: float, full: bool = False) -> Decoder:
     return Decoder(GgufWeights(gguf), rank, alpha, full)
 
 
-def _pieces(mask: Tensor, dtype: torch.dtype) -> Iterator[Piece]:
+def _pieces(mask: Tensor, dtype: torch.dtype, heads: int) -> Iterator[Piece]:
     count = len(mask)
     for at in range(0, count, CHUNK):
         end = min(count, at + CHUNK)
@@ -113,7 +111,7 @@ def _pieces(mask: Tensor, dtype: torch.dtype) -> Iterator[Piece]:
         more = min(-int(read.sum()) % COLUMNS, count - int(read.sum()))
         read[(~read).nonzero()[:more, 0]] = True
         columns = read.nonzero()[:, 0]
-        yield at, end, columns, torch.where(mask[at:end, columns], 0.0, -1e30).to(dtype)
+        yield at, end, columns, torch.where(mask[at:end, columns], 0.0, -1e30).to(dtype).repeat(heads, 1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece]) -> Tensor:
@@ -123,9 +121,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece]) 
     parts = []
     for at, end, columns, bias in pieces:
         rows = query[:, at:end].reshape(groups, -1, size)
-        scores = torch.bmm(rows, key[:, columns].transpose(1, 2)).view(heads, end - at, -1) * size**-0.5
-        weights = torch.softmax(scores + bias, -1).to(value.dtype).view(groups, rows.shape[1], -1)
-        parts.append(torch.bmm(weights, value[:, columns]).view(heads, end - at, size))
+        scores = torch.baddbmm(bias, rows, key.index_select(1, columns).transpose(1, 2))
+        weights = torch.softmax(scores, -1).to(value.dtype)
+        parts.append(torch.bmm(weights, value.index_select(1, columns)).view(heads, end - at, size))
     return torch.cat(parts, 1)
 
 

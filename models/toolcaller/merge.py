@@ -6,7 +6,6 @@ once, to the same 4 bits with scale and minimum that the file has: the base mode
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from edge_agent.engines.adapters import DAMAGED, read_arrays
 from models.errors import ModelError
 from models.gguf_weights import BLOCK, Bytes, Floats, GgufWeights
+from models.toolcaller.adapter import scale_of
 
 _SHRINKS = (1.0, 0.95, 0.9, 0.85)
 
@@ -27,7 +27,7 @@ class MergedWeights(GgufWeights):
     def __init__(self, gguf: Path, adapter: Path) -> None:
         super().__init__(gguf)
         try:
-            self._scale = _scale(adapter)
+            self._scale = float(scale_of(adapter)["scale"])
             self._adapter = read_arrays(adapter / "adapter.npz")
         except DAMAGED as error:
             hint = "a folder of `outrider models toolcaller train`, or an adapter that ships"
@@ -62,13 +62,6 @@ class MergedWeights(GgufWeights):
     @staticmethod
     def _key(name: str) -> str:
         return name.removesuffix(".weight").replace("blk.", "layers.", 1)
-
-
-def _scale(adapter: Path) -> float:
-    if (plan := adapter / "plan.json").exists():
-        run = json.loads(plan.read_text())
-        return float(run["alpha"] / run["rank"])
-    return float(json.loads((adapter / "adapter.json").read_text())["scale"])
 
 
 def quantize(matrix: Floats) -> tuple[Bytes, Floats, Floats]:

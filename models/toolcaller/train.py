@@ -46,6 +46,33 @@ class Plan:
     validate_every: int = 50
 
 
+class Loss(torch.autograd.Function):
+    """Summed cross-entropy of hidden states (n, width) against tokens (n,), `CHUNK` at a time.
+
+    Forward makes the gradient too, so the logits (n, vocabulary) are made once and never kept.
+    """
+
+    CHUNK = 64
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        total, gradient = hidden.new_zeros(()), torch.empty_like(hidden)
+        for at in range(0, len(target), Loss.CHUNK):
+            part, right = hidden[at : at + Loss.CHUNK], target[at : at + Loss.CHUNK, None]
+            logits = F.linear(part.to(head.dtype), head).float()
+            every = logits.logsumexp(-1, keepdim=True)
+            total += (every - logits.gather(-1, right)).sum()
+            wrong = logits.sub_(every).exp_().scatter_add_(-1, right, -torch.ones_like(every))
+            gradient[at : at + Loss.CHUNK] = wrong.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0], None, None
+
+
 class Run:
     """One training run in a folder: `plan.json`, `checkpoint.pt`, `log.jsonl`, `adapter.npz` (float16)."""
 
@@ -109,7 +136,8 @@ class Run:
         total, tokens, right, examples = 0.0, 0, 0, 0
         with torch.no_grad():
             for row in held_out:
-                logits, target = self._logits(row)
+                hidden, target = self._hidden(row)
+                logits = F.linear(hidden.to(self.model.embedding.dtype), self.model.embedding).float()
                 total += F.cross_entropy(logits, target, reduction="sum").item()
                 tokens += len(target)
                 hits = (logits.argmax(-1) == target).cpu().tolist()
@@ -149,29 +177,27 @@ class Run:
         self._optimizer.zero_grad(set_to_none=True)
         tokens, total = sum(len(row.target) for row in batch), 0.0
         for row in batch:
-            logits, target = self._logits(row)
-            loss = F.cross_entropy(logits, target, reduction="sum") / tokens
+            hidden, target = self._hidden(row)
+            loss = Loss.apply(hidden, self.model.embedding, target) / tokens
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self._trained.values(), 1.0)
         self._optimizer.step()
         return total
 
-    def _logits(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of what is learned. In bfloat16 rows are padded to one length: a kernel is made for each shape."""
+    def _hidden(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where something is learned, and that. bfloat16 rows are padded to one length: each shape has its kernel."""
         to, count = self.device, len(row.tokens)
         more = self.plan.row_tokens - count if self._half else 0
         mask = np.eye(count + more, dtype=bool)
         mask[:count, :count] = row.mask()
-        at = row.at + [0] * (-len(row.at) % 64)
         with torch.autocast(to.type, dtype=torch.bfloat16, enabled=self._half):
             hidden = self.model(
                 torch.tensor(row.tokens + [0] * more, device=to),
                 torch.tensor(row.positions + [0] * more, device=to),
                 torch.from_numpy(mask).to(to),
             )
-            logits = self.model.head(hidden[torch.tensor(at, device=to)])[: len(row.at)]
-        return logits.float(), torch.tensor(row.target, device=to)
+        return hidden[torch.tensor(row.at, device=to)], torch.tensor(row.target, device=to)
 
     def _rate(self) -> float:
         plan = self.plan

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.engines.adapters import read_adapter
+from edge_agent.engines.adapters import read_adapter, read_arrays
 from edge_agent.engines.base import Generate, Piece
 from edge_agent.engines.genai import GenaiModel
 from edge_agent.errors import Refused, Retry
@@ -257,4 +257,17 @@ def test_a_run_that_has_no_adapter_does_not_ship(tmp_path: Path) -> None:
     np.savez(tmp_path / "adapter.npz", **{"layers.0.attn_q.weight": np.zeros((4, 4), np.float16)})
     with pytest.raises(ModelError, match="a full run"):
         write_adapter(tmp_path, tmp_path / "out", "0" * 64)
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_several_runs_the_mean_ships_and_only_of_one_form(tmp_path: Path) -> None:
+    one, two, odd = trained(tmp_path / "one"), trained(tmp_path / "two"), trained(tmp_path / "odd", rank=2)
+    change(two, lambda arrays: arrays.update({name: value * 3 for name, value in arrays.items()}))
+    write_adapter(two, tmp_path / "shipped", "0" * 64)
+    write_adapter(one, tmp_path / "mean", "0" * 64, None, two, tmp_path / "shipped")
+    wanted, made = read_arrays(one / "adapter.npz"), read_arrays(tmp_path / "mean" / "adapter.npz")
+    for name, value in wanted.items():
+        assert np.abs(made[name] - value * 7 / 3).max() <= 0.02 * np.abs(value).max()
+    with pytest.raises(ModelError, match=r"odd and .*one are not of one form"):
+        write_adapter(one, tmp_path / "out", "0" * 64, None, odd)
     assert not (tmp_path / "out").exists()

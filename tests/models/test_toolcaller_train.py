@@ -89,3 +89,14 @@ def test_a_run_starts_from_another_adapter_of_its_rank_and_refuses_others(tmp_pa
     assert again[0]["loss"] < 0.8 * before[0]["loss"]
     with pytest.raises(ValueError, match="rank 2"):
         Run(Path("toy.gguf"), tmp_path / "three", Plan(**{**PLAN.__dict__, "rank": 2}), data, "cpu", start)
+
+
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy_over_all_logits() -> None:
+    torch.manual_seed(1)
+    head, target = torch.randn(50, 32), torch.randint(50, (150,))
+    ours = torch.randn(150, 32, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    (loss := train.Loss.apply(ours, head, target) / 7).backward()
+    (expected := torch.nn.functional.cross_entropy(theirs @ head.T, target, reduction="sum") / 7).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(ours.grad, theirs.grad)
