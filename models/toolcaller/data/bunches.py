@@ -33,6 +33,7 @@ SIZE = 24  # examples of a bunch, at most
 MIXED = 0.25  # bunches that serve two groups
 JOINED, JOINED_MIXED = 0.12, 0.5  # requests that are said in one breath with others of the bunch
 MAX_STRANGERS = 24
+TELLING = 60  # a note of more characters says what the value must be: it is always shown
 
 Said = tuple[str, list[Call]]  # a request, and its calls as the bunch shows them
 
@@ -264,6 +265,8 @@ class _Dress:
         return ToolSpec(self._name(spec.name), spec.description, params)
 
     def _param(self, param: Param) -> Param:
+        if len(param.about) > TELLING:
+            return param
         if self._bare or self._rng.random() < self._drop:
             return msgspec.structs.replace(param, about="")
         if self._loose and param.kind == "choice" and len(note := f"One of: {', '.join(param.choices)}.") < 100:

@@ -267,8 +267,8 @@ class _Reader:
             depth += {"(": 1, ")": -1}.get(self.text[self.at], 0)
             self.at += 1
         note = self.text[start : self.at - 1]
-        if len(note) > 130:
-            raise WrittenError(f"the note {note[:40]!r}… is longer than 130 characters")
+        if len(note) > 320:
+            raise WrittenError(f"the note {note[:40]!r}… is longer than 320 characters")
         return note
 
 
