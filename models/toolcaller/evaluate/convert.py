@@ -16,8 +16,8 @@ import msgspec
 from edge_agent.agent.calls import MAX_DEPTH, RESERVED, Call
 from edge_agent.agent.tool import Kind, Param, ToolSpec
 
-MAX_DESCRIPTION = 240
-MAX_ABOUT = 100
+MAX_DESCRIPTION = 600
+MAX_ABOUT = 300
 _KINDS: dict[str, Kind] = {
     "integer": "int",
     "float": "float",

@@ -86,8 +86,7 @@ class Kept:
 
 
 def request(case: Case, tools: Tools, adapter: str = "", said: Sequence[str] = ()) -> Generate:
-    """What the model is asked when it has said so much to the parts before; everything is in `prompt`, as no two cases
-    share their tools."""
+    """What the model is asked when it has said so much to the parts before."""
     turns: list[prompt.Turn] = []
     told = ""
     for role, text in case.messages:
@@ -115,9 +114,12 @@ def evaluate(
     adapter: str = "",
     progress: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
-    """Decide and judge every case. `text` of a result is what the model said."""
-    for case in cases:
-        tools = convert(case.functions)
+    """Decide and judge every case; those with the same tools follow each other, so the engine reads them once.
+
+    `text` of a result is what the model said.
+    """
+    known = [(case, convert(case.functions)) for case in cases]
+    for case, tools in sorted(known, key=lambda pair: prompt.preamble(pair[1].specs, prompt.SYSTEM_ALL)):
         pieces = list[Piece]()
         for _ in parts(case.messages[-1][1]):
             pieces.append(kept.decide(model, request(case, tools, adapter, [piece.text for piece in pieces])))
