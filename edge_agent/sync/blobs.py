@@ -1,25 +1,30 @@
 """Large payloads that go by HTTP: images, logs, support bundles; a record tells of each.
 
     <folder>/<n>-<sha256>    waits for the hub, in the order of n
+    <folder>/unread          the last one that the disk did not give back
 
 Invariants: the file is on disk before the record that names it; it leaves when the hub has it whole, or when the quota
 makes it the victim (oldest first, told by a record too). A cut costs nothing that the hub has: it is asked how much is
-there, and the rest is sent (tus 1.0). What the hub refuses for good is told and let go; who stands between takes none.
+there, and the rest is sent (tus 1.0). What the hub refuses for good, and what cannot be read, is told and let go, and
+holds up none behind it; who stands between takes none.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import hashlib
 import logging
 import random
+import re
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import httpx
 
-from edge_agent.errors import Refused, Retry
+from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.sync.outbox import Outbox
 from edge_agent.trouble import Trouble
 from edge_agent.wire import durable
@@ -28,6 +33,8 @@ QUOTA = 256 << 20  # bytes that may wait
 PIECE = 1 << 16
 BACKOFF_S = (1.0, 60.0)
 _FOR_GOOD = (400, 413, 422)
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's trouble, not a file's
+_NAME = re.compile(r"[0-9]+-[0-9a-f]{64}")
 PRIORITY = 4
 log = logging.getLogger(__name__)
 
@@ -42,6 +49,7 @@ class Blobs:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for part in folder.glob(".*.part"):  # of a process that was killed
             part.unlink()
+        self._out = set[str]()  # told as lost, and perhaps still in the folder
         self._next = 1 + max((_order(path) for path in self._waiting()), default=0)
         self._put, self._more = asyncio.Lock(), asyncio.Event()
         self._trouble = Trouble(log, "uploads wait")
@@ -69,8 +77,7 @@ class Blobs:
         while True:
             self._more.clear()
             try:
-                for path in await asyncio.to_thread(self._waiting):
-                    await self._upload(path)
+                await self._round()
                 self._trouble.over()
                 delay = BACKOFF_S[0]
                 await self._more.wait()
@@ -79,9 +86,22 @@ class Blobs:
                 await asyncio.sleep(random.uniform(0, delay))
                 delay = min(delay * 2, BACKOFF_S[1])
 
+    async def _round(self) -> None:
+        listed = await asyncio.to_thread(self._waiting)
+        self._out.intersection_update(path.name for path in listed)
+        for path in listed:
+            try:
+                if path.name not in self._out:
+                    await self._upload(path)
+            except _Unreadable as error:
+                log.error("blob %s is set aside: %s", path.name, error)
+                await self._let_go(path, f"unreadable: {error}", path.with_name("unread"))
+
     async def _upload(self, path: Path) -> None:
-        """Raises Retry or httpx.HTTPError when it is to be tried again."""
-        sha256, size = path.name.partition("-")[2], (await asyncio.to_thread(path.stat)).st_size
+        """Raises Retry or httpx.HTTPError when it is to be tried again, _Unreadable when that would not help."""
+        with _reading():
+            size = (await asyncio.to_thread(path.stat)).st_size
+        sha256 = path.name.partition("-")[2]
         named = {"Upload-Length": str(size), "Upload-Metadata": f"sha256 {b64encode(sha256.encode()).decode()}"}
         answer = await self._ask("POST", "/v1/uploads", named)
         offset = int(answer.headers.get("Upload-Offset", 0)) if answer.status_code == 201 else 0
@@ -90,7 +110,7 @@ class Blobs:
             told["Content-Type"] = "application/offset+octet-stream"
             answer = await self._ask("PATCH", f"/v1/uploads/{sha256}", told, _pieces(path, offset))
         if answer.is_success:
-            await asyncio.to_thread(path.unlink, missing_ok=True)
+            await self._drop(path)
         elif answer.status_code in _FOR_GOOD:
             await self._let_go(path, f"refused: {answer.text[:200]}")
         else:
@@ -108,20 +128,53 @@ class Blobs:
             raise Retry(f"not the hub's answer ({answer.status_code}) to a blob", hint)
         return answer
 
-    async def _let_go(self, path: Path, why: str) -> None:
-        await self._outbox.append("blob", {"sha256": path.name.partition("-")[2], "lost": why}, PRIORITY)
-        await asyncio.to_thread(path.unlink, missing_ok=True)
+    async def _let_go(self, path: Path, why: str, to: Path | None = None) -> None:
+        if path.name in self._out:
+            return
+        self._out.add(path.name)
+        try:
+            await self._outbox.append("blob", {"sha256": path.name.partition("-")[2], "lost": why}, PRIORITY)
+        except OutriderError:
+            self._out.discard(path.name)
+            raise
+        await self._drop(path, to)
+
+    async def _drop(self, path: Path, to: Path | None = None) -> None:
+        """Out of the queue, also when the disk does not let go of it."""
+        try:
+            await asyncio.to_thread(lambda: path.replace(to) if to else path.unlink(missing_ok=True))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.error("%s stays on the disk: %s", path, error)
+            self._out.add(path.name)
 
     def _victims(self, size: int) -> list[Path]:
-        waiting = self._waiting()
-        room, victims = self.quota - size - sum(path.stat().st_size for path in waiting), []
-        while room < 0:
-            victims.append(waiting.pop(0))
-            room += victims[-1].stat().st_size
+        waiting = [(path, _size(path)) for path in self._waiting() if path.name not in self._out]
+        room, victims = self.quota - size - sum(size for _, size in waiting), []
+        for path, size in waiting:
+            if room >= 0:
+                break
+            victims.append(path)
+            room += size
         return victims
 
     def _waiting(self) -> list[Path]:
-        return sorted((path for path in self._folder.iterdir() if path.name[0].isdigit()), key=_order)
+        return sorted((path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)), key=_order)
+
+
+class _Unreadable(Exception):
+    """A file that the disk does not give back."""
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _SHORT:
+            raise
+        raise _Unreadable(error.strerror or str(error)) from error
 
 
 def _order(path: Path) -> int:
@@ -129,7 +182,14 @@ def _order(path: Path) -> int:
 
 
 async def _pieces(path: Path, offset: int) -> AsyncIterator[bytes]:
-    with await asyncio.to_thread(path.open, "rb") as file:
+    with _reading(), await asyncio.to_thread(path.open, "rb") as file:
         file.seek(offset)
         while piece := await asyncio.to_thread(file.read, PIECE):
             yield piece
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:  # it was uploaded meanwhile, or cannot be read
+        return 0

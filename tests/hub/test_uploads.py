@@ -133,6 +133,35 @@ async def test_a_sign_in_page_between_takes_no_blob(hub: Hub, tmp_path: Path, mo
         task.cancel()
 
 
+async def test_a_blob_that_cannot_be_read_is_told_once_and_those_behind_it_go_on(
+    hub: Hub, served: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Links stand for bad blocks: one does not open as a file, one leads nowhere."""
+    monkeypatch.setattr("edge_agent.sync.blobs.BACKOFF_S", (0.01, 0.02))
+    device, folder = await enrolled(hub, "press-1"), tmp_path / "blobs"
+    async with blobs(device, tmp_path, served) as (queue, outbox):
+        for n, there in enumerate((tmp_path, Path("/nowhere"), None)):
+            path = folder / f"{n + 1}-{await queue.put(bytes([n] * 10), 'x')}"
+            path.write_bytes(b"other")
+            if there is not None:
+                path.unlink()
+                path.symlink_to(there)
+        (folder / "9-notes").write_text("nobody's")
+        good = await queue.put(b"good", "camera.jpg")
+        for _ in range(2):
+            task = asyncio.create_task(queue.run())
+            await until(lambda: not list(folder.glob(f"*-{good}")))
+            task.cancel()
+        await queue.put(b"more", "camera.jpg")
+        part = await outbox.batch(0)
+    assert part is not None
+    lost = [line for line in part.lines if b'"lost"' in line]
+    assert len(lost) == 3, lost
+    assert {path.name for path in folder.iterdir()} > {"9-notes", "unread"}, "the last one is kept for who looks"
+    assert caplog.text.count("is set aside") == 2
+    assert (await (await hub.login()).get(f"/v1/devices/press-1/blobs/{good}")).content == b"good"
+
+
 async def test_a_blob_the_disk_has_no_room_for_leaves_nothing_behind(
     hub: Hub, served: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
