@@ -64,7 +64,9 @@ class Reports:
         while True:
             hold, near = updates.holding, updates.neighbours
             shown = msgspec.to_builtins(hold) if hold and time.time() < hold.until else None
-            told = {"hold": shown, "poisoned": near.dropped if near and near.dropped else None}
+            lied = near.dropped if near else {}
+            before = (self._twin.reported.get("updates") or {}).get("poisoned") or {}
+            told = {"hold": shown, "poisoned": dict.fromkeys(before) | lied if lied else None}
             first = dict(list(asks.items())[:MAX_ASKS])
             gone = (self._twin.reported.get("waiting") or {}).keys() - first.keys()
             with contextlib.suppress(OutriderError):

@@ -32,6 +32,7 @@ WAIT_S, WAITS = 0.25, 20
 ANSWER_S, SILENT_S = 10.0, 60.0
 """What a whole answer may take; how long one that gave none in it, or is not there, is not asked again."""
 PEERS = 32
+"""Who is known; who lied is remembered for as many."""
 AUTO, SERVICE = "auto", "_outrider._tcp.local."
 log = logging.getLogger("outrider.neighbours")
 
@@ -147,16 +148,20 @@ class Neighbours:
             for hash, data in answer.have.items():
                 chunk = by_hash.get(hash)
                 if chunk is None or len(data) != chunk.size or chunk_hash(data) != hash:
-                    self.dropped[peer] = f"sent another chunk than {hash.hex()}"
-                    log.error(
-                        "poisoned neighbour %s (%s): %s; it is asked no more", answer.name, url, self.dropped[peer]
-                    )
+                    self._drop(peer, why := f"sent another chunk than {hash.hex()}")
+                    log.error("poisoned neighbour %.64s (%s): %s; it is asked no more", answer.name, url, why)
                     break
                 await asyncio.to_thread(assembly.put, hash, data)
                 del by_hash[hash]
             for hash in answer.coming:
                 coming.setdefault(hash, []).append(answer.name)
         return coming
+
+    def _drop(self, peer: str, why: str) -> None:
+        """Ask it no more; past PEERS the oldest is forgotten, those that are not known here first."""
+        self.dropped[peer] = why
+        while len(self.dropped) > PEERS:
+            del self.dropped[next((each for each in self.dropped if each not in self.known), next(iter(self.dropped)))]
 
     async def _post(self, url: str, body: bytes) -> Answer:
         whole = bytearray()

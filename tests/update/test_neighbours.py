@@ -23,8 +23,13 @@ from starlette.routing import Route
 
 from edge_agent.api.access import Device as ApiDevice
 from edge_agent.api.app import MAX_ASKED, create_app
+from edge_agent.audit import Audit
 from edge_agent.errors import Retry
-from edge_agent.update.neighbours import ANSWER, AUTO, SERVED, Answer, Neighbours
+from edge_agent.reports import Reports
+from edge_agent.store import Store
+from edge_agent.sync.outbox import Outbox
+from edge_agent.sync.twin import Twin
+from edge_agent.update.neighbours import ANSWER, AUTO, PEERS, SERVED, Answer, Neighbours
 from edge_agent.wire.chunks import HASH
 from tests.update.plant_hub import FLEET, PlantHub, until
 from tests.update.test_update import Device, device
@@ -130,6 +135,29 @@ async def test_a_poisoned_neighbour_is_refused_by_name_and_the_update_comes_from
         assert list(it.service.neighbours.dropped) == [url]
     assert len(asked) == 1
     assert f"poisoned neighbour press-9 ({url})" in caplog.text
+
+
+async def test_liars_that_come_under_ever_new_names_are_remembered_and_reported_a_bounded_number_of_times(
+    hub: PlantHub, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "outrider.db")
+    outbox = await Outbox.open(store)
+    twin = await Twin.open(store, outbox)
+    reports = Reports(twin, Audit(store, outbox), lambda *_: asyncio.sleep(0))
+    lies = says(lambda hashes: msgspec.msgpack.encode(Answer("press-9", {hashes[0]: b"x"})))
+    async with site(hub, tmp_path, 1) as (it,), serving(lies) as url:
+        near = it.service.neighbours
+        assert near is not None
+        reporting = asyncio.create_task(reports.waiting(it.service, {}))
+        for version in "12":
+            near.known = {f"{version}-{n}": url for n in range(PEERS)}
+            await it.wants(
+                hub.publish("net", version, {"model.bin": b"good" + os.urandom(9000)}, tmp_path), "committed"
+            )
+            await until(lambda: (twin.reported.get("updates") or {}).get("poisoned") == near.dropped)
+        assert list(near.dropped) == list(near.known), "the newest, who may still be asked"
+        reporting.cancel()
+    store.close()
 
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", b"x" * (ANSWER + 400_000)])
