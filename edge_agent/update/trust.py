@@ -31,7 +31,7 @@ from edge_agent.errors import Refused, Retry
 from edge_agent.update.download import Downloads, NotThere
 from edge_agent.update.slots import Offer
 from edge_agent.wire import durable
-from edge_agent.wire.bundle import Directive, Sealed, Target, open_directive, open_root, target_paths
+from edge_agent.wire.bundle import SHA256, Directive, Sealed, Target, open_directive, open_root, target_paths
 from edge_agent.wire.errors import WireError
 from edge_agent.wire.signing import VerifyKey
 
@@ -172,7 +172,10 @@ class Repository:
         return found
 
     async def _target(self, target: TargetFile) -> bytes:
-        data = await self._downloads.whole(f"/v1/blobs/{target.hashes['sha256']}", target.length)
+        digest = target.hashes.get("sha256", "")
+        if not SHA256.fullmatch(digest):
+            raise Retry(f"arbitrary software: {target.path} is signed with no SHA-256", "sign it again with one")
+        data = await self._downloads.whole(f"/v1/blobs/{digest}", target.length)
         target.verify_length_and_hashes(data)
         return data
 

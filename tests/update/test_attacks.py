@@ -167,6 +167,26 @@ async def test_mix_and_match_is_refused(hub: PlantHub, asks: Asks, tmp_path: Pat
     await asks.refused("mix-and-match", "2")
 
 
+@pytest.mark.parametrize("hashes", [{"sha512": "0" * 128}, {"sha256": "../../v1/trust"}])
+async def test_a_target_that_names_no_sha256_fails_its_update_alone(
+    hub: PlantHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashes: dict[str, str]
+) -> None:
+    one = hub.publish("net", "1", {"model.bin": b"good"}, tmp_path)
+    with monkeypatch.context() as signs:
+        signs.setattr("hub.repository.TargetFile", lambda length, _, path: TargetFile(length, hashes, path))
+        two = hub.publish("net", "2", {"model.bin": b"good two"}, tmp_path)
+    other = hub.publish("other", "1", {"model.bin": b"good other"}, tmp_path)
+    async with device(tmp_path / "state", hub) as it:
+        await it.wants(one, "committed")
+        report = await it.wants(two, "failed")
+        assert "bundles/net/2/manifest.json is signed with no SHA-256" in report.error
+        assert report.version == "1"
+        await it.directed({"net": two, "other": other})
+        await until(lambda: it.running == ["1", "1"])
+        hub.publish("net", "2", {"model.bin": b"good two"}, tmp_path)
+        await it.wants(two, "committed")
+
+
 async def test_endless_data_is_refused(hub: PlantHub, asks: Asks, tmp_path: Path) -> None:
     hub.publish("net", "1", {"model.bin": b"good"}, tmp_path)
     hub.says = {"timestamp.json": bytes(1 << 20)}
