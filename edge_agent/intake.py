@@ -61,7 +61,7 @@ class Intake:
     async def _task(self, id: str, text: str, by: Subject, priority: int, conversation: str) -> str:
         task = self._agent.task(id, text, by, priority, conversation)
         body = {"text": task.text, "conversation": conversation}
-        job = Job(id, JobKind.TASK, body, by.name, by.roles, by.issued_at, self._clock() + LOCAL_TTL_S)
+        job = Job(id, JobKind.TASK, body, by.name, by.roles, by.issued_at, self._inbox.now() + LOCAL_TTL_S)
         return await self._queue(job, self._audit.entry("submit", by.name, task=id, text=task.text), task)
 
     async def scheduled(self, id: str, entry: Entry) -> None:
@@ -80,13 +80,13 @@ class Intake:
 
     async def _run(self, id: str, subject: Subject, args: dict[str, Any]) -> str:
         self.installed(args, subject)
-        body, until = {"tool": RUN_WORKFLOW, "args": args}, self._clock() + LOCAL_TTL_S
+        body, until = {"tool": RUN_WORKFLOW, "args": args}, self._inbox.now() + LOCAL_TTL_S
         job = Job(id, JobKind.TOOL, body, subject.name, subject.roles, subject.issued_at, until)
         return await self._queue(job, self._audit.entry("workflow", subject.name, id=id, workflow=args["name"]))
 
     async def _queue(self, job: Job, entry: Callable[[Connection], None], task: Task | None = None) -> str:
         def work(db: Connection) -> str:
-            if self._inbox.put(db, job) not in (JobState.DELIVERED, None):
+            if self._inbox.put(db, job, own=True) not in (JobState.DELIVERED, None):
                 raise Retry("too many tasks wait on this device", "try again when some are done")
             entry(db)
             if task is not None:

@@ -101,10 +101,10 @@ def m003_blocks(db: sqlite3.Connection) -> None:
 class Connection(sqlite3.Connection):
     """What the work of a transaction gets: SQLite, and what to run when it has ended."""
 
-    committed: list[Callable[[], None]]
+    committed: list[Callable[[], object]]
     undone: list[Callable[[], None]]
 
-    def on_commit(self, call: Callable[[], None]) -> None:
+    def on_commit(self, call: Callable[[], object]) -> None:
         """Runs on the event loop after the commit."""
         self.committed.append(call)
 
@@ -158,7 +158,7 @@ class Store:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
-        def settle(answer: Callable[[Any], None], value: Any, committed: list[Callable[[], None]]) -> None:
+        def settle(answer: Callable[[Any], None], value: Any, committed: list[Callable[[], object]]) -> None:
             for call in committed:
                 loop.call_soon(call)
             if not future.done():

@@ -1,7 +1,9 @@
 """Jobs that came down, journaled before anything is done about them.
 
 Invariants: a job is accepted once, by id and by idempotency key; it changes state only along `JOB_TRANSITIONS`, and the
-record that reports the change is enqueued in the same transaction; an expired job is reported expired, never run;
+record that reports the change is enqueued in the same transaction; an expired job is reported expired, never run,
+judged by the time that the hub signed and what passed since, however this machine's clock is set (until it has signed
+one since the start, a job that this clock would drop, or that it calls not yet made, waits);
 `next` journals `running` before it hands a job out, so a job found running at start was interrupted and is never run
 again by itself. A cancellation drops a job that waits, for ever one that is not known yet, and tells `on_cancel` of one
 that runs; that it was asked for is on disk.
@@ -10,33 +12,62 @@ that runs; that it was asked for is on disk.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from edge_agent.errors import Refused
+from edge_agent.rhythm import wait_up_to
 from edge_agent.store import Connection, Store
 from edge_agent.sync.outbox import Outbox
+from edge_agent.trouble import Trouble
 from edge_agent.wire.messages import JOB_TRANSITIONS, TERMINAL, Job, JobKind, JobReport, JobState, Progress
 
 MAX_WAITING = 1000  # jobs delivered and not begun
 KEPT = 10_000  # of so many newest jobs the ended ones are remembered, so that a repeated one is known
 REPORT_PRIORITY, PROGRESS_PRIORITY = 1, 6
+LOOK_S = 30.0  # a job that waits for the time is looked at again
 _COLUMNS = "id, idempotency_key, state, expires, updated, job"
+
+
+def _steady() -> float:
+    """Seconds that nobody can set, and that go on while the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Inbox:
     """The journal of jobs. `next()` is how work leaves it."""
 
-    def __init__(self, store: Store, outbox: Outbox, clock: Callable[[], float] = time.time) -> None:
-        self._store, self._outbox, self._clock = store, outbox, clock
+    def __init__(
+        self,
+        store: Store,
+        outbox: Outbox,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = _steady,
+    ) -> None:
+        self._store, self._outbox, self._clock, self._steady = store, outbox, clock, steady
+        self._ahead: float | None = None  # of the hub's clock before `steady`
+        self._own: dict[str, float] = {}  # until when (steady) work of this device itself may wait
+        self._held, self._unsure = False, Trouble(logging.getLogger(__name__), "jobs wait for the hub to tell the time")
         self.limit = MAX_WAITING
         self.on_cancel: Callable[[str, str], None] = lambda _id, _why: None
         self.unbegun: Callable[[Connection, str, str, float], None] = lambda *_: None  # in the transaction of its end
         self._arrived = asyncio.Event()
         self._arrived.set()
+
+    def now(self) -> float:
+        """The hub's time, seconds since the Unix epoch; this machine's while the hub has told none since the start."""
+        return self._clock() if self._ahead is None else self._steady() + self._ahead
+
+    def hear(self, ts: float) -> None:
+        """What the hub's clock says at this moment, signed."""
+        if self._ahead is None:
+            self._arrived.set()  # what waited for it
+        self._ahead = ts - self._steady()
 
     async def accept(self, job: Job) -> JobState | None:
         """Journal it: its state, or None when it is known by id already. Durable when this returns."""
@@ -47,9 +78,11 @@ class Inbox:
         while True:
             self._arrived.clear()
             job = await self._store.write(self._begin)
+            if self._held:
+                self._unsure.tell("this machine's clock cannot be right")
             if job is not None:
                 return job
-            await self._arrived.wait()
+            await wait_up_to(LOOK_S if self._held else None, self._arrived)
 
     async def interrupted(self) -> list[Job]:
         """Jobs that were running when the last process ended: resume them or report them failed."""
@@ -114,8 +147,8 @@ class Inbox:
             db.execute("UPDATE jobs SET expires = 0 WHERE id = ?", [id])
             db.on_commit(lambda: self.on_cancel(id, why))
 
-    def put(self, db: Connection, job: Job) -> JobState | None:
-        """The same inside the caller's transaction."""
+    def put(self, db: Connection, job: Job, own: bool = False) -> JobState | None:
+        """The same inside the caller's transaction; `own` work, not the hub's, expires by `now`."""
         if job.kind is JobKind.CANCEL:
             self._cancel(db, str(job.body.get("job", ""))[:64], job)
             return None
@@ -129,25 +162,41 @@ class Inbox:
         db.execute(f"INSERT INTO jobs ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", values)
         if twin:
             state, error = JobState.REJECTED, f"the same as job {twin[0]}: both carry idempotency key {key!r}"
-        elif job.expires <= now:
-            state, error = JobState.EXPIRED, f"it expired {now - job.expires:.0f} s before it came"
+        elif self._ahead is not None and job.expires <= self.now():
+            state, error = JobState.EXPIRED, f"it expired {self.now() - job.expires:.0f} s before it came"
         elif waiting >= self.limit:
             state, error = JobState.REJECTED, f"{waiting} jobs wait on this device already: send it again later"
         else:
             state, error = JobState.DELIVERED, ""
             db.on_commit(self._arrived.set)
+            if own:
+                db.on_commit(partial(self._own.__setitem__, job.id, self._steady() + job.expires - self.now()))
         self._report(db, JobReport(job.id, state, now, {}, error))
         return state
 
     def _begin(self, db: Connection) -> Job | None:
-        oldest = "SELECT job FROM jobs WHERE state = 'delivered' ORDER BY n LIMIT 1"
-        while row := db.execute(oldest).fetchone():
-            job, now = _job(row[0]), self._clock()
-            if job.expires > now:
-                self._report(db, JobReport(job.id, JobState.RUNNING, now))
-                return job
-            self._report(db, JobReport(job.id, JobState.EXPIRED, now, {}, "it expired while it waited on the device"))
+        oldest = "SELECT n, job FROM jobs WHERE state = 'delivered' AND n > ? ORDER BY n LIMIT 1"
+        n, self._held = 0, False
+        while row := db.execute(oldest, [n]).fetchone():
+            n, job, now = row[0], _job(row[1]), self._clock()
+            match self._over(job):
+                case True:
+                    error = "it expired while it waited on the device"
+                    self._report(db, JobReport(job.id, JobState.EXPIRED, now, {}, error))
+                case False:
+                    self._report(db, JobReport(job.id, JobState.RUNNING, now))
+                    return job
+                case None:
+                    self._held = True
         return None
+
+    def _over(self, job: Job) -> bool | None:
+        """Whether its time is over; None while nobody can say."""
+        if (until := self._own.get(job.id)) is not None:
+            return self._steady() >= until
+        if self._ahead is None and not job.created <= self._clock() < job.expires:
+            return None
+        return job.expires <= self.now()
 
     def _report(self, db: Connection, report: JobReport) -> None:
         row = db.execute("SELECT state FROM jobs WHERE id = ?", [report.id]).fetchone()
@@ -162,6 +211,8 @@ class Inbox:
             [report.state, report.ts, msgspec.json.encode(report), report.id],
         )
         self._outbox.put(db, "job", body, REPORT_PRIORITY)
+        if before is JobState.DELIVERED:
+            db.on_commit(partial(self._own.pop, report.id, None))
         if report.state in TERMINAL:
             if before is not JobState.RUNNING:
                 self.unbegun(db, report.id, report.error, report.ts)

@@ -107,6 +107,7 @@ class Session:
         self.counters = Counters()
         self._halted: Refused | None = None
         self._heard = False  # where the hub stands
+        self._since = 0  # the last seq when this connection began: an ack past it was made after that
         self._nonce = ""
         self._beat_now = asyncio.Event()
         self._cursor = self._furthest = outbox.acked  # sent since the last rewind, and ever
@@ -140,6 +141,7 @@ class Session:
 
     def _on_connect(self, _session_present: bool) -> None:
         self.counters.connections += 1
+        self._since = self._outbox.last_seq
         self._rewind()
         self._patience = PATIENCE_S[0]
         self._beat_now.set()
@@ -287,7 +289,7 @@ class Session:
             return self._halt(error)
         if renewed:
             log.error("the hub knows what was not made here: %s", renewed)
-            self._furthest = 0
+            self._furthest = self._since = 0
             self._rewind()
             await self._audit.append("epoch:renewed", "hub", reason=renewed)
         if not self._heard:
@@ -295,6 +297,8 @@ class Session:
             box.changed.set()
         if ack.epoch != box.epoch:
             return
+        if self._since < ack.seq <= box.last_seq:
+            self._inbox.hear(ack.ts)
         now = time.monotonic()
         if ack.seq > box.acked:
             if ack.seq <= box.last_seq:  # the next may go while the records are let go

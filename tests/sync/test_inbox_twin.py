@@ -17,7 +17,7 @@ from edge_agent.wire.messages import Desired, Job, JobKind, JobState, Record, me
 
 
 def job(id: str, expires: float = 2000.0, key: str = "") -> Job:
-    return Job(id, JobKind.TASK, {"text": "x"}, "ann", ["operator"], 1.0, expires, key)
+    return Job(id, JobKind.TASK, {"text": "x"}, "ann", ["operator"], 0.0, expires, key)
 
 
 async def reports(outbox: Outbox) -> list[tuple[str, str, str]]:
@@ -28,7 +28,8 @@ async def reports(outbox: Outbox) -> list[tuple[str, str, str]]:
 
 async def test_an_expired_job_is_reported_and_not_run(store: Store, outbox: Outbox) -> None:
     now = 1000.0
-    inbox = Inbox(store, outbox, lambda: now)
+    inbox = Inbox(store, outbox, steady=lambda: now)
+    inbox.hear(1000.0)
     assert await inbox.accept(job("old", expires=999)) is JobState.EXPIRED
     assert await inbox.accept(job("waits", expires=1010)) is JobState.DELIVERED
     assert await inbox.accept(job("good")) is JobState.DELIVERED
@@ -37,6 +38,56 @@ async def test_an_expired_job_is_reported_and_not_run(store: Store, outbox: Outb
     told = [(id, state) for id, state, _ in await reports(outbox)]
     assert told[-2:] == [("waits", "expired"), ("good", "running")]
     assert told[0] == ("old", "expired")
+
+
+async def test_a_wrong_clock_neither_runs_nor_drops_a_job_whose_time_the_hub_has_not_told(
+    store: Store, outbox: Outbox
+) -> None:
+    clock, steady = 9e9, 50.0  # a clock that stands far ahead at the start
+    inbox = Inbox(store, outbox, lambda: clock, lambda: steady)
+    assert await inbox.accept(job("late", expires=1030)) is JobState.DELIVERED
+    assert await inbox.accept(job("good", expires=1100)) is JobState.DELIVERED
+    waiting = asyncio.create_task(inbox.next())
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    inbox.hear(1040.0)
+    assert (await asyncio.wait_for(waiting, 5)).id == "good"
+    assert [(id, state) for id, state, _ in await reports(outbox)][2:] == [("late", "expired"), ("good", "running")]
+
+
+async def test_a_clock_that_is_set_while_jobs_wait_changes_nothing(store: Store, outbox: Outbox) -> None:
+    clock, steady = 1000.0, 50.0
+    inbox = Inbox(store, outbox, lambda: clock, lambda: steady)
+    await store.write(lambda db: inbox.put(db, job("own", expires=inbox.now() + 60), own=True))
+    inbox.hear(5000.0)
+    await inbox.accept(job("hub", expires=5060))
+    await inbox.accept(job("over", expires=5030))
+    await store.write(lambda db: inbox.put(db, job("own-over", expires=inbox.now() + 30), own=True))
+    clock, steady = 9e9, steady + 40
+    inbox.hear(5040.0)
+    assert [(await inbox.next()).id for _ in range(2)] == ["own", "hub"]
+    waiting = asyncio.create_task(inbox.next())
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    assert [(id, state) for id, state, _ in await reports(outbox)][-2:] == [
+        ("over", "expired"),
+        ("own-over", "expired"),
+    ]
+
+
+async def test_after_a_restart_a_clock_that_stands_before_a_job_was_made_runs_none(
+    store: Store, outbox: Outbox
+) -> None:
+    made = msgspec.structs.replace(job("valve", expires=1100), created=1000.0)
+    await Inbox(store, outbox, lambda: 1001.0).accept(made)
+    inbox = Inbox(store, outbox, lambda: 3.0, lambda: 0.0)
+    waiting = asyncio.create_task(inbox.next())
+    await asyncio.sleep(0.05)
+    assert not waiting.done(), "it may have expired long ago"
+    inbox.hear(1200.0)
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    assert await inbox.state("valve") is JobState.EXPIRED
 
 
 async def test_the_same_idempotency_key_runs_once(store: Store, outbox: Outbox) -> None:
@@ -73,6 +124,7 @@ async def test_ended_jobs_are_forgotten_but_the_newest_however_they_ended(
         await inbox.next()
         await inbox.report(f"done-{n}", JobState.SUCCEEDED)
     assert await known() == ["runs", "done-5", "done-6", "done-7"]
+    inbox.hear(0.0)
     for n in range(8):
         await inbox.accept(job(f"late-{n}", expires=-1.0))
     assert await known() == ["runs", "late-5", "late-6", "late-7"]

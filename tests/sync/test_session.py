@@ -92,6 +92,34 @@ async def test_every_record_arrives_once_in_order_and_the_outbox_empties(hub: Hu
     assert [r.body["n"] for r in hub.records] == list(range(2000))
 
 
+@pytest.mark.parametrize("wrong", [365 * 86400.0, -365 * 86400.0])
+async def test_jobs_expire_by_the_hubs_clock_when_the_devices_own_is_wrong(
+    hub: Hub, device: Device, wrong: float
+) -> None:
+    device.inbox._clock = lambda: time.time() + wrong
+    await until(lambda: device.session.connected)
+    await device.outbox.append("telemetry", {"n": 0})
+    await until(lambda: device.outbox.depth == 0)
+    await hub.send(TopicKind.JOBS, job("over", ttl=-60))
+    await hub.send(TopicKind.JOBS, job("good"))
+    assert (await asyncio.wait_for(device.inbox.next(), 10)).id == "good"
+    assert await device.inbox.state("over") is JobState.EXPIRED
+
+
+async def test_an_ack_of_an_earlier_connection_tells_no_time(hub: Hub, device: Device) -> None:
+    await until(lambda: device.session.connected)
+    await device.outbox.append("telemetry", {"n": 0})
+    await until(lambda: device.outbox.depth == 0)
+    told = device.inbox.now()
+    connections = device.session.counters.connections
+    device.cut()
+    await until(lambda: device.session.connected and device.session.counters.connections > connections)
+    acks = device.session.counters.acks
+    await hub.send(TopicKind.ACK, Ack(hub.epoch, hub.watermark, 0.0, hub.nonce))
+    await until(lambda: device.session.counters.acks > acks)
+    assert device.inbox.now() >= told
+
+
 async def test_cuts_lose_and_double_nothing(hub: Hub, device: Device) -> None:
     enough = asyncio.Event()
 
