@@ -83,7 +83,7 @@ class Daemon:
         state = settings.state
         self._settings, self._identity, self._key = settings, identity, SigningKey.load(state / enrol.KEY)
         self._store, self._outbox, self._twin, self._cache = store, outbox, twin, cache
-        self._began, self._up, self._cold = time.time(), False, asyncio.Event()
+        self._began, self._up, self._cold = time.monotonic(), False, asyncio.Event()
         env = {ACCELERATOR: ",".join(settings.accelerator), ENGINES: str(state / "engines")}
         self._workers = {role: WorkerProcess.engine(role, env=env) for role in ROLES.values()}
         if settings.endpoints:
@@ -227,7 +227,7 @@ class Daemon:
             "device": enrolled.device,
             "fleet": enrolled.fleet,
             "agent": version("outrider"),
-            "uptime_s": round(time.time() - self._began, 1),
+            "uptime_s": round(time.monotonic() - self._began, 1),
             "connected": self._session.connected,
             "link_error": str(self._session.error or ""),
             "sync": self._session.counters,

@@ -2,10 +2,11 @@
 
 Invariants: a document is a source, added whole or not at all in one transaction, and adding it again replaces it;
 pieces are found by words at once and by meaning as soon as `embed` has been over them; what is oldest in use goes when
-the quota is passed, what is past its age goes in any case. Words are BM25 of SQLite's FTS5 over the rarest words of a
-question; meaning is the Hamming distance of sign bits (48 bytes a piece in memory), its nearest CANDIDATES ranked again
-by int8 vectors from disk; both lists are fused by reciprocal rank (Cormack et al. 2009, k = 60). Only the tool runner
-and the command line import this: the daemon process has no numpy.
+the quota is passed, what is past its age goes in any case (a clock that jumps ahead is believed when it has stood there
+for a day). Words are BM25 of SQLite's FTS5 over the rarest words of a question; meaning is the Hamming distance of sign
+bits (48 bytes a piece in memory), its nearest CANDIDATES ranked again by int8 vectors from disk; both lists are fused
+by reciprocal rank (Cormack et al. 2009, k = 60). Only the tool runner and the command line import this: the daemon
+process has no numpy.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ MAX_HITS = 4000  # so many pieces are ranked by the rarest words of a question: 
 BATCH = 8
 SCALE = 400
 RRF = 60
+DAY_S, SET_S = 86400.0, 300.0  # a clock that moves so much against the steady one was set
 _WORDS = "porter unicode61 remove_diacritics 2"
 _HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$|^(\S.{0,78})\n([=\-~^\"*+#])\4{2,}\s*$", re.MULTILINE)
 _SCHEMA = f"""
@@ -126,9 +128,15 @@ class Memory:
     """
 
     def __init__(
-        self, path: Path | str, quota: int = 64 << 20, age_s: float = 0.0, clock: Callable[[], float] = time.time
+        self,
+        path: Path | str,
+        quota: int = 64 << 20,
+        age_s: float = 0.0,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._quota, self._age_s, self._clock = quota, age_s, clock
+        self._quota, self._age_s, self._clock, self._steady = quota, age_s, clock, steady
+        self._stands = 0.0, 0.0  # by how much the clock is before the steady one, and since when (steady)
         self._bits, self._ids = np.zeros((0, 0), np.uint64), np.zeros(0, np.int64)
         self._seen, self._changes = (-1, -1), 0
         self._counts: dict[str, int] = {}  # in how many pieces a word is, as far as it was asked for
@@ -162,7 +170,7 @@ class Memory:
             id = self._db.execute("INSERT INTO sources (name, added, used, bytes) VALUES (?, ?, ?, ?)", row).lastrowid
             rows = [(id, n, part.title, part.text) for n, part in enumerate(parts, 1)]
             self._db.executemany("INSERT INTO pieces (source, n, title, text) VALUES (?, ?, ?, ?)", rows)
-            self._sweep(now)
+            self._sweep()
         return len(parts)
 
     def forget(self, name: str) -> bool:
@@ -178,12 +186,25 @@ class Memory:
         )
         return [Source(*row) for row in rows]
 
-    def _sweep(self, now: float) -> None:
+    def _sweep(self) -> None:
         """Forget by age, then by quota, the longest unused first."""
-        if self._age_s:
-            self._db.execute("DELETE FROM sources WHERE added < ?", [now - self._age_s])
+        self._age()
         newer = "SELECT id, sum(bytes) OVER (ORDER BY used DESC, id DESC) AS upto FROM sources"
         self._db.execute(f"DELETE FROM sources WHERE id IN (SELECT id FROM ({newer}) WHERE upto > ?)", [self._quota])
+
+    def _age(self) -> int:
+        """Forget what is too old: how many. The newest hour that was believed is in `user_version`."""
+        if not self._age_s:
+            return 0
+        now, steady = self._clock(), self._steady()
+        if abs(now - steady - self._stands[0]) > SET_S:
+            self._stands = now - steady, steady
+        seen = self._db.execute("PRAGMA user_version").fetchone()[0] * 3600
+        if now - seen > DAY_S and steady - self._stands[1] < DAY_S:
+            now = seen
+        elif now - seen >= 3600:
+            self._db.execute(f"PRAGMA user_version = {int(now // 3600)}")
+        return self._db.execute("DELETE FROM sources WHERE added < ?", [now - self._age_s]).rowcount
 
     def embed(self, embed: Embed, within_s: float = float("inf")) -> int:
         """Give vectors to pieces that have none, for about that long; how many are left without."""
@@ -200,11 +221,7 @@ class Memory:
 
     def search(self, question: str, vector: Vectors | None = None, limit: int = 5) -> list[Found]:
         """The pieces that fit best: by words, and by meaning when the question comes with its vector."""
-        if (
-            self._age_s
-            and self._db.execute("DELETE FROM sources WHERE added < ?", [self._clock() - self._age_s]).rowcount
-        ):
-            self._changes += 1
+        self._changes += self._age()
         self._follow()
         score: dict[int, float] = {}
         for ranked in (self._by_words(question), [] if vector is None else self._by_meaning(vector)):

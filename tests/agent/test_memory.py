@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.agent.memory import Memory, Vectors, pieces
+from edge_agent.agent.memory import DAY_S, Memory, Vectors, pieces
 from edge_agent.errors import Refused
 
 MANUAL = """# Conveyor
@@ -87,7 +87,8 @@ def test_a_document_replaces_the_one_of_its_name_and_forget_takes_it_out(memory:
 
 def test_what_is_too_old_goes_and_past_the_quota_the_longest_unused(tmp_path: Path) -> None:
     now = [0.0]
-    memory = Memory(tmp_path / "m.db", quota=1000, age_s=100_000.0, clock=lambda: now[0])
+    clocks = {"clock": lambda: now[0], "steady": lambda: now[0]}
+    memory = Memory(tmp_path / "m.db", quota=1000, age_s=100_000.0, **clocks)
     for name in "abc":
         memory.add(name, f"{name}word " * 50)
         now[0] += 1
@@ -101,6 +102,41 @@ def test_what_is_too_old_goes_and_past_the_quota_the_longest_unused(tmp_path: Pa
     for text in ("", " ", "x" * 2000):
         with pytest.raises(Refused):
             memory.add("e", text)
+
+
+def test_a_clock_that_jumps_ahead_takes_no_document_until_it_has_stood_there_for_a_day(tmp_path: Path) -> None:
+    now, steady = [1e9], [0.0]
+
+    def start() -> Memory:
+        return Memory(tmp_path / "m.db", age_s=30 * DAY_S, clock=lambda: now[0], steady=lambda: steady[0])
+
+    def stays(memory: Memory) -> bool:
+        return bool(memory.search("bearing"))
+
+    def on(days: float) -> None:
+        now[0], steady[0] = now[0] + days * DAY_S, steady[0] + days * DAY_S
+
+    memory = start()
+    memory.add("a", "bearing")
+    on(2)
+    assert stays(memory)
+    memory.close()
+    now[0], steady[0] = now[0] + 5000 * DAY_S, 5.0  # it starts with no battery for its clock
+    memory = start()
+    memory.add("b", "seal")
+    on(0.5)
+    assert stays(memory)
+    now[0] -= 5000 * DAY_S  # the time comes from the network
+    assert stays(memory)
+    on(27)
+    assert stays(memory)
+    on(2)
+    assert not stays(memory), "so old it was by a clock that ran on"
+    memory.add("a", "bearing")
+    now[0] += 40 * DAY_S
+    assert stays(memory)
+    on(1)
+    assert not stays(memory)
 
 
 def test_another_process_adds_and_this_one_finds_it(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import pytest
 from openai import OpenAI
 from tritonclient import http as triton
 
+from edge_agent import enrol
+from edge_agent.config import Settings
+from edge_agent.daemon import Daemon
 from edge_agent.update.slots import Offer, Slots
 from edge_agent.wire.bundle import sha256
 from models.package import package
@@ -35,6 +39,19 @@ def daemon(tmp_path: Path, model_cache: Path) -> Iterator[DaemonProcess]:
         slots.commit(name, sha256(raw))
     yield made
     made.end(signal.SIGKILL)
+
+
+async def test_the_clock_that_is_set_changes_no_uptime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = DaemonProcess(tmp_path / "press-1")
+    state = process.state
+    identity = enrol.load(state)
+    assert identity is not None
+    made = await Daemon.open(Settings(state, api=f"127.0.0.1:{process.port}"), identity)
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now - 9e8)
+    assert 0 <= (await made.status())["uptime_s"] < 60
+    made._api._socket.close()
+    made._store.close()
 
 
 @pytest.mark.slow
