@@ -107,7 +107,9 @@ class Daemon:
         self._bundled = Bundled(self._hosting, self.work.library, self._tools, self._allowed, slots)
         rhythm = (settings.telemetry_s, settings.telemetry_ttl_s)
         self._history = History(state / "history.db")
-        self._telemetry = Telemetry(runner, outbox, state, *rhythm, settings.sample, self._history)
+        self._telemetry = Telemetry(
+            runner, outbox, state, *rhythm, settings.sample, self._history, lambda: self.work.triggers.lost
+        )
         self._hub = settings.hub or identity.hub, https.given(settings.ca)[0] or identity.ca
         self._http = hub_client(self._hub[0], https.verify(self._hub[1]))
         self.blobs = Blobs(state / "blobs", outbox, self._http, self._token, settings.blobs_mb << 20)

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ _log = logging.getLogger("outrider.telemetry")
 
 
 class Telemetry:
-    """The sampler. `sample` is calls in the compact form; empty means every value of `read_sensor`, if there is one."""
+    """The sampler. `sample` is calls in the compact form; empty means every value of `read_sensor`, if there is one.
+
+    `lost`: how many events started nothing for want of room, since the daemon started.
+    """
 
     def __init__(
         self,
@@ -43,8 +46,9 @@ class Telemetry:
         ttl_s: float,
         sample: Sequence[str] = (),
         history: History | None = None,
+        lost: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._tools, self._outbox, self._state, self._history = tools, outbox, state, history
+        self._tools, self._outbox, self._state, self._history, self._lost = tools, outbox, state, history, lost
         self._changed = asyncio.Event()
         self.configure(interval_s, ttl_s, sample)
         self._cpu = machine.cpu_times()
@@ -127,6 +131,7 @@ class Telemetry:
             "memory_mb": free.get("MemTotal", 0) // 1024,
             "disk_free_mb": disk.free >> 20,
             "disk_mb": disk.total >> 20,
+            "events_lost": self._lost(),
         }
 
 

@@ -137,7 +137,7 @@ class Triggers:
     ) -> None:
         self._library, self._tools, self._allowed, self._start, self._clock = library, tools, allowed, start, clock
         self._last, self._kept, self._quiet_from = clock(), kept, dict[tuple[str, int, float], float]()
-        self._fired = _fired(kept)
+        self._fired, self.lost = _fired(kept), 0
         self.zone: Callable[[], str] = lambda: "UTC"  # the site's, for workflows that name none
         self._streams: dict[tuple[str, int, float], tuple[Threshold, float]] = {}
         self._trouble: dict[str, Trouble] = {}
@@ -207,11 +207,15 @@ class Triggers:
         if problem is not None:
             raise problem
 
-    async def event(self, kind: str, name: str, data: dict[str, Any]) -> bool:
+    async def event(self, kind: str, name: str, data: dict[str, Any]) -> None:
         """Something happened: `task.failed`, `workflow.succeeded` of a name, `alarm.raised` of one, `link.down`.
 
-        False when a run that it starts could not be taken now.
+        A run that it starts and that cannot be taken now makes it lost, which is counted.
         """
+        self.lost += not await self._event(kind, name, data)
+
+    async def _event(self, kind: str, name: str, data: dict[str, Any]) -> bool:
+        """False when a run that it starts could not be taken now."""
         taken = True
         if data["depth"] > MAX_DEPTH:
             _log.error("%s of %s starts nothing: %d runs have started each other", kind, name, data["depth"])
@@ -242,7 +246,7 @@ class Triggers:
             minute -= alarm.get("minutes_ago", 0) - (0 if key in on else alarm.get("minutes", 0))
             name, id = key.split(" ", 2)[2], f"{sha256(key.encode()).hexdigest()[:12]}-{minute}"
             about = {"series": name, **alarm, "id": id, "depth": 1}
-            if await self.event(f"alarm.{'raised' if key in on else 'cleared'}", name, about):
+            if await self._event(f"alarm.{'raised' if key in on else 'cleared'}", name, about):
                 told ^= {key}
         return told
 

@@ -9,13 +9,14 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 from edge_agent.agent import prompt
 from edge_agent.agent.loop import AgentLoop
+from edge_agent.agent.ports import RunnerTools
 from edge_agent.agent.tool import tool
 from edge_agent.agent.transcript import Step, Task, Transcripts, migrations
 from edge_agent.audit import Audit
@@ -23,10 +24,12 @@ from edge_agent.errors import Refused, Retry
 from edge_agent.store import Connection, Store
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Outbox
+from edge_agent.telemetry import Telemetry
 from edge_agent.wire.grants import Subject
 from edge_agent.wire.messages import TERMINAL, Job, JobKind, JobReport, JobState
 from edge_agent.work import Work
 from tests.fakes import LocalTools, ScriptedModel
+from tests.sync.brokers import until
 
 
 @tool()
@@ -40,6 +43,7 @@ class Rig:
 
     def __init__(self, store: Store, outbox: Outbox, tools: LocalTools, *says: str) -> None:
         self.store, self.inbox, self.transcripts = store, Inbox(store, outbox), Transcripts(store)
+        self.tools = tools
         loop = AgentLoop(ScriptedModel(*says), tools, self.transcripts, lambda *_: True)
         self.work = Work(self.inbox, loop, self.transcripts, tools, Audit(store, outbox), lambda *_: True)
 
@@ -221,6 +225,28 @@ async def test_what_came_back_while_the_daemon_ends_is_on_disk_when_it_has_ended
         kept = await after.transcripts.get("t")
         assert kept is not None
         assert [step.text for step in kept.steps] == ["first", "second"]
+
+
+async def test_events_that_start_nothing_for_want_of_room_are_counted_in_the_telemetry(tmp_path: Path) -> None:
+    (tmp_path / "workflows").mkdir()
+    head = 'workflow: w\nversion: "1"\nrun_as: [operator]\ntriggers: [{event: link.down}, {event: task.succeeded}]\n'
+    (tmp_path / "workflows" / "w.yaml").write_text(f"{head}steps: [{{id: a, tool: double, args: {{number: 2}}}}]\n")
+    async with rig(tmp_path / "s.db") as made:
+        made.inbox.limit = 0
+        for kind in ("link.down", "link.up", "task.succeeded"):  # nothing waits for the second
+            await made.work.triggers.event(kind, "", {"id": kind, "depth": 1})
+        made.inbox.limit = 9
+        await made.work.triggers.event("link.down", "", {"id": "again", "depth": 1})
+        outbox = made.inbox._outbox
+        before = outbox.last_seq
+        tools = cast(RunnerTools, made.tools)
+        telemetry = Telemetry(tools, outbox, tmp_path, 60, 60, lost=lambda: made.work.triggers.lost)
+        sampling = asyncio.create_task(telemetry.run())
+        await until(lambda: outbox.last_seq > before)
+        sampling.cancel()
+        part = await outbox.batch(before)
+    assert part is not None
+    assert msgspec.json.decode(part.lines[0])["body"]["health"]["events_lost"] == 2
 
 
 async def test_tasks_that_were_cancelled_or_expired_before_they_began_are_listed_with_their_end(tmp_path: Path) -> None:
