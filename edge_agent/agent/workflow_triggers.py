@@ -232,21 +232,17 @@ class Triggers:
             return set()
         if 0 <= now - self._alarms_at < ALARMS_S:
             return self._on
-        self._alarms_at, latest, found = now, dict[str, dict[str, Any]](), None
+        self._alarms_at, told, alarms = now, set(self._on), None
         with self._telling("alarms"):
-            found = await self._read(ALARMS)
-        if found is None:
-            return self._on
-        for alarm in found["alarms"]:  # of each the newest first
-            latest.setdefault(f"alarm {alarm['limit']:g} {alarm['series']}", alarm)
-        on = {key for key, alarm in latest.items() if alarm["active"]}
-        told = set(self._on)
-        for key in sorted(on ^ self._on):
-            alarm, minute = latest.get(key, {}), int(now // 60)
-            minute -= alarm.get("minutes_ago", 0) - (0 if key in on else alarm.get("minutes", 0))
-            name, id = key.split(" ", 2)[2], f"{sha256(key.encode()).hexdigest()[:12]}-{minute}"
-            about = {"series": name, **alarm, "id": id, "depth": 1}
-            if await self._event(f"alarm.{'raised' if key in on else 'cleared'}", name, about):
+            alarms = (await self._read(ALARMS))["alarms"]  # the newest first
+        if alarms is None:
+            return told
+        latest = {f"alarm {each['limit']:g} {each['series']}": each for each in reversed(alarms)}
+        for key in sorted({key for key, alarm in latest.items() if alarm["active"]} ^ told):
+            alarm, name, kind = latest.get(key, {}), key.split(" ", 2)[2], "cleared" if key in told else "raised"
+            ago = alarm.get("minutes_ago", 0) - (alarm.get("minutes", 0) if key in told else 0)
+            id = f"{sha256(key.encode()).hexdigest()[:12]}-{int(now // 60) - ago}"
+            if await self._event(f"alarm.{kind}", name, {"series": name, **alarm, "id": id, "depth": 1}):
                 told ^= {key}
         return told
 
