@@ -351,16 +351,22 @@ async def test_version_for_a_newer_agent_waits(hub: PlantHub, tmp_path: Path) ->
         assert "needs agent 1.1" in (await it.wants(target, "failed")).error
 
 
-@pytest.mark.parametrize("damage", ["current", "both"])
-async def test_damaged_version_gives_way_at_start_and_is_fetched_again(
-    hub: PlantHub, tmp_path: Path, damage: str
-) -> None:
+async def two_versions(hub: PlantHub, tmp_path: Path) -> tuple[Target, Target]:
+    """The one before and the one that runs, of a device that has ended."""
     one = hub.publish("net", "1", {"model.bin": BIG}, tmp_path)
     two = hub.publish("net", "2", {"model.bin": b"good two"}, tmp_path)
     async with device(tmp_path / "state", hub) as it:
         await it.wants(one, "committed")
         await it.wants(two, "committed")
         await until(lambda: it.running == ["1", "2"])
+    return one, two
+
+
+@pytest.mark.parametrize("damage", ["current", "both"])
+async def test_damaged_version_gives_way_at_start_and_is_fetched_again(
+    hub: PlantHub, tmp_path: Path, damage: str
+) -> None:
+    one, two = await two_versions(hub, tmp_path)
     for target in [two] if damage == "current" else [one, two]:
         (tmp_path / f"state/net/versions/{target.manifest_sha256}/files/model.bin").write_bytes(b"good rot")
     async with device(tmp_path / "state", hub) as it:
@@ -381,12 +387,7 @@ def _no_bytes(version: Path) -> None:
 async def test_bad_block_in_a_version_costs_that_version_alone(
     hub: PlantHub, tmp_path: Path, damage: Callable[[Path], object], both: bool
 ) -> None:
-    one = hub.publish("net", "1", {"model.bin": BIG}, tmp_path)
-    two = hub.publish("net", "2", {"model.bin": b"good two"}, tmp_path)
-    async with device(tmp_path / "state", hub) as it:
-        await it.wants(one, "committed")
-        await it.wants(two, "committed")
-        await until(lambda: it.running == ["1", "2"])
+    one, two = await two_versions(hub, tmp_path)
     for target in [one, two] if both else [two]:
         damage(tmp_path / f"state/net/versions/{target.manifest_sha256}")
     url, hub.url = hub.url, "http://127.0.0.1:9"
