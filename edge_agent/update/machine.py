@@ -100,7 +100,7 @@ class Machine:
             self.update = msgspec.json.decode(self._path.read_bytes(), type=Update)
         except FileNotFoundError:
             self.update = Update()
-        except msgspec.DecodeError:
+        except (OSError, msgspec.DecodeError):  # a bad block is the damage of one record, not the device's end
             self.update = Update(State.UNKNOWN)
         left = self.update.state
         self.update.state = AFTER_RESTART[left]

@@ -36,6 +36,7 @@ from edge_agent.wire.topics import check_name
 
 log = logging.getLogger("outrider.update")
 RETRY_S = (2.0, 300.0)
+MAX_ERROR = 2000  # characters
 WANTED_S = 0.5
 """How often a trial asks whether it is still wanted."""
 
@@ -403,7 +404,7 @@ class UpdateService:
         self, name: str, state: State, error: str, target: Target | None = None, why: Why | None = None
     ) -> None:
         """End the update of a bundle and say why; a disk too full to save it does not hide it."""
-        machine = self._machine(name)
+        machine, error = self._machine(name), error[:MAX_ERROR]
         target = target or Target(machine.update.version, machine.update.id)
         log.log(
             logging.INFO if state is State.WAITING else logging.ERROR,

@@ -274,4 +274,9 @@ def _found(path: Path) -> str:
 def _manifest(folder: Path) -> bytes:
     """The manifest's own bytes; up to version 0.1 they lay inside a signed envelope."""
     raw = (folder / "manifest.json").read_bytes()
-    return str(json.loads(raw)["manifest"]).encode() if raw.startswith(b'{"manifest":') else raw
+    if not raw.startswith(b'{"manifest":'):
+        return raw
+    try:
+        return str(json.loads(raw)["manifest"]).encode()
+    except (ValueError, RecursionError):
+        return raw

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from edge_agent.errors import Fatal, Refused, Retry
 from edge_agent.update.machine import AFTER_RESTART, MAX_TRIALS, TRANSITIONS, Machine, State, Target
-from edge_agent.update.service import BundleReport, UpdateService
+from edge_agent.update.service import MAX_ERROR, BundleReport, UpdateService
 from edge_agent.update.slots import Installed
 from edge_agent.update.trial import Activation, Figures, Untried
 from edge_agent.wire.bundle import FileEntry, content_digest
@@ -345,10 +346,24 @@ async def test_what_a_withdrawn_version_took_of_the_disk_is_given_back(hub: Plan
         await until(lambda: not (tmp_path / f"state/net/incoming/{two.manifest_sha256}").exists())
 
 
+@pytest.mark.parametrize("manifest", [b'{"manifest":', b'{"manifest":1}', b"[" * 99_999])
+async def test_a_signed_manifest_that_is_none_fails_its_update_alone(
+    hub: PlantHub, tmp_path: Path, manifest: bytes
+) -> None:
+    target, good = hub.publish_raw("net", "1", manifest, {}), hub.publish("zz", "1", {"model.bin": BIG}, tmp_path)
+    async with device(tmp_path / "state", hub) as it:
+        await it.directed({"net": target, "zz": good})
+        await until(lambda: it.running == ["1"] and any(report.target == "1" and report.error for report in it.reports))
+
+
 async def test_version_for_a_newer_agent_waits(hub: PlantHub, tmp_path: Path) -> None:
     target = hub.publish("net", "1", {"model.bin": BIG}, tmp_path, min_agent_version="1.1")
+    never = hub.publish("net", "2", {"model.bin": BIG}, tmp_path, min_agent_version="9" * 50_000)
     async with device(tmp_path / "state", hub) as it:
         assert "needs agent 1.1" in (await it.wants(target, "failed")).error
+        error = (await it.wants(never, "failed")).error
+        assert "needs agent 999" in error
+        assert len(error) <= MAX_ERROR, "what is too long for the reported document would tell the hub nothing"
 
 
 async def two_versions(hub: PlantHub, tmp_path: Path) -> tuple[Target, Target]:
@@ -382,7 +397,18 @@ def _no_bytes(version: Path) -> None:
     (version / "files/model.bin").symlink_to("/proc/self/mem")
 
 
-@pytest.mark.parametrize("damage", [_no_bytes, lambda version: (version / "manifest.json").write_bytes(b"{")])
+def _no_record(version: Path) -> None:
+    """So is the update machine's."""
+    (version.parents[1] / "update.json").unlink(missing_ok=True)
+    (version.parents[1] / "update.json").symlink_to("/proc/self/mem")
+    _no_bytes(version)
+
+
+def _no_manifest(version: Path, left: bytes = b"{") -> None:
+    (version / "manifest.json").write_bytes(left)
+
+
+@pytest.mark.parametrize("damage", [_no_bytes, _no_record, _no_manifest, partial(_no_manifest, left=b'{"manifest":')])
 @pytest.mark.parametrize("both", [False, True])
 async def test_bad_block_in_a_version_costs_that_version_alone(
     hub: PlantHub, tmp_path: Path, damage: Callable[[Path], object], both: bool
