@@ -29,7 +29,7 @@ class Twin:
         self._store, self._outbox = store, outbox
         self.desired, self.reported_version, self.reported = desired, version, reported
         self._news = asyncio.Event()
-        self._reporting = asyncio.Lock()
+        self._accepting, self._reporting = asyncio.Lock(), asyncio.Lock()
 
     @classmethod
     async def open(cls, store: Store, outbox: Outbox) -> Twin:
@@ -41,15 +41,16 @@ class Twin:
 
     async def accept(self, desired: Desired) -> bool:
         """True when it is newer than the known one and now on disk. Raises Undecodable past 32 KiB."""
-        if desired.version <= self.desired.version:
-            return False
-        body = msgspec.json.encode(desired)
-        if len(body) > TWIN_LIMIT + 1024:
-            raise Undecodable(f"a desired document of {len(body)} bytes; at most {TWIN_LIMIT}")
-        await self._store.write(lambda db: _save(db, "desired", desired.version, body))
-        self.desired = desired
-        self._news.set()
-        return True
+        async with self._accepting:
+            if desired.version <= self.desired.version:
+                return False
+            body = msgspec.json.encode(desired)
+            if len(body) > TWIN_LIMIT + 1024:
+                raise Undecodable(f"a desired document of {len(body)} bytes; at most {TWIN_LIMIT}")
+            await self._store.write(lambda db: _save(db, "desired", desired.version, body))
+            self.desired = desired
+            self._news.set()
+            return True
 
     async def newer_than(self, version: int) -> Desired:
         """Waits until a desired document is newer than the version that the caller has dealt with."""
@@ -82,6 +83,7 @@ class GrantsCache:
 
     def __init__(self, store: Store, key: VerifyKey, grants: Grants | None) -> None:
         self._store, self._key, self.grants = store, key, grants
+        self._accepting = asyncio.Lock()
 
     @classmethod
     async def open(cls, store: Store, key: VerifyKey) -> GrantsCache:
@@ -91,12 +93,13 @@ class GrantsCache:
 
     async def accept(self, text: str) -> Grants:
         """Verify and keep. Raises BadSignature, VersionRefused, or Undecodable for an epoch below the known one."""
-        known = self.grants.epoch if self.grants else 0
-        grants = verify_grants(self._key, text, known)
-        if grants != self.grants:
-            await self._store.write(lambda db: _save(db, "grants", grants.epoch, text.encode()))
-            self.grants = grants
-        return grants
+        async with self._accepting:
+            known = self.grants.epoch if self.grants else 0
+            grants = verify_grants(self._key, text, known)
+            if grants != self.grants:
+                await self._store.write(lambda db: _save(db, "grants", grants.epoch, text.encode()))
+                self.grants = grants
+            return grants
 
 
 def _load(db: Connection, name: str) -> tuple[int, bytes]:

@@ -11,9 +11,11 @@ from edge_agent.store import Store
 from edge_agent.sync import inbox as inbox_module
 from edge_agent.sync.inbox import Inbox
 from edge_agent.sync.outbox import Outbox
-from edge_agent.sync.twin import Twin
+from edge_agent.sync.twin import GrantsCache, Twin
 from edge_agent.wire.errors import Undecodable
+from edge_agent.wire.grants import Grants, sign_grants
 from edge_agent.wire.messages import Desired, Job, JobKind, JobState, Record, merge_patch
+from edge_agent.wire.signing import SigningKey
 
 
 def job(id: str, expires: float = 2000.0, key: str = "") -> Job:
@@ -186,6 +188,22 @@ async def test_a_desired_document_past_its_limit_is_refused(store: Store, outbox
     assert await twin.accept(Desired(1, 0.0, {"x": 1}))
     assert not await twin.accept(Desired(1, 0.0, {"x": 2}))
     assert (await Twin.open(store, outbox)).desired.doc == {"x": 1}
+
+
+async def test_an_older_document_that_comes_while_a_newer_one_is_being_stored_changes_nothing(
+    store: Store, outbox: Outbox
+) -> None:
+    """As when one that the full disk delayed is stored while the link brings an old one again."""
+    twin, key = await Twin.open(store, outbox), SigningKey.generate()
+    assert await asyncio.gather(*(twin.accept(Desired(n, 0.0, {"n": n})) for n in (6, 5))) == [True, False]
+    assert twin.desired.version == (await Twin.open(store, outbox)).desired.version == 6
+    cache = await GrantsCache.open(store, key.public)
+    signed = [sign_grants(key, Grants(epoch, 0.0, 9e9, {}, [])) for epoch in (6, 5)]
+    _, older = await asyncio.gather(*map(cache.accept, signed), return_exceptions=True)
+    assert isinstance(older, Undecodable)
+    assert cache.grants == (await GrantsCache.open(store, key.public)).grants
+    assert cache.grants is not None
+    assert cache.grants.epoch == 6
 
 
 def test_merge_patch_follows_rfc_7396() -> None:
