@@ -2,10 +2,12 @@
 
 Invariants: what a tick decided is committed, with the signed directives that it means, before a device hears of it, and
 a hub that was killed goes on from what it committed; a device is directed as by `assign`; new reports are read past the
-last one seen, everything again each REFRESH_S; a tick tells a bounded number of devices. One hub process runs them.
+last one seen, everything again each REFRESH_S; a tick tells a bounded number of devices; one that raises is taken again
+from the disk at the next tick and stops no other. One hub process runs them.
 """
 
 import asyncio
+import logging
 import secrets
 import time
 from collections import Counter, deque
@@ -24,10 +26,11 @@ from hub.devices import Devices
 from hub.errors import Refused
 from hub.registry import Registry
 from hub.rollout import TICK_S
-from hub.rollout_plan import parse, selects, zone_of
+from hub.rollout_plan import Plan, parse, selects, zone_of
 from hub.rollout_state import LEFT, Decision, Place, Run, Seen, Status, Step
 from hub.twin import Twin, direction, patch_desired
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 REFRESH_S = 60.0
 GRACE_S = 60.0  # after a start nobody has shown yet that it is online
@@ -52,6 +55,7 @@ class Rollouts:
         self._lives: dict[str, _Live] = {}
         self._heard: int | None = None  # the id of the last report taken
         self._lock = asyncio.Lock()
+        self._errors: dict[str, str] = {}  # why a rollout cannot go on, by id
         self.took: deque[float] = deque(maxlen=600)  # how long the last decisions took, in seconds
 
     async def create(self, document: Any, by: str, draft: bool = False) -> dict[str, Any]:
@@ -77,7 +81,7 @@ class Rollouts:
     async def get(self, id: str, only: Collection[str] | None = None) -> dict[str, Any]:
         """With `only` these of its devices, if given; one that has none of them is as if not there: Refused 404."""
         query = sa.select(rollouts).where(rollouts.c.id == id)
-        found = await self._db.read(lambda c: _show(c, c.execute(query).all(), only))
+        found = await self._db.read(lambda c: _show(c, c.execute(query).all(), only, self._errors))
         if not found or (only is not None and not any(wave["devices"] for wave in found[0]["waves"])):
             raise Refused(404, f"no rollout {id}", "outrider rollout list")
         took = sorted(self.took) or [0.0]
@@ -98,9 +102,10 @@ class Rollouts:
         """Pause, resume, approve, abort or roll back. Raises Refused 404, 409."""
         async with self._lock:
             if id not in self._lives:
-                found = await self._db.read(lambda c: _load(c, rollouts.c.id == id))
-                self._lives |= {live.run.id: live for live in found}
+                await self._load(rollouts.c.id == id)
             if (live := self._lives.get(id)) is None:
+                if id in self._errors:
+                    raise Refused(409, self._errors[id], "the hub's log says more")
                 raise Refused(404, f"no rollout {id}", "outrider rollout list")
             try:
                 decisions = rollout.command(live.run, verb, by, time.time())
@@ -132,7 +137,8 @@ class Rollouts:
     async def run(self) -> None:
         """Go on with what is under way, until cancelled."""
         async with self._lock:
-            await self._load_live()
+            self._lives.clear()
+            await self._load(rollouts.c.live)
             for live in self._lives.values():
                 live.waits = time.monotonic() + GRACE_S
         while True:
@@ -149,21 +155,34 @@ class Rollouts:
             now = time.monotonic()
             lives = sorted(self._lives.values(), key=lambda live: (live.created, live.run.id))
             for number, live in enumerate(lives):
-                run = live.run
-                if now - live.fresh > REFRESH_S:
-                    live.fleet = await self._db.read(lambda c, run=run: _fleet(c, run))  # type: ignore[misc]
-                    live.fresh = now
-                if now < live.waits:
-                    continue
-                began = time.perf_counter()
-                for seen in live.fleet.values():
-                    seen.online = self._devices.liveness.online(seen.name, now)
-                newer = _newer(live, lives[number + 1 :])
-                decisions = await asyncio.to_thread(rollout.tick, run, live.fleet, newer, time.time())
-                self.took.append(time.perf_counter() - began)
-                await self._carry_out(live, decisions, "hub", "advance:rollout")
-                if not run.live:
-                    self._lives.pop(run.id)
+                try:
+                    await self._advance(live, lives[number + 1 :], now)
+                except (sa.exc.OperationalError, sa.exc.InterfaceError):
+                    raise  # the database gives or takes nothing: no other would fare better
+                except Exception as error:
+                    if self._errors.get(live.run.id) != (said := f"{type(error).__name__}: {error}"):
+                        log.exception("rollout %s cannot go on; it is tried again each tick", live.run.id)
+                    self._errors[live.run.id] = said
+                    await self._again(live)
+                else:
+                    if self._errors.pop(live.run.id, ""):
+                        log.info("rollout %s goes on again", live.run.id)
+
+    async def _advance(self, live: _Live, later: Sequence[_Live], now: float) -> None:
+        run = live.run
+        if now - live.fresh > REFRESH_S:
+            live.fleet = await self._db.read(lambda c: _fleet(c, run))
+            live.fresh = now
+        if now < live.waits:
+            return
+        began = time.perf_counter()
+        for seen in live.fleet.values():
+            seen.online = self._devices.liveness.online(seen.name, now)
+        decisions = await asyncio.to_thread(rollout.tick, run, live.fleet, _newer(live, later), time.time())
+        self.took.append(time.perf_counter() - began)
+        await self._carry_out(live, decisions, "hub", "advance:rollout")
+        if not run.live:
+            self._lives.pop(run.id)
 
     async def _hear(self) -> None:
         """Take the reports that came since the last tick."""
@@ -185,16 +204,23 @@ class Rollouts:
                 if (seen := live.fleet.get(row.device)) is not None:
                     _take(seen, document.get("bundles"), live.run.plan.bundle)
 
-    async def _load_live(self) -> None:
-        found = await self._db.read(lambda c: _load(c, rollouts.c.live))
-        self._lives = {live.run.id: live for live in found}
+    async def _load(self, which: sa.ColumnElement[bool]) -> None:
+        found = await self._db.read(lambda c: _load(c, which, self._errors))
+        self._lives |= {live.run.id: live for live in found}
+
+    async def _again(self, live: _Live) -> None:
+        """As it is on disk: what is in memory is ahead of that."""
+        self._lives.pop(live.run.id, None)
+        await self._load(sa.and_(rollouts.c.id == live.run.id, rollouts.c.live))
+        if (again := self._lives.get(live.run.id)) is not None:
+            again.waits = live.waits
 
     async def _carry_out(self, live: _Live, decisions: list[Decision], by: str, action: str) -> None:
         """Commit decisions with what they mean for devices, then tell these."""
         try:
             await self._commit(live, decisions, by, action)
-        except BaseException:  # what is in memory is ahead of what is on disk
-            await self._load_live()
+        except BaseException:
+            await self._again(live)
             raise
 
     async def _commit(self, live: _Live, decisions: list[Decision], by: str, action: str) -> None:
@@ -258,7 +284,7 @@ class Rollouts:
         query = sa.select(rollouts).order_by(rollouts.c.created.desc(), rollouts.c.id).limit(min(limit, MAX_PAGE))
         if only is not None:
             query = query.where(rollouts.c.id.in_(sa.select(rollout_devices.c.rollout).where(_of(only))))
-        return await self._db.read(lambda c: _show(c, c.execute(query).all(), only))
+        return await self._db.read(lambda c: _show(c, c.execute(query).all(), only, self._errors))
 
 
 def _parts(of: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -292,10 +318,15 @@ def _keep(connection: sa.Connection, run: Run, names: set[str]) -> None:
         connection.execute(rollout_devices.insert(), rows)
 
 
-def _load(connection: sa.Connection, which: sa.ColumnElement[bool]) -> list[_Live]:
+def _load(connection: sa.Connection, which: sa.ColumnElement[bool], errors: dict[str, str]) -> list[_Live]:
     found = []
     for row in connection.execute(sa.select(rollouts).where(which)).all():
-        run = msgspec.convert(row.run, Run, str_keys=True)
+        try:
+            run = msgspec.convert(row.run, Run, str_keys=True)
+        except msgspec.ValidationError as error:
+            errors[row.id] = f"it cannot be read: {error}"
+            log.error("rollout %s: %s", row.id, errors[row.id])
+            continue
         query = sa.select(rollout_devices.c.place).where(rollout_devices.c.rollout == row.id)
         places = msgspec.convert(list(connection.execute(query).scalars()), list[Place])
         run.places = {
@@ -342,7 +373,9 @@ def _of(only: Collection[str] | None) -> sa.ColumnElement[bool]:
     return sa.true() if only is None else rollout_devices.c.device.in_(only)
 
 
-def _show(connection: sa.Connection, rows: Sequence[sa.Row[Any]], only: Collection[str] | None) -> list[dict[str, Any]]:
+def _show(
+    connection: sa.Connection, rows: Sequence[sa.Row[Any]], only: Collection[str] | None, errors: dict[str, str]
+) -> list[dict[str, Any]]:
     """Rollouts as they are shown, with the devices of each wave by step; to who sees `only` some, nothing of others."""
     columns = rollout_devices.c
     key = (columns.rollout, columns.wave, columns.step)
@@ -350,14 +383,18 @@ def _show(connection: sa.Connection, rows: Sequence[sa.Row[Any]], only: Collecti
     counts: dict[str, dict[int, Counter[str]]] = {}
     for id, wave, step, count in connection.execute(counted.group_by(*key)):
         counts.setdefault(id, {}).setdefault(wave, Counter())[step] = count
-    shown = [_shown(row, counts.get(row.id, {})) for row in rows]
+    shown = [_shown(row, counts.get(row.id, {}), errors.get(row.id, "")) for row in rows]
     for each in shown if only is not None else ():
-        each["reason"], each["plan"]["select"] = "", {}
+        each["reason"], each["error"], each["plan"]["select"] = "", "", {}
     return shown
 
 
-def _shown(row: sa.Row[Any], counts: dict[int, Counter[str]]) -> dict[str, Any]:
-    run = msgspec.convert(row.run, Run, str_keys=True)
+def _shown(row: sa.Row[Any], counts: dict[int, Counter[str]], error: str) -> dict[str, Any]:
+    try:
+        run = msgspec.convert(row.run, Run, str_keys=True)
+    except msgspec.ValidationError as unread:  # of a newer hub: what the columns tell, and nothing it can be told
+        run = Run(row.id, Plan(row.bundle, row.version), status=Status.ROLLED_BACK)
+        error = f"it cannot be read: {unread}"
 
     def waves() -> Iterator[dict[str, Any]]:
         for number, stage in enumerate(run.plan.stages):
@@ -372,5 +409,6 @@ def _shown(row: sa.Row[Any], counts: dict[int, Counter[str]]) -> dict[str, Any]:
             }
 
     shown = {name: value for name, value in row_dict(row).items() if name != "run"}
-    shown |= {"reason": run.reason, "wave": run.wave + 1, "waves": list(waves()), "size": run.size}
+    reason = f"cannot go on: {error} ({run.reason or 'nothing before'})" if error else run.reason
+    shown |= {"reason": reason, "error": error, "wave": run.wave + 1, "waves": list(waves()), "size": run.size}
     return shown | {"plan": msgspec.to_builtins(run.plan), "commands": rollout.possible(run)}

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -315,3 +316,56 @@ async def test_a_command_right_after_a_start_finds_nobody_missing_who_had_no_tim
     shown = (await admin.get(f"/v1/rollouts/{id}")).json()
     assert (shown["status"], shown["waves"][0]["steps"]) == ("running", {"pending": 1})
     await admin.aclose()
+
+
+async def test_a_rollout_that_raises_says_so_where_one_looks_and_the_others_go_on(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "hub.rollout_runner")
+    admin, decide, died = await hub.login(), rollout_runner.rollout.tick, 0
+
+    def tick(run: Any, *rest: Any) -> Any:
+        nonlocal died
+        if run.plan.version == "1":
+            run.reason, died = "half decided", died + 1
+            raise ZeroDivisionError("nobody foresaw this")
+        return decide(run, *rest)
+
+    for version in ("1", "2"):
+        await publish(admin, version)
+    async with fleet(hub, 2):
+        with monkeypatch.context() as broken:
+            broken.setattr(rollout_runner.rollout, "tick", tick)
+            bad = await start(admin, "1", select={"devices": ["press-0"]})
+            await reached(admin, await start(admin, "2", select={"devices": ["press-1"]}), "succeeded")
+            await until(lambda: died > 3)
+            shown = (await admin.get(f"/v1/rollouts/{bad}")).json()
+            assert shown["error"] == "ZeroDivisionError: nobody foresaw this"
+            assert shown["error"] in shown["reason"]
+            assert shown["error"] in (await admin.get("/v1/rollouts")).json()[1]["reason"]
+        shown = await reached(admin, bad, "succeeded")
+        assert (shown["error"], shown["reason"]) == ("", "1 devices have it")
+    told = [record.message for record in caplog.records if bad in record.message]
+    assert told == [f"rollout {bad} cannot go on; it is tried again each tick", f"rollout {bad} goes on again"]
+    await admin.aclose()
+
+
+async def test_a_rollout_that_cannot_be_read_at_a_start_stops_no_other(tmp_path: Path) -> None:
+    async with running(tmp_path / "hub") as hub:
+        admin = await hub.login()
+        for version in ("1", "2"):
+            await publish(admin, version)
+        bad, good = [await start(admin, version, not_before="2999-01-01T00:00:00+00:00") for version in ("1", "2")]
+    with sqlite3.connect(tmp_path / "hub" / "hub.db") as of_a_newer_hub:
+        of_a_newer_hub.execute("UPDATE rollouts SET run = json_set(run, '$.status', 'unheard') WHERE id = ?", [bad])
+    of_a_newer_hub.close()
+    async with running(tmp_path / "hub") as hub:
+        await until(lambda: list(hub.services.rollouts._lives) == [good])
+        admin = await hub.login()
+        by_id = {each["id"]: each for each in (await admin.get("/v1/rollouts")).json()}
+        assert "it cannot be read: Invalid enum value 'unheard'" in by_id[bad]["reason"]
+        assert (by_id[bad]["status"], by_id[bad]["commands"], by_id[good]["error"]) == ("scheduled", [], "")
+        refused = await admin.post(f"/v1/rollouts/{bad}/pause")
+        assert refused.status_code == 409
+        assert "cannot be read" in refused.text
+        await admin.aclose()
