@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from edge_agent.wire.messages import JobKind, JobState
 from hub import audit
-from hub.db import Database, devices, fanouts, jobs, row_dict
+from hub.db import Database, among, devices, fanouts, jobs, row_dict
 from hub.errors import Refused
 from hub.jobs import MAX_FANOUT, MAX_OPEN, Jobs, Send, check, new, take_back, wire
 
@@ -87,7 +87,7 @@ class Fanouts:
         `only` of these devices, if given.
         """
         columns = [jobs.c[name] for name in _SHOWN]
-        mine = sa.and_(jobs.c.fanout == fanout, sa.true() if only is None else jobs.c.device.in_(only))
+        mine = sa.and_(jobs.c.fanout == fanout, sa.true() if only is None else among(jobs.c.device, only))
         page = sa.select(*columns).where(mine, jobs.c.device > after)
         counts = sa.select(jobs.c.state, jobs.c.held, sa.func.count().label("n")).where(mine)
 

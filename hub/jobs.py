@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from edge_agent.wire.errors import Undecodable
 from edge_agent.wire.messages import JOB_TRANSITIONS, TERMINAL, Job, JobKind, JobReport, JobState, check_depth
 from hub import audit
-from hub.db import Database, devices, jobs, row_dict
+from hub.db import Database, among, devices, jobs, row_dict
 from hub.errors import Refused
 
 DEFAULT_TTL_S = 3600.0
@@ -141,7 +141,7 @@ class Jobs:
         """Newest first; `only` of these devices, if given."""
         query = sa.select(jobs).order_by(jobs.c.created.desc(), jobs.c.id).limit(limit)
         if only is not None:
-            query = query.where(jobs.c.device.in_(only))
+            query = query.where(among(jobs.c.device, only))
         if device is not None:
             query = query.where(jobs.c.device == device)
         if state is not None:

@@ -21,7 +21,7 @@ from edge_agent.wire.bundle import Manifest, Target
 from edge_agent.wire.messages import Desired
 from edge_agent.wire.signing import SigningKey
 from hub import audit, rollout
-from hub.db import Database, devices, rollout_devices, rollouts, row_dict, telemetry
+from hub.db import Database, among, devices, rollout_devices, rollouts, row_dict, telemetry
 from hub.devices import Devices
 from hub.errors import Refused
 from hub.registry import Registry
@@ -370,7 +370,7 @@ def _newer(live: _Live, later: Sequence[_Live]) -> dict[str, str]:
 
 
 def _of(only: Collection[str] | None) -> sa.ColumnElement[bool]:
-    return sa.true() if only is None else rollout_devices.c.device.in_(only)
+    return sa.true() if only is None else among(rollout_devices.c.device, only)
 
 
 def _show(

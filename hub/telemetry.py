@@ -15,7 +15,7 @@ from edge_agent.wire.errors import WireError
 from edge_agent.wire.signing import to_text
 from hub import audit
 from hub.committer import replay
-from hub.db import Database, dead_letters, devices, gaps, row_dict, telemetry
+from hub.db import Database, among, dead_letters, devices, gaps, row_dict, telemetry
 from hub.errors import Refused
 
 MAX_PAGE = 1000
@@ -56,7 +56,7 @@ class Telemetry:
         else:
             query = query.where(telemetry.c.id > after)
         if only is not None:
-            query = query.where(telemetry.c.device.in_(only))
+            query = query.where(among(telemetry.c.device, only))
         if kind is not None:
             query = query.where(telemetry.c.kind == kind)
         query = query.order_by(*(column.desc() if newest_first else column for column in order))
@@ -82,7 +82,7 @@ class Telemetry:
         wanted = [column for column in dead_letters.c if column.name not in ("payload", "properties")]
         query = sa.select(*wanted, size).order_by(dead_letters.c.id.desc()).limit(min(limit, MAX_PAGE))
         if only is not None:
-            query = query.where(dead_letters.c.device.in_(only))
+            query = query.where(among(dead_letters.c.device, only))
         if device is not None:
             query = query.where(dead_letters.c.device == device)
         return [dict(row) for row in await self._db.read(lambda c: c.execute(query).mappings().all())]

@@ -1,17 +1,24 @@
 """The database: migrations from empty, durability settings, one writer."""
 
 import asyncio
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from hub import audit
+from edge_agent.wire.messages import JobKind
+from hub import audit, db, jobs
 from hub.audit import Audit
 from hub.db import Database, metadata, settings
 from hub.errors import Fatal
+from hub.fanout import Fanouts
+from hub.jobs import Jobs
+from hub.rollout_runner import Rollouts
+from hub.telemetry import Telemetry
 
 
 def test_migrations_from_empty_give_exactly_the_declared_tables(database: Database) -> None:
@@ -83,3 +90,43 @@ def test_repeated_outside_events_are_told_at_a_bounded_rate() -> None:
     for n in range(3000):
         limiter.count(f"d{n}", "refuse:batch", 62.0)
     assert len(limiter._causes) <= audit.MAX_CAUSES
+
+
+async def test_a_scope_of_more_devices_than_sqlite_takes_parameters_is_read(database: Database) -> None:
+    """SQLite takes 32,766 in a statement where nobody built it otherwise, PostgreSQL 65,535."""
+
+    def as_built_by_default(connection: Any, *_: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 32_766)
+
+    sa.event.listen(database.engine, "checkout", as_built_by_default)
+    many = {f"press-{n}" for n in range(70_000)}
+    row = {"public_key": "k", "enrolled": 0.0, "desired": {}, "reported": {}}
+    record = {"epoch": 1, "seq": 1, "ts": 0.0, "received": 0.0, "kind": "telemetry", "priority": 5, "body": "{}"}
+    letter = {"epoch": 1, "first": 1, "last": 1, "received": 0.0, "reason": "", "payload": b""}
+    work, plan = jobs.new("", JobKind.TASK, {"text": "t"}, "ann", [], "", 60.0), {"bundle": "reader", "version": "2"}
+    run = {"status": "paused", "live": True, "created_by": "ann", "created": 0.0, "updated": 0.0}
+
+    def fill(connection: sa.Connection) -> None:
+        connection.execute(db.fanouts.insert().values(id="f", group="g", subject="a", created=0, ttl_s=1, at_once=0))
+        for name in ("press-7", "other"):
+            connection.execute(db.devices.insert().values(name=name, **row))
+            connection.execute(db.telemetry.insert().values(device=name, **record))
+            connection.execute(db.dead_letters.insert().values(device=name, **letter))
+            connection.execute(db.jobs.insert().values(work | {"id": name, "device": name, "fanout": "f"}))
+            told = {"id": name, "status": "paused", "plan": plan}
+            connection.execute(db.rollouts.insert().values(**plan, **run, id=name, run=told))
+            place = {"device": name, "wave": 0, "step": "pending"}
+            connection.execute(db.rollout_devices.insert().values(rollout=name, **place, place=place))
+
+    await database.write(fill)
+    nobody: Any = None
+    sent, work_of = Telemetry(database), Jobs(database, nobody)
+    rollouts = Rollouts(database, nobody, nobody, nobody, nobody)
+    assert [each["device"] for each in await sent.query(only=many)] == ["press-7"]
+    assert [each["device"] for each in await sent.dead(only=many)] == ["press-7"]
+    assert [each["device"] for each in await work_of.list(only=many)] == ["press-7"]
+    assert (await Fanouts(database, work_of, nobody).get("f", only=many))["states"] == {"queued": 1}
+    assert [each["id"] for each in await rollouts.list(only=many)] == ["press-7"]
+    assert [each["device"] for each in await rollouts.devices("press-7", only=many)] == ["press-7"]
+    assert await sent.query(only=set()) == []
