@@ -28,6 +28,7 @@ metadata = sa.MetaData()
 BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 AUDITED = sa.text("kind = 'audit'")  # not as a parameter, or SQLite does not use the index
+SPECIAL = sa.text("kind <> 'telemetry'")
 
 settings = sa.Table(
     "settings",
@@ -120,6 +121,7 @@ telemetry = sa.Table(
     sa.Column("body", sa.Text, nullable=False),
     sa.UniqueConstraint("device", "epoch", "seq", name="telemetry_once"),
     sa.Index("telemetry_audit", "device", "epoch", "seq", sqlite_where=AUDITED, postgresql_where=AUDITED),
+    sa.Index("telemetry_by_kind", "kind", "id", sqlite_where=SPECIAL, postgresql_where=SPECIAL),
 )
 
 jobs = sa.Table(

@@ -15,7 +15,7 @@ from edge_agent.wire.errors import WireError
 from edge_agent.wire.signing import to_text
 from hub import audit
 from hub.committer import replay
-from hub.db import Database, among, dead_letters, devices, gaps, row_dict, telemetry
+from hub.db import SPECIAL, Database, among, dead_letters, devices, gaps, row_dict, telemetry
 from hub.errors import Refused
 
 MAX_PAGE = 1000
@@ -59,6 +59,7 @@ class Telemetry:
             query = query.where(among(telemetry.c.device, only))
         if kind is not None:
             query = query.where(telemetry.c.kind == kind)
+            query = query.where(SPECIAL) if device is None and kind != "telemetry" else query  # or no index is used
         query = query.order_by(*(column.desc() if newest_first else column for column in order))
         rows = await self._db.read(lambda c: c.execute(query).mappings().all())
         return [dict(row) | {"body": msgspec.json.decode(row["body"])} for row in rows]

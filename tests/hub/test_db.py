@@ -130,3 +130,20 @@ async def test_a_scope_of_more_devices_than_sqlite_takes_parameters_is_read(data
     assert [each["id"] for each in await rollouts.list(only=many)] == ["press-7"]
     assert [each["device"] for each in await rollouts.devices("press-7", only=many)] == ["press-7"]
     assert await sent.query(only=set()) == []
+
+
+async def test_records_of_a_kind_are_found_without_reading_all_that_came(tmp_path: Path) -> None:
+    database, asked = Database(f"sqlite:///{tmp_path / 'hub.db'}"), list[tuple[str, Any]]()
+    sa.event.listen(
+        database.engine, "before_cursor_execute", lambda _c, _cursor, text, given, *_: asked.append((text, given))
+    )
+    for more in ({}, {"after": 7}, {"only": {"press-1"}}, {"newest_first": True}):
+        await Telemetry(database).query(kind="reported", **more)
+    await Telemetry(database).query("press-1", "reported")
+    queries = [each for each in asked if "FROM telemetry" in each[0]]
+    with database.engine.connect() as connection:
+        plans = [str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", given).all()) for text, given in queries]
+    for plan in plans[:-1]:
+        assert "SEARCH telemetry USING INDEX telemetry_by_kind (kind=? AND id>?)" in plan, plan
+    assert "SEARCH telemetry USING INDEX sqlite_autoindex_telemetry_1 (device=?)" in plans[-1], plans[-1]
+    database.close()
