@@ -39,7 +39,7 @@ from edge_agent.errors import Refused
 from edge_agent.update.download import Downloads
 from edge_agent.update.service import BundleReport, UpdateService
 from edge_agent.update.slots import Installed
-from edge_agent.update.trial import Activation, Figures
+from edge_agent.update.trial import Figures
 from edge_agent.update.trust import Director, Repository
 from edge_agent.wire.bundle import (
     BundleKind,
@@ -56,6 +56,7 @@ from edge_agent.wire.bundle import (
 from edge_agent.wire.chunks import MAX_CHUNK, Chunk, decode_index
 from edge_agent.wire.messages import encode
 from edge_agent.wire.signing import SigningKey, VerifyKey
+from edge_agent.wire.updates import Activation
 from hub import packs
 from hub import repository as tuf
 from hub.errors import Refused as HubRefused

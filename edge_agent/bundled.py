@@ -20,8 +20,9 @@ from edge_agent.agent.workflow_triggers import Library
 from edge_agent.errors import Refused, Retry
 from edge_agent.hosting import Hosting
 from edge_agent.update.slots import Installed, Slots
-from edge_agent.update.trial import Activation, Figures, Untried
+from edge_agent.update.trial import Figures, Untried
 from edge_agent.wire.bundle import BundleKind
+from edge_agent.wire.updates import Activation
 
 POLICY = "policy.toml"
 

@@ -29,9 +29,10 @@ from edge_agent.serving.supervisor import WorkerProcess
 from edge_agent.update import probe
 from edge_agent.update.mirror import Mirror
 from edge_agent.update.slots import Installed
-from edge_agent.update.trial import SAMPLE, Activation, Figures, Trial, Untried, Why, Worse
+from edge_agent.update.trial import SAMPLE, Figures, Untried, Why, Worse
 from edge_agent.wire.bundle import BundleKind
 from edge_agent.wire.tensor import Tensor
+from edge_agent.wire.updates import Activation, Trial
 
 ROLES = {BundleKind.ONNX: "network", BundleKind.LLM: "language", BundleKind.ADAPTER: "language"}
 ENDPOINT = "endpoint"

@@ -16,6 +16,7 @@ from edge_agent.wire.bundle import Directive, Manifest, Sealed, Target, open_dir
 from edge_agent.wire.errors import Undecodable
 from edge_agent.wire.messages import TWIN_LIMIT, Desired, check_depth, merge_patch
 from edge_agent.wire.signing import SigningKey
+from edge_agent.wire.updates import Updates
 from hub import audit
 from hub.db import Database, devices
 from hub.errors import Refused
@@ -54,7 +55,7 @@ def patch_desired(
 ) -> Desired:
     """Merge into the device's desired document, to be sent.
 
-    Raises Refused 404, 412 (it is not at the expected version), 413 (size), 422 (depth).
+    Raises Refused 404, 412 (it is not at the expected version), 413 (size), 422 (depth, rules for updates).
     """
     row = connection.execute(sa.select(devices).where(devices.c.name == device).with_for_update()).first()
     if row is None:
@@ -68,6 +69,10 @@ def patch_desired(
     except Undecodable as error:
         raise Refused(422, f"the desired document is refused: {error}", "flatten it") from None
     document = merge_patch(row.desired, given)
+    try:
+        msgspec.convert({name: document[name] for name in given if name in document}, Updates)
+    except msgspec.ValidationError as error:
+        raise Refused(422, f"no device takes these rules for updates: {error}", "see docs/updates.md") from None
     if len(msgspec.json.encode(document)) > TWIN_LIMIT:
         raise Refused(413, f"the desired document of {device} would pass {TWIN_LIMIT} bytes", "remove something")
     values = {"desired": document, "desired_version": row.desired_version + 1}

@@ -15,7 +15,8 @@ from typing import Generic, TypeVar
 
 from edge_agent.errors import OutriderError, Refused, Retry
 from edge_agent.rhythm import wait_up_to
-from edge_agent.update.trial import Figures, Tally, Trial, Why, Worse, figures, judge, slower
+from edge_agent.update.trial import Figures, Tally, Why, Worse, figures, judge, slower
+from edge_agent.wire.updates import Trial
 
 BESIDE = 4
 PROBES = 5

@@ -15,29 +15,10 @@ import msgspec
 
 from edge_agent.errors import Refused, Retry
 from edge_agent.wire import windows
+from edge_agent.wire.updates import Rules
 
 ASK_AGAIN_S, REST_S = 60.0, 600.0
 Step = Literal["download", "activate"]
-
-
-class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The table `updates` of the settings; the desired document's `updates` goes before it, key by key.
-
-    Windows as in wire/windows.py, none: any time. `min_battery` percent while it discharges, `max_celsius` of the
-    hottest zone (0: not asked); a hold lasts `max_hold_minutes` at most.
-    """
-
-    time_zone: str = "UTC"
-    download: list[str] = []
-    activate: list[str] = []
-    min_battery: float = 0.0
-    max_celsius: float = 0.0
-    max_hold_minutes: float = 480.0
-
-    def __post_init__(self) -> None:
-        windows.zone(self.time_zone)
-        for text in (*self.download, *self.activate):
-            windows.parse(text)
 
 
 def rules(*given: Mapping[str, Any]) -> Rules:

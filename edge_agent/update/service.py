@@ -29,10 +29,11 @@ from edge_agent.update.neighbours import Neighbours
 from edge_agent.update.slots import Installed, Slots
 from edge_agent.update.staging import Staging
 from edge_agent.update.timing import Timing
-from edge_agent.update.trial import Activation, Figures, Untried, Why, activation
+from edge_agent.update.trial import Figures, Untried, Why, activation
 from edge_agent.update.trust import Director, Trust
 from edge_agent.wire.bundle import SHA256, Manifest, Target
 from edge_agent.wire.topics import check_name
+from edge_agent.wire.updates import Activation
 
 log = logging.getLogger("outrider.update")
 RETRY_S = (2.0, 300.0)

@@ -16,6 +16,7 @@ import msgspec
 from edge_agent.update import moments
 from edge_agent.update.moments import Facts, Hold
 from edge_agent.wire import durable
+from edge_agent.wire.updates import Rules
 
 
 class Timing:
@@ -54,7 +55,7 @@ class Timing:
 
     def check_hold(self) -> None:
         """When it is done: a hold alone, as a window may have closed meanwhile. Raises NotNow."""
-        moments.check("activate", moments.Rules(), Facts(), self._held(), self._clock())
+        moments.check("activate", Rules(), Facts(), self._held(), self._clock())
 
     def left(self, until: float) -> float:
         """Seconds until it may be asked again; not too many, as a clock may be set."""

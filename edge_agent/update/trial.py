@@ -12,46 +12,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from edge_agent.errors import Refused, Retry
+from edge_agent.wire.updates import Activation, Trial
 
 SAMPLES, SAMPLE, LOG = 3, 4096, 40
 REPORTED_SAMPLE, REPORTED_LOG = 1024, 1536
 FLOOR_S = 0.005
 """Seconds by which a median must be worse at least: below, it is the machine's noise."""
-
-
-class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A budget over `seconds` of live traffic, of which `share` goes to both versions.
-
-    `shadow`: callers get the old answer; `canary`: the new one. Once `minimum` requests were compared the first budget
-    that is broken ends it. Without `min_agreement` networks must agree to 0.9 and language models need not.
-    """
-
-    mode: Literal["shadow", "canary"] = "shadow"
-    share: float = 0.2
-    minimum: int = 20
-    seconds: float = 60.0
-    max_error_rate: float = 0.02
-    max_latency_ratio: float = 2.0
-    min_agreement: float | None = None
-
-    def __post_init__(self) -> None:
-        rates = (self.share, self.max_error_rate, self.min_agreement or 0.0)
-        if not all(0 <= rate <= 1 for rate in rates) or not 0 <= self.seconds <= 3600:
-            raise ValueError("share, max_error_rate and min_agreement are from 0 to 1, seconds up to 3600")
-        if self.minimum < 1 or self.max_latency_ratio <= 0:
-            raise ValueError("minimum is at least 1, max_latency_ratio more than 0")
-
-
-class Activation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a version takes over: beside the old one, or (where memory cannot hold two) in its place."""
-
-    policy: Literal["hand-over", "kill-then-load"] = "hand-over"
-    trial: Trial | None = None
 
 
 def activation(*given: Mapping[str, Any]) -> Activation:

@@ -76,7 +76,7 @@ async def assign(
     return {"device": device, "desired_version": desired.version, "desired": desired.doc}
 
 
-class UpdateRules(BaseModel):
+class UpdateRules(BaseModel, extra="forbid"):
     updates: dict[str, Any] | None = Field(None, description="time_zone, download, activate (windows), min_battery, …")
     activation: dict[str, Any] | None = Field(None, description="by bundle: policy, trial {mode, share, seconds, …}")
 

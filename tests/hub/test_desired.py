@@ -134,3 +134,44 @@ async def test_what_a_stalled_broker_did_not_take_is_published_again(database: D
 async def _known(database: Database, *names: str) -> None:
     rows = [{"name": n, "public_key": "", "enrolled": 0.0, "desired": {}, "reported": {}} for n in names]
     await database.write(lambda c: c.execute(devices.insert(), rows))
+
+
+@pytest.mark.parametrize(
+    ("patch", "said"),
+    [
+        ({"updates": {"activate": ["25:00-26:00"]}}, "window '25:00-26:00': times go from 00:00 to 24:00"),
+        ({"updates": {"time_zone": "Europe/Nowhere"}}, "time zone 'Europe/Nowhere' is not known"),
+        ({"updates": {"min_batery": 40}}, "unknown field `min_batery`"),
+        ({"updates": {"min_battery": "much"}}, "$.updates.min_battery"),
+        ({"updates": [1]}, "body.updates: Input should be a valid dictionary"),
+        ({"activation": {"net": {"policy": "now"}}}, "Invalid enum value 'now'"),
+        ({"activation": {"net": {"trial": {"share": 2}}}}, "share, max_error_rate and min_agreement are from 0 to 1"),
+        ({"activation": {"net": "hand-over"}}, "$.activation[...]"),
+        ({"update": {"min_battery": 40}}, "Extra inputs are not permitted"),
+    ],
+)
+async def test_rules_for_updates_that_a_device_would_refuse_are_refused_here(
+    hub: Hub, patch: dict[str, object], said: str
+) -> None:
+    await enrolled(hub, "press-1")
+    admin, at = await hub.login(), "/v1/devices/press-1/updates"
+    good = {"updates": {"min_battery": 40, "activate": ["mon-fri 02:00-04:00"]}, "activation": {"net": {"trial": {}}}}
+    assert (await admin.patch(at, json=good)).status_code == 200
+    refused = await admin.patch(at, json=patch)
+    assert refused.status_code == 422, refused.text
+    assert said in refused.json()["detail"], refused.text
+    kept = (await admin.get("/v1/devices/press-1")).json()
+    assert (kept["desired"], kept["desired_version"]) == (good, 1)
+    less = await admin.patch(at, json={"updates": {"min_battery": None}, "activation": None})
+    assert less.json()["desired"] == {"updates": {"activate": ["mon-fri 02:00-04:00"]}}
+
+
+async def test_rules_of_before_that_no_device_takes_hold_up_nothing_else_and_can_be_mended(hub: Hub) -> None:
+    await enrolled(hub, "press-1")
+    admin, at = await hub.login(), "/v1/devices/press-1/updates"
+    await hub.services.db.write(lambda c: c.execute(devices.update().values(desired={"updates": {"min_batery": 40}})))
+    assert (await admin.patch("/v1/devices/press-1/desired", json={"config": {"log": "debug"}})).status_code == 200
+    assert (await admin.patch(at, json={"activation": {"net": {"trial": {}}}})).status_code == 200
+    assert (await admin.patch(at, json={"updates": {"min_battery": 40}})).status_code == 422
+    mended = await admin.patch(at, json={"updates": {"min_battery": 40, "min_batery": None}})
+    assert mended.json()["desired"]["updates"] == {"min_battery": 40}
