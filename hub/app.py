@@ -41,6 +41,7 @@ from hub.ingest import Ingest
 from hub.jobs import Jobs
 from hub.registry import Registry
 from hub.repository import Repository, make_key
+from hub.retention import Retention
 from hub.rollout_runner import Rollouts
 from hub.services import BrokerAddress, Services
 from hub.telemetry import Telemetry
@@ -69,6 +70,8 @@ class Settings:
     broker_config: Path | None = None
     root: Path | None = None  # where the root key is; `data/root` if not given
     longest_outage_days: float = 30.0
+    keep_days: float = 90.0  # records; 0: for ever
+    keep_jobs_days: float = 90.0  # jobs that have ended
     database: str = ""
     blobs: str = ""  # an object store's URL; `data/blobs` if not given
     models: str = ""  # URL of an OpenAI-compatible server that devices may ask through the hub
@@ -167,6 +170,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         uploads=Uploads(settings.data),
         audit=Audit(database),
         authority=authority,
+        retention=Retention(database, settings.keep_days, settings.keep_jobs_days),
         models=upstream,
     )
     await stack.enter_async_context(session)
@@ -279,6 +283,7 @@ async def _running(services: Services, ingest: Ingest, connected: asyncio.Event)
 
     runners = {"ingest": ingest.run, "greet": greet, "jobs": tend_jobs, "grants": renew_grants, "anchor": anchor}
     runners |= {"fanouts": fan_out, "trust": renew_trust, "rollouts": services.rollouts.run}
+    runners |= {"retention": services.retention.run}
     tasks = [asyncio.create_task(_for_ever(name, run), name=name) for name, run in runners.items()]
     try:
         yield

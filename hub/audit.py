@@ -2,8 +2,9 @@
 
 Invariants: entries are only appended, in the transaction of the deed they tell of; `hash` is SHA-256 over the previous
 hash and the entry's canonical JSON. Devices chain their own entries, which come as records; every head that came is
-anchored in the hub's chain, so neither side can rewrite what both have. What the outside world can cause at will (bad
-signatures, unknown devices) is told at most once a minute per cause, with a count, so nobody can fill the disk with it.
+anchored in the hub's chain, so neither side can rewrite what both have; where the oldest were pruned, that chain has
+the hash that the rest follows from. What the outside world can cause at will (bad signatures, unknown devices) is told
+at most once a minute per cause, with a count, so nobody can fill the disk with it.
 """
 
 import hashlib
@@ -77,30 +78,56 @@ class Chains:
     """Follows the chains of devices through their entries, in the order of (device, epoch, seq)."""
 
     def __init__(self) -> None:
-        self.found: dict[str, dict[str, Any]] = {}
+        self._found: dict[str, dict[str, Any]] = {}
         self._heads: dict[tuple[str, int], set[str]] = {}
+        self._breaks: list[tuple[str, int, str]] = []
+        self._anchors: list[Any] = []
+        self._pruned: dict[str, Any] = {}  # the newest, by device
+        self._followed: set[tuple[str, str]] = set()  # heads of what was pruned
 
-    def take(self, device: str, text: str) -> None:
+    def take(self, device: str, text: str) -> bool:
+        """Whether it is in the chain: what an older device only tells is not."""
         body = msgspec.json.decode(text)
         if not isinstance(body, dict) or not isinstance(body.get("n"), int):
-            return  # what an older device only tells is not in its chain
-        chain = self.found.setdefault(device, {"entries": 0, "head": "", "wrong": ""})
+            return False
+        chain = self._chain(device)
         again = body["n"] == 1  # a new state directory begins a new chain
-        if not again and not chain["wrong"] and body.get("prev") != chain["head"]:
-            chain["wrong"] = f"entry {body['n']} does not follow from the one before it"
+        if not again and body.get("prev") != chain["head"]:
+            self._breaks.append((device, body["n"], str(body.get("prev"))))
         chain["entries"] += 1
         chain["head"] = _digest(text)
         self._heads.setdefault((device, body["n"]), set()).add(chain["head"])
+        return True
 
-    def hold(self, anchor: Any) -> None:
-        """Compare with a head that the hub took into its own chain."""
-        name, n = anchor["device"], anchor["n"]
-        heads = self._heads.get((name, n), ())
-        if anchor["head"] not in heads:
-            chain = self.found.setdefault(name, {"entries": 0, "head": "", "wrong": ""})
-            chain["wrong"] = f"entry {n} " + (
-                "is not the one that was anchored" if heads else "was anchored and is gone"
-            )
+    def know(self, action: str, detail: Any) -> None:
+        """Take what the hub's own chain tells, in its order: a head that was anchored, up to where was pruned."""
+        if action == "anchor:device":
+            self._anchors.append(detail)
+        elif action == "prune:device":
+            self._pruned[detail["device"]] = detail
+            self._followed.add((detail["device"], detail["head"]))
+
+    def verdict(self, anchored: bool = True) -> dict[str, dict[str, Any]]:
+        """Each device's chain: entries, head, what is wrong with it, and up to where older ones were pruned."""
+        for name, gone in self._pruned.items():
+            up_to = {"epoch": gone["epoch"], "seq": gone["seq"]}
+            self._chain(name).update(wrong=gone["wrong"], pruned=up_to)
+        for name, n, prev in self._breaks:
+            if (name, prev) not in self._followed and not self._found[name]["wrong"]:
+                self._found[name]["wrong"] = f"entry {n} does not follow from the one before it"
+        for anchor in self._anchors if anchored else ():
+            name, n = anchor["device"], anchor["n"]
+            heads, gone = self._heads.get((name, n), ()), self._pruned.get(name)
+            if gone and (anchor.get("epoch", 0), anchor.get("seq", 0)) <= (gone["epoch"], gone["seq"]):
+                continue  # one of before anchors told their place holds nothing once its device was pruned
+            if anchor["head"] not in heads:
+                self._chain(name)["wrong"] = f"entry {n} " + (
+                    "is not the one that was anchored" if heads else "was anchored and is gone"
+                )
+        return self._found
+
+    def _chain(self, device: str) -> dict[str, Any]:
+        return self._found.setdefault(device, {"entries": 0, "head": "", "wrong": ""})
 
 
 def check_export(lines: Iterable[bytes], devices: bool = True) -> dict[str, Any]:
@@ -108,7 +135,7 @@ def check_export(lines: Iterable[bytes], devices: bool = True) -> dict[str, Any]
 
     One that was made without `devices` has none of what the anchors name.
     """
-    chains, anchors = Chains(), list[Any]()
+    chains = Chains()
 
     def own() -> Iterator[Any]:
         for line in lines:
@@ -119,15 +146,12 @@ def check_export(lines: Iterable[bytes], devices: bool = True) -> dict[str, Any]
                     pass  # the verdict of the hub that made the export
                 case _:
                     entry = msgspec.json.decode(line, type=Exported)
-                    if entry.action == "anchor:device":
-                        anchors.append(msgspec.json.decode(entry.detail))
+                    if devices:
+                        chains.know(entry.action, msgspec.json.decode(entry.detail))
                     yield msgspec.structs.replace(entry, detail=bytes(entry.detail).decode())
 
     broken = first_broken(own())
-    if broken is None:
-        for anchor in anchors if devices else ():
-            chains.hold(anchor)
-    return {"first_broken": broken, "devices": chains.found}
+    return {"first_broken": broken, "devices": chains.verdict(anchored=broken is None)}
 
 
 def cef_device(entry: dict[str, Any]) -> str:
@@ -171,7 +195,8 @@ def anchor(connection: sa.Connection) -> None:
     heads = {}
     for row in connection.execute(sa.select(telemetry).where(new).order_by(telemetry.c.id)):
         if isinstance(n := msgspec.json.decode(row.body).get("n"), int):
-            heads[row.device] = {"device": row.device, "n": n, "head": _digest(row.body)}
+            place = {"epoch": row.epoch, "seq": row.seq}
+            heads[row.device] = {"device": row.device, "n": n, "head": _digest(row.body)} | place
     for name, head in sorted(heads.items()):
         append(connection, name, "anchor:device", head)
     connection.execute(settings.delete().where(settings.c.key == "anchored"))
@@ -241,18 +266,18 @@ class Audit:
         return [DeviceEntry(*row) for row in await self._db.read(lambda c: c.execute(query).all())]
 
     async def devices(self) -> dict[str, dict[str, Any]]:
-        """Each device's chain as the hub holds it: entries, and what is wrong with it, or an empty text."""
+        """Each device's chain as the hub holds it, see `Chains.verdict`."""
         records = sa.select(telemetry.c.device, telemetry.c.body).where(AUDITED)
         records = records.order_by(telemetry.c.device, telemetry.c.epoch, telemetry.c.seq)
-        anchors = sa.select(audit.c.detail).where(audit.c.action == "anchor:device")
+        told = sa.select(audit.c.action, audit.c.detail).where(audit.c.action.in_(["anchor:device", "prune:device"]))
 
         def walk(connection: sa.Connection) -> dict[str, dict[str, Any]]:
             chains = Chains()
             with connection.execution_options(yield_per=1000).execute(records) as rows:
                 for row in rows:
                     chains.take(row.device, row.body)
-            for detail in connection.execute(anchors).scalars():
-                chains.hold(msgspec.json.decode(detail))
-            return chains.found
+            for row in connection.execute(told.order_by(audit.c.id)):
+                chains.know(row.action, msgspec.json.decode(row.detail))
+            return chains.verdict()
 
         return await self._db.read(walk)

@@ -1,5 +1,6 @@
-"""`outrider hub audit-verify` and `audit-export`."""
+"""`outrider hub audit-verify`, `audit-export` and `retention`."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,8 +42,33 @@ def audit_verify(
 
 def _chains(found: dict[str, Any]) -> str:
     own = "whole" if found["first_broken"] is None else f"broken from entry {found['first_broken']} on"
-    lines = [f"{name}: {c['entries']} entries, {c['wrong'] or 'whole'}" for name, c in found["devices"].items()]
+    lines = [f"{n}: {c['entries']} entries, {c['wrong'] or 'whole'}{_gone(c)}" for n, c in found["devices"].items()]
     return "\n".join([f"hub: {own}", *lines])
+
+
+def _gone(chain: dict[str, Any]) -> str:
+    gone = chain.get("pruned")
+    return f"; older ones were pruned, up to seq {gone['seq']} of epoch {gone['epoch']}" if gone else ""
+
+
+@app.command()
+def retention(hub: Url = None, as_json: Json = False) -> None:
+    """Show how long records and finished jobs are kept, and what was pruned."""
+    with talking(hub) as client:
+        tell(client.get("/v1/retention"), as_json, _retention)
+
+
+def _retention(found: dict[str, Any]) -> str:
+    at = f"{datetime.fromtimestamp(found['at'], UTC):%F %T} UTC" if found["at"] else "not yet"
+    lines = [f"last run: {at}"]
+    for what in ("records", "jobs"):
+        kept = found[what]
+        age, since = (
+            f"{kept['days']:g} days" if kept["days"] else "for ever",
+            datetime.fromtimestamp(kept["before"], UTC),
+        )
+        lines.append(f"{what}: kept {age}, here since {since:%F}; pruned {kept['last']}, in all {kept['total']}")
+    return "\n".join(lines)
 
 
 @app.command("audit-export")
@@ -71,6 +97,10 @@ def audit_export(
             for entry in entries:
                 typer.echo(show[1](entry))
             place = {name: entries[-1][name] for name in ("device", "epoch", "seq")}
+        while devices and (entries := client.get("/v1/audit", after=after, limit=1000)["entries"]):
+            for entry in entries:  # made meanwhile: they tell what of the above was pruned
+                typer.echo(show[0](entry))
+            after = entries[-1]["id"]
         for name, chain in verdicts.items():
             if form == "jsonl":
                 typer.echo(msgspec.json.encode({"device": name, "chain": chain}))

@@ -104,6 +104,8 @@ def run(
     ] = None,
     root: Root = None,
     longest_outage_days: Annotated[float, typer.Option(help="A device's certificate outlives this in any case.")] = 30,
+    keep_days: Annotated[float, typer.Option(help="Records older than that are pruned; 0 keeps them for ever.")] = 90,
+    keep_jobs_days: Annotated[float, typer.Option(help="So are jobs that ended and fan-outs.")] = 90,
     database: Annotated[str, typer.Option(help="SQLAlchemy URL; SQLite in --data if not given.")] = "",
     blobs: Annotated[str, typer.Option(help="s3://BUCKET/PREFIX, with AWS_*; a folder in --data if not given.")] = "",
     models: Annotated[
@@ -135,6 +137,8 @@ def run(
             broker_config=broker_config,
             root=root,
             longest_outage_days=longest_outage_days,
+            keep_days=keep_days,
+            keep_jobs_days=keep_jobs_days,
             database=database,
             blobs=blobs,
             models=models,

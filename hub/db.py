@@ -28,6 +28,7 @@ metadata = sa.MetaData()
 BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 AUDITED = sa.text("kind = 'audit'")  # not as a parameter, or SQLite does not use the index
+PRUNED = sa.text("action = 'prune:device'")
 SPECIAL = sa.text("kind <> 'telemetry'")
 
 settings = sa.Table(
@@ -242,6 +243,7 @@ audit = sa.Table(
     sa.Column("detail", sa.Text, nullable=False),
     sa.Column("prev", sa.String(64), nullable=False),
     sa.Column("hash", sa.String(64), nullable=False),
+    sa.Index("audit_pruned", "actor", "id", sqlite_where=PRUNED, postgresql_where=PRUNED),
 )
 
 

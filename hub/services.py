@@ -17,6 +17,7 @@ from hub.downlink import Downlink
 from hub.fanout import Fanouts
 from hub.jobs import Jobs
 from hub.registry import Registry
+from hub.retention import Retention
 from hub.rollout_runner import Rollouts
 from hub.telemetry import Telemetry
 from hub.twin import Twin, direction
@@ -56,6 +57,7 @@ class Services:
     uploads: Uploads
     audit: Audit
     authority: Authority
+    retention: Retention
     models: Upstream | None = None
 
     async def assign_bundle(self, device: str, name: str, version: str, by: str) -> Desired:

@@ -144,6 +144,11 @@ async def audit_of_devices(
     return {"entries": msgspec.to_builtins(entries)}
 
 
+@router.get("/retention", summary="How long records and finished jobs are kept, and what was pruned")
+async def retention(hub: Hub, _: Annotated[Subject, Depends(May("read:audit"))]) -> dict[str, Any]:
+    return await hub.retention.report()
+
+
 @router.get("/audit/verify", summary="Walk the hub's chain and every device's, with the heads that were anchored")
 async def verify_audit(hub: Hub, _: Annotated[Subject, Depends(May("read:audit"))]) -> dict[str, Any]:
     await hub.audit.anchor()
