@@ -71,6 +71,7 @@ class Settings:
     root: Path | None = None  # where the root key is; `data/root` if not given
     longest_outage_days: float = 30.0
     keep_days: float = 90.0  # records; 0: for ever
+    prune_audit: bool = False  # devices' audit entries with them
     keep_jobs_days: float = 90.0  # jobs that have ended
     database: str = ""
     blobs: str = ""  # an object store's URL; `data/blobs` if not given
@@ -170,7 +171,9 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         uploads=Uploads(settings.data),
         audit=Audit(database),
         authority=authority,
-        retention=Retention(database, settings.keep_days, settings.keep_jobs_days),
+        retention=Retention(
+            database, settings.keep_days, settings.keep_jobs_days, audit_too=settings.prune_audit
+        ),
         models=upstream,
     )
     await stack.enter_async_context(session)

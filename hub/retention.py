@@ -3,14 +3,14 @@
 What is not pruned, and why:
 - A device's epoch, watermark and twin. They are in `devices`; by them, not by old records, a record that comes again is
   skipped, a device learns where it stands and a rollout judges. Rollouts read reports of the last minutes only.
-- The hub's audit log: each entry holds the hash of the one before it.
+- The hub's audit log: each entry holds the hash of the one before it; and those of devices, unless it is asked for.
 - The newest record of all: SQLite would give its id again, and who reads past an id would miss the next record.
 - What is not anchored yet; and from the first seq of a dead letter on, as replaying that takes what is not here.
   Letters past the age go first.
 - A job that has not ended, or whose time is not over: it is still sent or taken back. A fan-out goes whole, when all of
   its jobs may. An idempotency key holds as long as its job is kept.
 
-Invariants: a device's records go in the order of (epoch, seq), so its chain loses its beginning and nothing else, and
+Invariants: a device's records go in the order of (epoch, seq), so its chain loses at most its beginning, and
 `prune:device` in the hub's own chain says up to where, with the hash that the rest follows from and what was wrong with
 what went. How old a record is its id says: older than the first one that came within the age, whatever the hub's clock
 said when it came. The horizon moves by STRIDE_S a run at most: a clock that is years ahead for an hour costs a day of
@@ -44,11 +44,11 @@ BATCH, PAUSE_S = 500, 0.02  # rows in a transaction, seconds in which others hav
 class Retention:
     """Prunes once an hour; an age of 0 days keeps for ever. Raises Fatal for one that is less than a day."""
 
-    def __init__(self, db: Database, records_days: float, jobs_days: float) -> None:
+    def __init__(self, db: Database, records_days: float, jobs_days: float, *, audit_too: bool = False) -> None:
         for days in (records_days, jobs_days):
             if days and not days >= 1:
                 raise Fatal(f"{days:g} days is no age to keep something to", "at least 1, or 0 for ever")
-        self._db, self._days = db, {"records": records_days, "jobs": jobs_days}
+        self._db, self._days, self._audit_too = db, {"records": records_days, "jobs": jobs_days}, audit_too
 
     async def run(self) -> None:
         await asyncio.sleep(FIRST_S)
@@ -99,11 +99,12 @@ class Retention:
         old = dead_letters.delete().where(~dead_letters.c.received.between(before, now))
         await self._db.write(lambda c: c.execute(old))
         top = await self._db.read(lambda c: _top(c, before, now))
-        first = sa.select(telemetry.c.id).where(telemetry.c.device == devices.c.name)
+        first = sa.select(telemetry.c.id).where(telemetry.c.device == devices.c.name, _of(self._audit_too))
         first = first.order_by(telemetry.c.epoch, telemetry.c.seq).limit(1)
         due = sa.select(devices.c.name).where(first.scalar_subquery() <= top).order_by(devices.c.name)
         names = await self._db.read(lambda c: c.execute(due).scalars().all())
-        return sum([await self._batches(partial(prune_records, device=name, top=top)) for name in names])
+        prune = partial(prune_records, top=top, audit_too=self._audit_too)
+        return sum([await self._batches(partial(prune, device=name)) for name in names])
 
     async def _jobs(self, before: float, _now: float) -> int:
         return await self._batches(lambda c: prune_jobs(c, before))
@@ -125,13 +126,17 @@ def _top(connection: sa.Connection, before: float, now: float) -> int:
     return min(int(known or 0), int(last or 0) - 1, int(first or last or 0) - 1)
 
 
-def prune_records(connection: sa.Connection, device: str, top: int) -> int:
+def _of(audit_too: bool) -> sa.ColumnElement[bool]:
+    return sa.true() if audit_too else telemetry.c.kind != "audit"
+
+
+def prune_records(connection: sa.Connection, device: str, top: int, audit_too: bool) -> int:
     """Take away some of a device's oldest records, up to the id `top`. How many."""
     letters = sa.select(dead_letters.c.epoch, dead_letters.c.first).where(dead_letters.c.device == device)
     letter = connection.execute(letters.order_by(dead_letters.c.epoch, dead_letters.c.first).limit(1)).first()
     barrier = tuple(letter) if letter else (math.inf, 0)
-    query = sa.select(telemetry).where(telemetry.c.device == device).order_by(telemetry.c.epoch, telemetry.c.seq)
-    rows = connection.execute(query.limit(BATCH)).all()
+    query = sa.select(telemetry).where(telemetry.c.device == device, _of(audit_too))
+    rows = connection.execute(query.order_by(telemetry.c.epoch, telemetry.c.seq).limit(BATCH)).all()
     gone = list(takewhile(lambda row: row.id <= top and (row.epoch, row.seq) < barrier, rows))
     chains, last = audit.Chains(), None
     told = sa.select(entries.c.detail).where(PRUNED, entries.c.actor == device)

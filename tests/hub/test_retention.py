@@ -54,9 +54,11 @@ def chained(sender: Sender, count: int) -> list[Record]:
     return records
 
 
-async def pruned(database: Database, *, records: float = 90, jobs: float = 90) -> dict[str, Any]:
+async def pruned(
+    database: Database, *, records: float = 90, jobs: float = 90, audit_too: bool = True
+) -> dict[str, Any]:
     await Audit(database).anchor()
-    return await Retention(database, records, jobs).prune()
+    return await Retention(database, records, jobs, audit_too=audit_too).prune()
 
 
 async def test_old_records_go_in_bounded_steps_between_which_others_write(sender: Sender) -> None:
@@ -176,6 +178,16 @@ async def test_a_pruned_chain_still_verifies_and_says_up_to_where_it_was_pruned(
     assert await log.first_broken() is None
 
 
+async def test_audit_entries_stay_when_the_records_around_them_go_unless_it_is_asked_for(sender: Sender) -> None:
+    at(sender, 100, sender.batch(chained(sender, 9)))
+    at(sender, 5, sender.batch(make([19])))
+    assert (await pruned(sender.database, audit_too=False))["records"]["last"] == 9
+    assert seqs(sender) == [*range(1, 18, 2), 19]
+    assert (await pruned(sender.database, audit_too=False))["records"]["last"] == 0
+    found = (await Audit(sender.database).devices())[sender.name]
+    assert (found["entries"], found["wrong"], sender.told("prune:device")) == (9, "", 0)
+
+
 async def test_an_export_during_which_entries_were_pruned_verifies(sender: Sender) -> None:
     calls, log = chained(sender, 9), Audit(sender.database)
     at(sender, 100, sender.batch(calls[:12]))
@@ -209,7 +221,7 @@ def test_what_may_go_is_found_without_reading_all_that_is_kept(tmp_path: Path) -
         database.engine, "before_cursor_execute", lambda _c, _cursor, text, given, *_: asked.append((text, given))
     )
     with database.engine.begin() as connection:
-        retention.prune_records(connection, sender.name, 0)
+        retention.prune_records(connection, sender.name, 0, True)
         retention.prune_jobs(connection, NOW)
         for table, index in (("audit", "audit_pruned"), ("jobs", "jobs_by_created (created<?)")):
             text, given = next(each for each in asked if each[0].startswith(f"SELECT {table}."))
