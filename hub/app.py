@@ -171,9 +171,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         uploads=Uploads(settings.data),
         audit=Audit(database),
         authority=authority,
-        retention=Retention(
-            database, settings.keep_days, settings.keep_jobs_days, audit_too=settings.prune_audit
-        ),
+        retention=Retention(database, settings.keep_days, settings.keep_jobs_days, audit_too=settings.prune_audit),
         models=upstream,
     )
     await stack.enter_async_context(session)
