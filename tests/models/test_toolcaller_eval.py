@@ -82,7 +82,14 @@ def test_a_tool_of_thirty_optional_arguments_is_converted_and_has_a_grammar_at_o
     outer |= {f"q{n}": {"type": "integer"} for n in range(30)}
     tools = convert([{"name": "f", "description": "y. " * 300, "parameters": {"properties": outer}}])
     assert len(grammar.build(tools.specs)) < 10**6
-    assert len(tools.specs[0].description) <= 240
+    assert len(tools.specs[0].description) <= 600
+
+
+def test_a_note_is_shown_to_its_end_where_it_says_how_a_value_is_written() -> None:
+    note = "Identifier of the service. The list is the same for every branch and is extended now and then. "
+    note += "For example, '1' stands for cleaning, '2' for ironing and '3' for both of them."
+    found = convert([{"name": "f", "parameters": {"properties": {"service": {"type": "string", "description": note}}}}])
+    assert found.specs[0].params[0].about == note
 
 
 @pytest.mark.parametrize(
@@ -167,6 +174,17 @@ def test_a_report_has_a_row_a_category_with_the_peer_and_goes_on_where_it_was_st
     assert len(list(run.evaluate(model, cases, check, run.Kept(tmp_path / "kept.jsonl")))) == 3
     refused = list(run.evaluate(Saying("", refuse=True), cases, check, run.Kept(tmp_path / "other.jsonl")))
     assert {result.failure for result in refused} == {"too long"}
+
+
+def test_cases_with_the_same_tools_follow_each_other_so_that_the_engine_reads_them_once(
+    check: bfcl.Check, tmp_path: Path
+) -> None:
+    other = bfcl.Case("mine_2", "simple_python", [("user", "Beep.")], [AREA | {"name": "beep"}], [ANSWER])
+    model = Saying(GOOD)
+    cases = [case(id="mine_1"), other, case(id="mine_3", text="And one of 4 by 5?")]
+    results = list(run.evaluate(model, cases, check, run.Kept(tmp_path / "kept.jsonl")))
+    assert [result.id for result in results] in (["mine_1", "mine_3", "mine_2"], ["mine_2", "mine_1", "mine_3"])
+    assert [("beep" in asked.prompt) for asked in model.asked] in ([False, False, True], [True, False, False])
 
 
 def test_only_development_cases_can_be_written_out() -> None:
