@@ -102,7 +102,7 @@ def pieces(text: str, size: int = PIECE) -> list[Piece]:
 def _section(title: str, text: str, size: int) -> Iterator[Piece]:
     piece = ""
     for part in (part for paragraph in re.split(r"\n\s*\n", text) for part in _parts(paragraph.strip(), size)):
-        if piece and len(piece) + len(part) > size:
+        if piece and len(piece) + 1 + len(part) > size:
             yield Piece(title, piece)
             piece = ""
         piece = f"{piece}\n{part}".strip()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_agent.agent.memory import DAY_S, Memory, Vectors, pieces
@@ -154,6 +154,7 @@ def test_a_file_that_is_no_memory_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.text(alphabet="ab .\n#=-", max_size=400), st.integers(20, 60))
+@example("=================== =", 20)
 def test_pieces_are_bounded_and_lose_no_letter(text: str, size: int) -> None:
     cut = pieces(text, size)
     assert all(len(piece.text) <= size for piece in cut)
