@@ -63,10 +63,8 @@ def _retention(found: dict[str, Any]) -> str:
     lines = [f"last run: {at}"]
     for what in ("records", "jobs"):
         kept = found[what]
-        age, since = (
-            f"{kept['days']:g} days" if kept["days"] else "for ever",
-            datetime.fromtimestamp(kept["before"], UTC),
-        )
+        age = f"{kept['days']:g} days" if kept["days"] else "for ever"
+        since = datetime.fromtimestamp(kept["before"], UTC)
         lines.append(f"{what}: kept {age}, here since {since:%F}; pruned {kept['last']}, in all {kept['total']}")
     return "\n".join(lines)
 

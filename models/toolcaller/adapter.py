@@ -35,8 +35,7 @@ def write_adapter(run: Path, out: Path, base: str, bias: Mapping[str, float] | N
     for path, (theirs, values) in zip(more, others, strict=True):
         if theirs != about or {n: v.shape for n, v in values.items()} != {n: v.shape for n, v in arrays.items()}:
             raise ModelError(f"{path} and {run} are not of one form", "a mean needs one rank over the same matrices")
-    if others:
-        arrays = {name: np.mean([value, *(v[name] for _, v in others)], 0) for name, value in arrays.items()}
+    arrays = {name: np.mean([value, *(v[name] for _, v in others)], 0) for name, value in arrays.items()}
     out.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(out / "adapter.npz", "w") as archive:
         for name, value in arrays.items():
@@ -49,7 +48,7 @@ def write_adapter(run: Path, out: Path, base: str, bias: Mapping[str, float] | N
     return content_digest(scan(out))
 
 
-def scale_of(folder: Path) -> dict[str, Any]:
+def form_of(folder: Path) -> dict[str, Any]:
     """`rank`, and `scale` (alpha / rank), of a run or of what ships of one. Raises `DAMAGED`."""
     if (plan := folder / "plan.json").exists():
         run = json.loads(plan.read_text())
@@ -60,7 +59,7 @@ def scale_of(folder: Path) -> dict[str, Any]:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Floats]]:
     try:
-        about, arrays = scale_of(folder), read_arrays(folder / "adapter.npz")
+        about, arrays = form_of(folder), read_arrays(folder / "adapter.npz")
         if strange := [name for name in arrays if not name.endswith((".a", ".b"))]:
             raise ValueError(f"{strange[0]} is no part of an adapter: a full run is merged, not shipped")
     except DAMAGED as error:

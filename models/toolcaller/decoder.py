@@ -98,6 +98,11 @@ class Decoder(nn.Module):
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
 
+def logits(hidden: Tensor, embedding: Tensor) -> Tensor:
+    """(n, vocabulary) float32 of hidden states (n, width), multiplied in what the embedding is kept in."""
+    return F.linear(hidden.to(embedding.dtype), embedding).float()
+
+
 def load(gguf: Path, rank: int, alpha: float, full: bool = False) -> Decoder:
     """A decoder over the weights of a GGUF file."""
     return Decoder(GgufWeights(gguf), rank, alpha, full)

@@ -13,7 +13,7 @@ import numpy as np
 from edge_agent.engines.adapters import DAMAGED, read_arrays
 from models.errors import ModelError
 from models.gguf_weights import BLOCK, Bytes, Floats, GgufWeights
-from models.toolcaller.adapter import scale_of
+from models.toolcaller.adapter import form_of
 
 _SHRINKS = (1.0, 0.95, 0.9, 0.85)
 
@@ -27,7 +27,7 @@ class MergedWeights(GgufWeights):
     def __init__(self, gguf: Path, adapter: Path) -> None:
         super().__init__(gguf)
         try:
-            self._scale = float(scale_of(adapter)["scale"])
+            self._scale = float(form_of(adapter)["scale"])
             self._adapter = read_arrays(adapter / "adapter.npz")
         except DAMAGED as error:
             hint = "a folder of `outrider models toolcaller train`, or an adapter that ships"

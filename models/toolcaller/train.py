@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from models.gguf_weights import Floats
-from models.toolcaller.decoder import Decoder, load
+from models.toolcaller.decoder import Decoder, load, logits
 from models.toolcaller.packing import Bunch, Row, rows
 
 Data = Callable[[int], Iterable[Bunch]]
@@ -59,10 +59,10 @@ class Loss(torch.autograd.Function):
         total, gradient = hidden.new_zeros(()), torch.empty_like(hidden)
         for at in range(0, len(target), Loss.CHUNK):
             part, right = hidden[at : at + Loss.CHUNK], target[at : at + Loss.CHUNK, None]
-            logits = F.linear(part.to(head.dtype), head).float()
-            every = logits.logsumexp(-1, keepdim=True)
-            total += (every - logits.gather(-1, right)).sum()
-            wrong = logits.sub_(every).exp_().scatter_add_(-1, right, -torch.ones_like(every))
+            scores = logits(part, head)
+            every = scores.logsumexp(-1, keepdim=True)
+            total += (every - scores.gather(-1, right)).sum()
+            wrong = scores.sub_(every).exp_().scatter_add_(-1, right, -torch.ones_like(every))
             gradient[at : at + Loss.CHUNK] = wrong.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
         return total
@@ -137,10 +137,10 @@ class Run:
         with torch.no_grad():
             for row in held_out:
                 hidden, target = self._hidden(row)
-                logits = F.linear(hidden.to(self.model.embedding.dtype), self.model.embedding).float()
-                total += F.cross_entropy(logits, target, reduction="sum").item()
+                scores = logits(hidden, self.model.embedding)
+                total += F.cross_entropy(scores, target, reduction="sum").item()
                 tokens += len(target)
-                hits = (logits.argmax(-1) == target).cpu().tolist()
+                hits = (scores.argmax(-1) == target).cpu().tolist()
                 owners = [row.nodes[at] for at in row.at]
                 for _, group in itertools.groupby(zip(owners, hits, strict=True), key=lambda pair: pair[0]):
                     right += all(hit for _, hit in group)
