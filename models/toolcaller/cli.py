@@ -51,6 +51,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the data and of the adapter's first weights.")] = 1,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    average: Annotated[float, typer.Option(min=0, max=0.9999, help="Ship a moving mean of the steps: 0.98.")] = 0.0,
     rows: Annotated[int, typer.Option(min=1, help="Rows of 1,280 tokens a step.")] = 3,
     calls: Annotated[Path | None, typer.Option(help="A file of a site's own tools, requests and calls.")] = None,
     focus: Annotated[list[str], typer.Option(help="A file of `data/written` that half of what it reads is of.")] = [],  # noqa: B006
@@ -87,7 +88,7 @@ def train(
         first = read_arrays(begun / "adapter.npz") if begun else None
         bias = describe(begun).logit_bias if begun else {}
         base = build("smollm2", where)
-        plan = Plan(seed=seed, steps=steps, rank=rank, rate=rate, rows_per_step=rows, full=full)
+        plan = Plan(seed=seed, steps=steps, rank=rank, rate=rate, average=average, rows_per_step=rows, full=full)
         run = Run(fetch("smollm2", where), out, plan, bunches(base, site, focus), device, first)
     except (*DAMAGED, ModelError) as error:
         typer.echo(f"error: {error}\nhint: docs/toolcaller.md says how a file of calls is written", err=True)

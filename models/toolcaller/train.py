@@ -39,6 +39,7 @@ class Plan:
     rank: int = 16
     alpha: float = 32.0
     rate: float = 1e-3
+    average: float = 0.0  # what ships is a moving mean of the steps that forgets so slowly; 0: the last step
     warmup: int = 20
     decay: float = 0.01
     full: bool = False
@@ -99,6 +100,7 @@ class Run:
             self._trained.values(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=plan.decay
         )
         self.step, self._seen = 0, 0
+        self._mean: dict[str, torch.Tensor] = {}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "plan.json").write_text(json.dumps(asdict(plan), indent=1) + "\n")
         if (folder / "checkpoint.pt").exists():
@@ -150,8 +152,9 @@ class Run:
     def save(self) -> None:
         """Publish checkpoint and adapter."""
         state = {"step": self.step, "seen": self._seen, "optimizer": self._optimizer.state_dict()}
-        _publish(self.folder / "checkpoint.pt", state | {"trained": self._trained})
-        half = {name: value.detach().half().cpu().numpy() for name, value in self._trained.items()}
+        _publish(self.folder / "checkpoint.pt", state | {"trained": self._trained, "mean": self._mean})
+        ships = self._mean or self._trained
+        half = {name: value.detach().half().cpu().numpy() for name, value in ships.items()}
         partial = self.folder / "adapter.part.npz"
         np.savez(partial, **half)
         partial.replace(self.folder / "adapter.npz")
@@ -167,6 +170,7 @@ class Run:
         state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
         self.step, self._seen = state["step"], state["seen"]
         self._optimizer.load_state_dict(state["optimizer"])
+        self._mean = state.get("mean", {})
         with torch.no_grad():
             for name, value in self._trained.items():
                 value.copy_(state["trained"][name])
@@ -183,7 +187,13 @@ class Run:
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self._trained.values(), 1.0)
         self._optimizer.step()
+        for name, value in self._trained.items() if self.plan.average else ():
+            self._mean.setdefault(name, value.detach().clone()).lerp_(value.detach(), 1 - self._keeps())
         return total
+
+    def _keeps(self) -> float:
+        """What the moving mean keeps of itself: as little as a plain mean would while there are few steps."""
+        return min(self.plan.average, (self.step + 1) / (self.step + 10))
 
     def _hidden(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
         """Where something is learned, and that. bfloat16 rows are padded to one length: each shape has its kernel."""

@@ -64,8 +64,9 @@ def test_a_run_learns(tmp_path: Path, full: bool) -> None:
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole")
-    first = Run(Path("toy.gguf"), tmp_path / "cut", PLAN, data, "cpu")
+    plan = Plan(**{**PLAN.__dict__, "average": 0.9})
+    whole = run(tmp_path / "whole", plan)
+    first = Run(Path("toy.gguf"), tmp_path / "cut", plan, data, "cpu")
 
     def stop(entry: dict[str, float]) -> None:
         if entry["step"] == 25:
@@ -74,9 +75,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path: Path) -> None
 
     with pytest.raises(KeyboardInterrupt):
         first.run(stop)
-    rest = run(tmp_path / "cut")
+    rest = run(tmp_path / "cut", plan)
     assert [entry["step"] for entry in rest] == list(range(26, 61))
     assert rest[-1]["validation_loss"] == pytest.approx(whole[-1]["validation_loss"], rel=1e-3)
+    ships, other = (dict(np.load(tmp_path / name / "adapter.npz")) for name in ("whole", "cut"))
+    for name, value in ships.items():
+        np.testing.assert_allclose(value, other[name], atol=2e-3)
+
+
+def test_what_ships_is_the_mean_of_the_last_steps_where_that_is_asked_for(tmp_path: Path) -> None:
+    steps: list[dict[str, np.ndarray]] = []
+    made = Run(Path("toy.gguf"), tmp_path, Plan(**{**PLAN.__dict__, "steps": 3, "average": 0.5}), data, "cpu")
+    made.run(lambda _: steps.append({n: v.detach().numpy().copy() for n, v in made.model.trained().items()}))
+    keeps = [min(0.5, n / (n + 9)) for n in (1, 2, 3)]
+    for name, value in np.load(tmp_path / "adapter.npz").items():
+        mean = steps[0][name]
+        for step, keep in zip(steps, keeps, strict=True):
+            mean = keep * mean + (1 - keep) * step[name]
+        np.testing.assert_allclose(value, mean, atol=1e-3)
 
 
 def test_a_run_starts_from_another_adapter_of_its_rank_and_refuses_others(tmp_path: Path) -> None:
