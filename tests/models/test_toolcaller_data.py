@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
+from random import Random
 
 import llguidance
 import pytest
@@ -18,6 +19,7 @@ from models.toolcaller.data.catalogue import blocked, functions, name_hash
 from models.toolcaller.data.generate import KINDS, generate
 from models.toolcaller.data.phrases import wording
 from models.toolcaller.data.scene import Example
+from models.toolcaller.data.slots import draw, scenes
 from models.toolcaller.data.written import groups
 from models.toolcaller.evaluate.overlap import Held
 from models.toolcaller.evaluate.plant_cases import load
@@ -105,8 +107,9 @@ def held() -> Held:
 
 @pytest.fixture(scope="module")
 def texts(examples: list[Example]) -> list[str]:
-    """Every request that training may see: what was written, what is composed, small talk."""
-    written = [request.text for group in groups() for request in group.requests]
+    """Every request that training may see: what was written, what is drawn and composed, small talk."""
+    drawn = [draw(scene, Random(seed)) for scene in scenes() for seed in range(12)]
+    written = [request.text for group in [*groups(), *drawn] for request in group.requests]
     return written + [example.request for example in examples] + wording()["smalltalk"]
 
 
@@ -114,7 +117,8 @@ def test_no_function_is_named_as_one_of_bfcl(held: Held, examples: list[Example]
     assert len(held.names) > 1000
     assert held.names <= blocked()
     made = [spec.name for bunch in itertools.islice(bunches(5), 200) for example in bunch for spec in example.tools]
-    written = [spec.name for group in groups() for spec in group.tools]
+    drawn = [api.spec.name for scene in scenes() for api in scene.apis]
+    written = [spec.name for group in groups() for spec in group.tools] + drawn
     assert not [name for name in made + written + [s.name for e in examples for s in e.tools] if held.named(name)]
 
 
@@ -132,3 +136,4 @@ def test_no_request_shares_six_words_in_a_row_with_the_plant_set_and_no_tool_is_
     plant = {name for case in load() for name in re.findall(r"(\w+)\(", " ".join(case.calls + case.may))}
     assert {"read_sensor", "stop_line"} <= plant
     assert not [spec.name for group in groups() for spec in group.tools if spec.name in plant]
+    assert not [api.spec.name for scene in scenes() for api in scene.apis if api.spec.name in plant]

@@ -1,6 +1,7 @@
 """Bunches: examples that share one catalogue, so that training reads the catalogue once.
 
-Written groups (`written.py`) and composed scenes (`generate.py`) alternate; a written group is met under other names,
+Written groups (`written.py`), groups whose requests are drawn (`slots.py`) and composed scenes (`generate.py`)
+alternate; a group is met under other names,
 with notes and without, alone and among strangers, all calls at once and step by step. Invariants: the same seed gives
 the same bunches; the examples of a bunch have the same preamble to the letter; every completion parses and validates
 against the tools shown. A request of a group whose tool is not shown asks for what nobody can do: `none()`.
@@ -23,11 +24,13 @@ from models.toolcaller.data.generate import Draft, draft, joined
 from models.toolcaller.data.phrases import finish, wording
 from models.toolcaller.data.requests import ask
 from models.toolcaller.data.scene import Example, result
+from models.toolcaller.data.slots import draw, scenes
 from models.toolcaller.data.values import Voice
 from models.toolcaller.data.written import Group, Request, groups
 
 WRITTEN = 0.78  # share of bunches of written groups
 SITE = 0.5  # and of a site's own
+SLOTTED = 0.25  # and of those whose requests are drawn from what is said of each parameter
 FOCUS = 0.5  # and of files that training looks at more than at the others
 SIZE = 24  # examples of a bunch, at most
 MIXED = 0.25  # bunches that serve two groups
@@ -52,6 +55,9 @@ def bunches(seed: int, site: Sequence[Group] = (), focus: Collection[str] = ()) 
         own = Random(rng.getrandbits(64))
         if of_site and own.random() < SITE:
             bunch = _of_site(*next(of_site), own)
+        elif own.random() < SLOTTED:
+            group = draw(own.choice(scenes()), own)
+            bunch = _written(group, group.requests, own)
         elif focused and own.random() < FOCUS:
             bunch = _written(*next(focused), own)
         else:

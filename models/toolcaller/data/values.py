@@ -106,9 +106,9 @@ def sample(kind: Type, voice: Voice, whole: bool = False, form: str = "YYYY-MM-D
         value = rng.random() < 0.7
         return value, "yes" if value else "no"
     if kind.kind == "date":
-        return _date(voice, form)
+        return say_date(voice, form)
     if kind.kind == "time":
-        return _time(voice)
+        return say_time(voice)
     if kind.items:
         return _item(kind, voice)
     number = _number(kind, rng, whole)
@@ -190,7 +190,7 @@ def words(number: int) -> str:
     return _TENS[number // 10] + (f"-{_ONES[number % 10]}" if number % 10 else "")
 
 
-def _date(voice: Voice, form: str) -> tuple[str, str]:
+def say_date(voice: Voice, form: str) -> tuple[str, str]:
     rng = voice.rng
     day = date(2019, 1, 1) + timedelta(days=rng.randint(0, 3600))
     month = MONTHS[day.month - 1]
@@ -210,7 +210,7 @@ def _date(voice: Voice, form: str) -> tuple[str, str]:
     return day.strftime(DATE_FORMATS[form]), said
 
 
-def _time(voice: Voice) -> tuple[str, str]:
+def say_time(voice: Voice) -> tuple[str, str]:
     rng = voice.rng
     hour, minute = rng.randint(0, 23), rng.choice([0, 0, 0, 15, 30, 30, 45, 5, 20, 40])
     value = f"{hour:02d}:{minute:02d}"
