@@ -21,6 +21,11 @@ def rest(period_s: float) -> float:
     return period_s - time.monotonic() % period_s
 
 
+def steady() -> float:
+    """Seconds that nobody can set, and that go on while the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 async def wait_up_to(seconds: float | None, event: asyncio.Event) -> None:
     """Not `asyncio.wait_for`: in Python 3.11 that loses a cancellation which comes together with the event."""
     with contextlib.suppress(TimeoutError):

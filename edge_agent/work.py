@@ -20,6 +20,8 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import msgspec
+
 from edge_agent.agent import policy, shown
 from edge_agent.agent.act import Tools, perform, within_rate
 from edge_agent.agent.approval import Approvals
@@ -42,6 +44,7 @@ from edge_agent.wire.messages import Job, JobKind, JobState
 SUPPORT = "support_bundle"
 LOOK_S = 0.2
 MAX_ERROR = 2000  # characters
+MAX_CALL = 48 << 10  # bytes of a call that does more than read: the record that audits it has 64 KiB
 _log = logging.getLogger("outrider.work")
 _storing = Trouble(_log, "jobs wait for the store, which is tried again and again")
 
@@ -143,7 +146,10 @@ class Work:
             return {"id": await self._intake.workflow(args, subject)}
         spec, call = await self._checked(name, args, subject)
         if spec.risk != "read":
-            await self._audit.append("call", subject.name, call=render(call))
+            told = render(call)
+            if (size := len(msgspec.json.encode(told))) > MAX_CALL:
+                raise Refused(f"the call of {name} has {size} bytes", f"at most {MAX_CALL}, so that it can be audited")
+            await self._audit.append("call", subject.name, call=told)
         await within_rate(self._transcripts, spec, self._clock())
         try:
             return await perform(self._tools, spec, call, key or uuid.uuid4().hex, subject, spec.timeout_s)

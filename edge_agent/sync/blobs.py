@@ -5,8 +5,9 @@
 
 Invariants: the file is on disk before the record that names it; it leaves when the hub has it whole, or when the quota
 makes it the victim (oldest first, told by a record too). A cut costs nothing that the hub has: it is asked how much is
-there, and the rest is sent (tus 1.0). What the hub refuses for good, and what cannot be read, is told and let go, and
-holds up none behind it; who stands between takes none.
+there, and the rest is sent (tus 1.0). What the hub refuses for good, and what cannot be read, is told and let go; what
+it refuses for now is tried again later, as long as the quota lets it wait. None of these holds up those behind it, and
+who stands between takes none.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 import logging
 import random
 import re
+import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from pathlib import Path
 import httpx
 
 from edge_agent.errors import OutriderError, Refused, Retry
+from edge_agent.rhythm import wait_up_to
 from edge_agent.sync.outbox import Outbox
 from edge_agent.trouble import Trouble
 from edge_agent.wire import durable
@@ -32,7 +35,9 @@ from edge_agent.wire import durable
 QUOTA = 256 << 20  # bytes that may wait
 PIECE = 1 << 16
 BACKOFF_S = (1.0, 60.0)
-_FOR_GOOD = (400, 413, 422)
+HELD_S = (1.0, 3600.0)  # a blob that was refused waits so long, others meanwhile pass it: first and longest
+IN_A_ROW = 3  # so many that were refused say more of the hub than of themselves
+_FOR_GOOD, _EVERYONE = (400, 413, 422), (401, 403, 429)
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's trouble, not a file's
 _NAME = re.compile(r"[0-9]+-[0-9a-f]{64}")
 PRIORITY = 4
@@ -50,6 +55,7 @@ class Blobs:
         for part in folder.glob(".*.part"):  # of a process that was killed
             part.unlink()
         self._out = set[str]()  # told as lost, and perhaps still in the folder
+        self._held = dict[str, tuple[float, float]]()  # refused for now: until when (monotonic), and how long that is
         self._next = 1 + max((_order(path) for path in self._waiting()), default=0)
         self._put, self._more = asyncio.Lock(), asyncio.Event()
         self._trouble = Trouble(log, "uploads wait")
@@ -78,9 +84,11 @@ class Blobs:
             self._more.clear()
             try:
                 await self._round()
-                self._trouble.over()
+                if not self._held:
+                    self._trouble.over()
                 delay = BACKOFF_S[0]
-                await self._more.wait()
+                wait = max(0.05, min(self._held.values())[0] - time.monotonic()) if self._held else None
+                await wait_up_to(wait, self._more)
             except (Retry, httpx.HTTPError, OSError) as error:
                 self._trouble.tell(error)
                 await asyncio.sleep(random.uniform(0, delay))
@@ -89,16 +97,30 @@ class Blobs:
     async def _round(self) -> None:
         listed = await asyncio.to_thread(self._waiting)
         self._out.intersection_update(path.name for path in listed)
-        for path in listed:
+        self._held = {path.name: held for path in listed if (held := self._held.get(path.name))}
+        refused = 0
+        for path in sorted(listed, key=self._until):
+            if path.name in self._out or self._until(path) > time.monotonic():
+                continue
             try:
-                if path.name not in self._out:
-                    await self._upload(path)
+                await self._upload(path)
+                self._held.pop(path.name, None)
+                refused = 0
+            except _Held as error:
+                wait = min(self._held.get(path.name, (0.0, HELD_S[0] / 2))[1] * 2, HELD_S[1])
+                self._held[path.name] = time.monotonic() + wait * random.uniform(0.5, 1.0), wait
+                if (refused := refused + 1) == IN_A_ROW:
+                    raise
+                self._trouble.tell(error)
             except _Unreadable as error:
                 log.error("blob %s is set aside: %s", path.name, error)
                 await self._let_go(path, f"unreadable: {error}", path.with_name("unread"))
 
+    def _until(self, path: Path) -> float:
+        return self._held.get(path.name, (0.0, 0.0))[0]
+
     async def _upload(self, path: Path) -> None:
-        """Raises Retry or httpx.HTTPError when it is to be tried again, _Unreadable when that would not help."""
+        """Raises Retry or httpx.HTTPError when it is to be tried again (_Held: by itself), _Unreadable when in vain."""
         with _reading():
             size = (await asyncio.to_thread(path.stat)).st_size
         sha256 = path.name.partition("-")[2]
@@ -114,7 +136,8 @@ class Blobs:
         elif answer.status_code in _FOR_GOOD:
             await self._let_go(path, f"refused: {answer.text[:200]}")
         else:
-            raise Retry(f"the hub answers {answer.status_code} to a blob: {answer.text[:200]}")
+            kind = Retry if answer.status_code in _EVERYONE else _Held
+            raise kind(f"the hub answers {answer.status_code} to a blob: {answer.text[:200]}")
 
     async def _ask(
         self, method: str, path: str, headers: dict[str, str], content: AsyncIterator[bytes] | None = None
@@ -161,6 +184,10 @@ class Blobs:
 
     def _waiting(self) -> list[Path]:
         return sorted((path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)), key=_order)
+
+
+class _Held(Retry):
+    """The hub does not take it now."""
 
 
 class _Unreadable(Exception):

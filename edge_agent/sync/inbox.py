@@ -3,7 +3,8 @@
 Invariants: a job is accepted once, by id and by idempotency key; it changes state only along `JOB_TRANSITIONS`, and the
 record that reports the change is enqueued in the same transaction; an expired job is reported expired, never run,
 judged by the time that the hub signed and what passed since, however this machine's clock is set (until it has signed
-one since the start, a job that this clock would drop, or that it calls not yet made, waits);
+one since the start, a job that this clock would drop, or that it calls not yet made, waits); one that is longer than
+a hub makes them (BOUNDS) is rejected as it comes, so that whatever is told of a job fits a record;
 `next` journals `running` before it hands a job out, so a job found running at start was interrupted and is never run
 again by itself. A cancellation drops a job that waits, for ever one that is not known yet, and tells `on_cancel` of one
 that runs; that it was asked for is on disk.
@@ -21,7 +22,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.errors import Refused
-from edge_agent.rhythm import wait_up_to
+from edge_agent.rhythm import steady, wait_up_to
 from edge_agent.store import Connection, Store
 from edge_agent.sync.outbox import Outbox
 from edge_agent.trouble import Trouble
@@ -31,12 +32,9 @@ MAX_WAITING = 1000  # jobs delivered and not begun
 KEPT = 10_000  # of so many newest jobs the ended ones are remembered, so that a repeated one is known
 REPORT_PRIORITY, PROGRESS_PRIORITY = 1, 6
 LOOK_S = 30.0  # a job that waits for the time is looked at again
+BOUNDS = {"id": 256, "subject": 512, "idempotency_key": 1024, "roles": 16 << 10, "body": 64 << 10}
+"""Bytes of JSON of a job from the hub: of its body as many as the hub takes, of names more."""
 _COLUMNS = "id, idempotency_key, state, expires, updated, job"
-
-
-def _steady() -> float:
-    """Seconds that nobody can set, and that go on while the machine is suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Inbox:
@@ -47,7 +45,7 @@ class Inbox:
         store: Store,
         outbox: Outbox,
         clock: Callable[[], float] = time.time,
-        steady: Callable[[], float] = _steady,
+        steady: Callable[[], float] = steady,
     ) -> None:
         self._store, self._outbox, self._clock, self._steady = store, outbox, clock, steady
         self._ahead: float | None = None  # of the hub's clock before `steady`
@@ -148,7 +146,9 @@ class Inbox:
             db.on_commit(lambda: self.on_cancel(id, why))
 
     def put(self, db: Connection, job: Job, own: bool = False) -> JobState | None:
-        """The same inside the caller's transaction; `own` work, not the hub's, expires by `now`."""
+        """The same inside the caller's transaction; `own` work, not the hub's, expires by `now` and may be longer."""
+        if too_long := "" if own else _too_long(job):
+            job = msgspec.structs.replace(job, body={}, subject="", roles=[], idempotency_key="")
         if job.kind is JobKind.CANCEL:
             self._cancel(db, str(job.body.get("job", ""))[:64], job)
             return None
@@ -160,7 +160,9 @@ class Inbox:
         waiting = db.execute("SELECT count(*) FROM jobs WHERE state = 'delivered'").fetchone()[0]
         values = [job.id, key, JobState.QUEUED, job.expires, now, msgspec.json.encode(job)]
         db.execute(f"INSERT INTO jobs ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", values)
-        if twin:
+        if too_long:
+            state, error = JobState.REJECTED, too_long
+        elif twin:
             state, error = JobState.REJECTED, f"the same as job {twin[0]}: both carry idempotency key {key!r}"
         elif self._ahead is not None and job.expires <= self.now():
             state, error = JobState.EXPIRED, f"it expired {self.now() - job.expires:.0f} s before it came"
@@ -218,6 +220,16 @@ class Inbox:
                 self.unbegun(db, report.id, report.error, report.ts)
             ended = ", ".join(f"'{each}'" for each in sorted(TERMINAL))
             db.execute(f"DELETE FROM jobs WHERE n <= (SELECT max(n) FROM jobs) - {KEPT} AND state IN ({ended})")
+
+
+def _too_long(job: Job) -> str:
+    """What is too long about it, if something is. Raises Refused when nobody could be told that by a report."""
+    for part, most in BOUNDS.items():
+        if (size := len(msgspec.json.encode(getattr(job, part)))) > most:
+            if part == "id" or job.kind is JobKind.CANCEL:
+                raise Refused(f"the {part} of a job has {size} bytes", f"at most {most}")
+            return f"its {part} has {size} bytes: a device takes at most {most}"
+    return ""
 
 
 def _job(line: bytes) -> Job:

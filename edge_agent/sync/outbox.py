@@ -2,7 +2,8 @@
 
 Invariants: a seq that `append` returned is on disk and names one content for ever; seqs count from 1 within an epoch,
 with no holes but for records let go by quota or TTL, and a `loss` record tells of those; a record leaves only when the
-hub's ack covers it, when its TTL has passed or when the quota makes it the victim (lowest priority first, then oldest).
+hub's ack covers it, when its TTL has passed, by the time of `ages.py`, or when the quota makes it the victim (lowest
+priority first, then oldest).
 A batch that was handed out is let go only when nothing else is left to go. Before anything is sent, `settle` is told
 what the hub knows; more than was there when the first process since the last answer began (`found`), and another life
 of the device wrote it (this one was restored, or its disk lied): a new epoch begins, with what was made since.
@@ -13,6 +14,7 @@ On disk lie the blocks of `blocks.py`, so that the work of SQLite is paid a bloc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
@@ -24,7 +26,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edge_agent.errors import Refused, Retry
+from edge_agent.rhythm import steady
 from edge_agent.store import Connection, Store
+from edge_agent.sync.ages import Ages, Note
 from edge_agent.sync.blocks import Run, blocks, enough, refusal
 from edge_agent.trouble import Trouble
 from edge_agent.wire.batch import MAX_BATCH
@@ -34,6 +38,7 @@ log = logging.getLogger(__name__)
 LOWEST = 9
 _KEPT = -1  # stored priority of a loss record: never let go
 _ROWS = 16  # blocks an INSERT
+DELAY_S = 10.0  # what the hub tells comes so late: less between two times that it tells is no time off
 _COUNT = "coalesce(sum(last - first + 1), 0), coalesce(sum(length(lines)), 0)"
 
 
@@ -75,8 +80,10 @@ _Span = tuple[int, int, int]  # first, last, priority
 class Outbox:
     """Made by `await Outbox.open(store)`; one an open store."""
 
-    def __init__(self, store: Store, epoch: int, state: _State, limits: Limits, clock: Callable[[], float]) -> None:
-        self._store, self._state, self._limits, self._clock = store, state, limits, clock
+    def __init__(
+        self, store: Store, epoch: int, state: _State, limits: Limits, clock: Callable[[], float], ages: Ages
+    ) -> None:
+        self._store, self._state, self._limits, self._clock, self._ages = store, state, limits, clock, ages
         self.epoch = epoch
         self.found: float = state.last_seq
         self.changed = asyncio.Event()  # set after each commit of new records; its consumer clears it
@@ -84,22 +91,29 @@ class Outbox:
         self._flusher: asyncio.Task[None] | None = None
         self._handed_out = state.acked  # the newest seq that may be on its way
         self._next_expiry = 0.0  # nothing outlives its TTL before
+        self._before = 0  # the last seq that was there when the first process began that the hub has not answered yet
         self._expiring = Trouble(log, "what outlived its TTL is sent all the same")
 
     @classmethod
-    async def open(cls, store: Store, limits: Limits | None = None, clock: Callable[[], float] = time.time) -> Outbox:
+    async def open(
+        cls,
+        store: Store,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = steady,
+    ) -> Outbox:
         """Read where the last process stopped."""
 
-        def load(db: Connection) -> tuple[int, int, _State]:
+        def load(db: Connection) -> tuple[int, int, _State, Ages]:
             db.execute("UPDATE outbox_state SET last_seq = max(last_seq, (SELECT coalesce(max(last), 0) FROM outbox))")
             db.execute("UPDATE outbox_state SET found = coalesce(found, last_seq)")
             epoch, last, acked, found = db.execute("SELECT epoch, last_seq, acked, found FROM outbox_state").fetchone()
             rows, size = db.execute(f"SELECT {_COUNT} FROM outbox").fetchone()
-            return epoch, found, _State(last, acked, rows, size)
+            return epoch, found, _State(last, acked, rows, size), Ages(db, clock, steady)
 
-        epoch, found, state = await store.write(load)
-        outbox = cls(store, epoch, state, limits or Limits(), clock)
-        outbox.found = found
+        epoch, found, state, ages = await store.write(load)
+        outbox = cls(store, epoch, state, limits or Limits(), clock, ages)
+        outbox.found = outbox._before = found
         return outbox
 
     @property
@@ -190,14 +204,21 @@ class Outbox:
 
     async def expire(self) -> None:
         """Let go of what outlived its TTL. Raises Retry."""
-        if self._clock() >= self._next_expiry:
+        if self._ages.now() >= self._next_expiry:
             await self._store.write(self._expire)
+
+    async def hear(self, ts: float) -> None:
+        """What the hub's clock says at this moment, signed: what waited while the device was off is older by that."""
+        missed, note = self._ages.hear(ts)
+        with contextlib.suppress(Retry):  # a full disk must not stop the ack that would free it; the next one tells too
+            if missed > DELAY_S or self._ages.note.hub is None:
+                await self._store.write(lambda db: self._age(db, missed, note))
+            self._ages.note = note
 
     def _run(self, kind: str, bodies: Sequence[dict[str, Any]], priority: int, ttl: float | None) -> Run:
         if not 0 <= priority <= LOWEST:
             raise Refused(f"priority {priority} of a {kind} record", f"0 is the highest, {LOWEST} the lowest")
-        now = self._clock()
-        return Run(kind, bodies, priority, now, None if ttl is None else now + ttl)
+        return Run(kind, bodies, priority, self._clock(), None if ttl is None else self._ages.now() + ttl)
 
     async def _flush(self) -> None:
         try:
@@ -240,6 +261,7 @@ class Outbox:
     def _insert(self, db: Connection, runs: Sequence[Run]) -> range:
         """`last_seq` is not written: what is there tells it, and what removes blocks keeps it."""
         state = self._begin(db)
+        self._ages.keep(db)
         first = state.last_seq + 1
         made = list(blocks(first, runs))
         for at in range(0, len(made), _ROWS):
@@ -319,7 +341,7 @@ class Outbox:
         db.execute("UPDATE outbox_state SET epoch = ?, last_seq = ?, acked = 0, found = NULL", [epoch, state.last_seq])
 
         def done() -> None:
-            self.epoch, self.found, self._handed_out = epoch, math.inf, 0
+            self.epoch, self.found, self._handed_out, self._before = epoch, math.inf, 0, self._before - base
 
         db.on_commit(done)
 
@@ -331,7 +353,7 @@ class Outbox:
         self._state.bytes -= size
 
     def _expire(self, db: Connection) -> None:
-        values = [self._clock(), self._handed_out]
+        values = [self._ages.now(), self._handed_out]
         where = "expires IS NOT NULL AND expires <= ? AND first > ?"
         gone = db.execute(f"SELECT first, last, priority FROM outbox WHERE {where} ORDER BY first", values).fetchall()
         if gone:
@@ -341,6 +363,12 @@ class Outbox:
             self._tell_loss(db, LossReason.TTL, gone)
         (soonest,) = db.execute("SELECT min(expires) FROM outbox WHERE expires > ?", values[:1]).fetchone()
         self._next_expiry = math.inf if soonest is None else soonest
+
+    def _age(self, db: Connection, missed: float, note: Note) -> None:
+        """What was made after that did not wait while the device was off."""
+        db.execute("UPDATE outbox SET expires = expires - ? WHERE first <= ?", [missed, self._before])
+        self._ages.write(db, note)
+        self._next_expiry = 0.0
 
     def _make_room(self, db: Connection) -> None:
         """Down to 95 % of the limits, so that the scan for victims is paid once for many appends."""

@@ -299,6 +299,7 @@ class Session:
             return
         if self._since < ack.seq <= box.last_seq:
             self._inbox.hear(ack.ts)
+            await box.hear(ack.ts)
         now = time.monotonic()
         if ack.seq > box.acked:
             if ack.seq <= box.last_seq:  # the next may go while the records are let go

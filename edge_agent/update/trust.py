@@ -32,11 +32,15 @@ from edge_agent.update.download import Downloads, NotThere
 from edge_agent.update.slots import Offer
 from edge_agent.wire import durable
 from edge_agent.wire.bundle import SHA256, Directive, Sealed, Target, open_directive, open_root, target_paths
+from edge_agent.wire.chunks import MAX_INDEX
 from edge_agent.wire.errors import WireError
+from edge_agent.wire.messages import MAX_MESSAGE
 from edge_agent.wire.signing import VerifyKey
 
 MAX_METADATA = 5_000_000
 """Bytes of a metadata file: python-tuf's largest bound."""
+LONGEST = MAX_MESSAGE, MAX_INDEX
+"""Bytes of a manifest and of a chunk index, whatever was signed: none that is longer could be read."""
 _ALARMS: tuple[tuple[type[Exception], str, str], ...] = (
     (tuf.ExpiredMetadataError, "", "freeze: the hub's metadata has expired"),
     (tuf.BadVersionNumberError, r"snapshot version|\w v\d", "mix-and-match: metadata of different times"),
@@ -155,7 +159,7 @@ class Repository:
         root, fetcher = await self._first_root(), Fetcher(self._downloads, asyncio.get_running_loop())
         try:
             targets = await asyncio.to_thread(self._look_up, root, fetcher, target_paths(name, version))
-            return Offer(*[await self._target(target) for target in targets])
+            return Offer(*[await self._target(*each) for each in zip(targets, LONGEST, strict=True)])
         except tuf.DownloadError as error:
             raise fetcher.failed or named(error) from error
         except tuf.RepositoryError as error:
@@ -171,7 +175,9 @@ class Repository:
             found.append(target)
         return found
 
-    async def _target(self, target: TargetFile) -> bytes:
+    async def _target(self, target: TargetFile, longest: int) -> bytes:
+        if target.length > longest:
+            raise Retry(f"endless data: {target.path} is signed with {target.length} bytes", f"at most {longest}")
         digest = target.hashes.get("sha256", "")
         if not SHA256.fullmatch(digest):
             raise Retry(f"arbitrary software: {target.path} is signed with no SHA-256", "sign it again with one")

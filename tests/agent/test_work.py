@@ -38,6 +38,12 @@ def double(number: int) -> int:
     return 2 * number
 
 
+@tool(risk="act")
+def keep_all(values: list[int]) -> int:
+    """Keep some values."""
+    return len(values)
+
+
 class Rig:
     """A device's work with its real journal."""
 
@@ -66,7 +72,7 @@ class Rig:
 async def rig(path: Path, **fail: Exception) -> AsyncIterator[Rig]:
     store = Store(path, migrations)
     try:
-        yield Rig(store, await Outbox.open(store), LocalTools(double, fail=dict(fail)))
+        yield Rig(store, await Outbox.open(store), LocalTools(double, keep_all, fail=dict(fail)))
     finally:
         store.close()
 
@@ -91,6 +97,42 @@ async def test_a_job_whose_args_are_no_dict_is_refused_and_the_next_one_runs(
         assert (good.state, good.result) == (JobState.SUCCEEDED, {"result": 8})
         assert await after.inbox.state("bad") is JobState.FAILED
         assert "each argument by its name" in (await after.end_of("bad")).error
+
+
+@pytest.mark.parametrize("long", ["subject", "idempotency_key", "roles", "body"])
+async def test_a_job_that_is_longer_than_a_hub_makes_them_is_rejected_with_the_bound_and_the_next_one_runs(
+    tmp_path: Path, long: str
+) -> None:
+    """Its end, in a record of 64 KiB at most, could not have been told after its call was made."""
+    plain = job("bad", {"tool": "keep_all", "args": {"values": [1]}})
+    parts: dict[str, Any] = {"roles": ["r" * 100_000], "body": plain.body | {"note": "x" * 100_000}}
+    async with rig(tmp_path / "s.db") as made:
+        state = await made.inbox.accept(msgspec.structs.replace(plain, **{long: parts.get(long, "x" * 100_000)}))
+        assert state is JobState.REJECTED
+        await made.inbox.accept(job("good", {"tool": "double", "args": {"number": 4}}))
+        assert (await made.end_of("good")).result == {"result": 8}
+        assert f"its {long} has 100" in (report := await made.end_of("bad")).error
+        assert "at most" in report.error
+        assert made.tools.calls == [("double", {"number": 4})]
+        assert made.store.path.stat().st_size < 200_000
+
+
+async def test_a_job_whose_id_no_report_can_name_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    async with rig(tmp_path / "s.db") as made:
+        for wrong in (job("i" * 100_000, {}), job("c", {"job": "a"}, JobKind.CANCEL)):
+            wrong = msgspec.structs.replace(wrong, subject="s" * 100_000)
+            with pytest.raises(Refused, match="of a job has 100002 bytes"):
+                await made.inbox.accept(wrong)
+            assert await made.inbox.state(wrong.id) is None
+
+
+async def test_a_call_too_long_for_its_audit_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    async with rig(tmp_path / "s.db") as made:
+        await made.inbox.accept(job("fits", {"tool": "keep_all", "args": {"values": [1] * 16_000}}))
+        await made.inbox.accept(job("long", {"tool": "keep_all", "args": {"values": [1] * 30_000}}))
+        assert "so that it can be audited" in (await made.end_of("long")).error
+        assert (await made.end_of("fits")).result == {"result": 16_000}
+        assert len(made.tools.calls) == 1
 
 
 @pytest.mark.parametrize("restarted", [False, True])

@@ -271,7 +271,7 @@ async def test_a_seq_is_never_used_again_after_a_restart_whatever_removed_the_ne
 ) -> None:
     now = 1000.0
     store = Store(tmp_path / "s.db")
-    outbox = await Outbox.open(store, limits, lambda: now)
+    outbox = await Outbox.open(store, limits, lambda: now, lambda: now)
     await outbox.append_many("telemetry", [{}] * 19, 0)
     for seq in (20, 22):  # 21 tells of the loss of both
         assert await outbox.append("telemetry", {}, 9, ttl) == seq
@@ -361,7 +361,7 @@ async def test_past_the_quota_the_lowest_priority_and_oldest_go_first(store: Sto
 
 async def test_what_outlived_its_ttl_goes_and_is_told(store: Store) -> None:
     now = 1000.0
-    outbox = await Outbox.open(store, clock=lambda: now)
+    outbox = await Outbox.open(store, steady=lambda: now)
     await outbox.append("telemetry", {"n": 1}, ttl=10)
     await outbox.append("telemetry", {"n": 2})
     now = 1011.0
@@ -372,7 +372,7 @@ async def test_what_outlived_its_ttl_goes_and_is_told(store: Store) -> None:
 
 async def test_what_outlived_its_ttl_goes_after_a_transaction_that_let_go_of_it_and_failed(store: Store) -> None:
     now = 1000.0
-    outbox = await Outbox.open(store, limits=Limits(rows=2), clock=lambda: now)
+    outbox = await Outbox.open(store, limits=Limits(rows=2), steady=lambda: now)
     await outbox.append("telemetry", {"n": 1}, ttl=10)
     now = 1011.0
 

@@ -37,7 +37,8 @@ class OutboxMachine(RuleBasedStateMachine):
     def _open(self) -> None:
         self.store = Store(self.folder / "s.db")
         limits = Limits(rows=40, bytes=8000)
-        self.outbox = self.loop.run_until_complete(Outbox.open(self.store, limits, lambda: self.now))
+        clocks = (lambda: self.now, lambda: self.now)
+        self.outbox = self.loop.run_until_complete(Outbox.open(self.store, limits, *clocks))
 
     def _said(self) -> tuple[int, ...]:
         box = self.outbox

@@ -110,7 +110,8 @@ async def test_an_ack_of_an_earlier_connection_tells_no_time(hub: Hub, device: D
     await until(lambda: device.session.connected)
     await device.outbox.append("telemetry", {"n": 0})
     await until(lambda: device.outbox.depth == 0)
-    told = device.inbox.now()
+    told, heard = device.inbox.now(), device.outbox._ages.note.hub
+    assert heard is not None
     connections = device.session.counters.connections
     device.cut()
     await until(lambda: device.session.connected and device.session.counters.connections > connections)
@@ -118,6 +119,7 @@ async def test_an_ack_of_an_earlier_connection_tells_no_time(hub: Hub, device: D
     await hub.send(TopicKind.ACK, Ack(hub.epoch, hub.watermark, 0.0, hub.nonce))
     await until(lambda: device.session.counters.acks > acks)
     assert device.inbox.now() >= told
+    assert device.outbox._ages.note.hub == pytest.approx(heard, abs=60.0)
 
 
 async def test_cuts_lose_and_double_nothing(hub: Hub, device: Device) -> None:
@@ -347,7 +349,7 @@ async def test_a_job_that_found_the_disk_full_is_taken_when_there_is_room(hub: H
     await until(lambda: device.session.connected)
     (pages,) = await device.store.read(lambda db: db.execute("PRAGMA page_count").fetchone())
     await device.store.read(lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchone())
-    big = msgspec.structs.replace(job("big"), body={"text": "x" * 100_000})
+    big = msgspec.structs.replace(job("big"), body={"text": "x" * 60_000})
     await hub.send(TopicKind.JOBS, big)
     before = device.session.counters.acks
     await hub.ack()  # others go on

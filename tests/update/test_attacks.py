@@ -198,6 +198,32 @@ async def test_endless_data_is_refused(hub: PlantHub, asks: Asks, tmp_path: Path
     await asks.refused("endless data")
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["manifest", "index"])
+async def test_a_target_signed_longer_than_one_can_be_is_not_fetched_and_fails_its_update_alone(
+    hub: PlantHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """Whoever has the keys of targets could else fill a device's memory."""
+    one = hub.publish("net", "1", {"model.bin": b"good"}, tmp_path)
+    long, path = trust.LONGEST[which] + 1, target_paths("net", "2")[which]
+
+    def signs(length: int, hashes: dict[str, str], name: str) -> TargetFile:
+        return TargetFile(long if name == path else length, hashes, name)
+
+    with monkeypatch.context() as signing:
+        signing.setattr("hub.repository.TargetFile", signs)
+        two = hub.publish("net", "2", {"model.bin": b"good two"}, tmp_path)
+    other = hub.publish("other", "1", {"model.bin": b"good other"}, tmp_path)
+    async with device(tmp_path / "state", hub) as it:
+        await it.wants(one, "committed")
+        report = await it.wants(two, "failed")
+        assert f"endless data: {path} is signed with {long} bytes" in report.error
+        assert report.version == "1"
+        await it.directed({"net": two, "other": other})
+        await until(lambda: it.running == ["1", "1"])
+        hub.publish("net", "2", {"model.bin": b"good two"}, tmp_path)
+        await it.wants(two, "committed")
+
+
 async def test_slow_retrieval_is_refused(
     hub: PlantHub, asks: Asks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
