@@ -70,7 +70,7 @@ class Settings:
     broker_config: Path | None = None
     root: Path | None = None  # where the root key is; `data/root` if not given
     longest_outage_days: float = 30.0
-    keep_days: float = 90.0  # records; 0: for ever
+    keep_days: float = 90.0  # records and uploads; 0: for ever
     prune_audit: bool = False  # devices' audit entries with them
     keep_jobs_days: float = 90.0  # jobs that have ended
     database: str = ""
@@ -151,6 +151,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
     if upstream:
         stack.push_async_callback(upstream.close)
     ingest = Ingest(database, session, devices_, downlink, work.send_queued)
+    uploads, days = Uploads(settings.data), (settings.keep_days, settings.keep_jobs_days)
     services = Services(
         fleet=settings.fleet,
         key=key,
@@ -168,10 +169,10 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Services:
         registry=registry,
         rollouts=Rollouts(database, twin, registry, devices_, key),
         telemetry=Telemetry(database),
-        uploads=Uploads(settings.data),
+        uploads=uploads,
         audit=Audit(database),
         authority=authority,
-        retention=Retention(database, settings.keep_days, settings.keep_jobs_days, audit_too=settings.prune_audit),
+        retention=Retention(database, uploads, *days, audit_too=settings.prune_audit),
         models=upstream,
     )
     await stack.enter_async_context(session)

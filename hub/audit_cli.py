@@ -61,7 +61,7 @@ def retention(hub: Url = None, as_json: Json = False) -> None:
 def _retention(found: dict[str, Any]) -> str:
     at = f"{datetime.fromtimestamp(found['at'], UTC):%F %T} UTC" if found["at"] else "not yet"
     lines = [f"last run: {at}"]
-    for what in ("records", "jobs"):
+    for what in ("records", "jobs", "uploads"):
         kept = found[what]
         age = f"{kept['days']:g} days" if kept["days"] else "for ever"
         since = datetime.fromtimestamp(kept["before"], UTC)

@@ -4,14 +4,17 @@
     <data>/uploads/<device>/<sha256>.<size>.part    what has come of it
 
 Invariants: a blob gets its name only whole and fsynced; one whose hash is wrong is begun anew; a device has at most
-`quota` bytes here, declared sizes counted, of which parts that nobody went on with for STALE_S go; one writer a blob.
+`quota` bytes here, declared sizes counted; one writer a blob. Parts that nobody went on with for STALE_S go, and with
+old records (hub/retention.py) what did not come again since.
 """
 
 import asyncio
 import hashlib
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 from edge_agent.wire import durable
@@ -28,6 +31,7 @@ class Uploads:
     def __init__(self, data_dir: Path, quota: int = QUOTA) -> None:
         self._folder, self._quota = data_dir / "uploads", quota
         self._busy: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()  # nothing goes while a device is told that it is here
 
     async def begin(self, device: str, sha256: str, size: int) -> int:
         """How many bytes are here, all only of one that is whole. Raises Refused 422 (also for its size), 423, 507."""
@@ -85,22 +89,43 @@ class Uploads:
             raise Refused(404, f"blob {sha256} of {device} has not come whole", "the device goes on with it by itself")
         return path
 
+    async def prune(self, before: float) -> int:
+        """Take away what came, or came again, before that; and stale parts. How many."""
+        return await asyncio.to_thread(self._prune, before)
+
+    def _prune(self, before: float) -> int:
+        gone = 0
+        for path in self._folder.glob("*/*"):
+            with self._lock, suppress(FileNotFoundError):  # it is whole by now, or was not what it was declared to be
+                gone += self._take(path, before)
+        return gone
+
+    def _take(self, path: Path, before: float) -> bool:
+        """Take it away if it is older than that, or a stale part, and nobody writes to it. Whether it went."""
+        if path.suffix == ".part":
+            before = max(before, time.time() - STALE_S)
+        old = path.stat().st_mtime < before and (path.parent.name, path.name.partition(".")[0]) not in self._busy
+        if old:
+            path.unlink()
+        return old
+
     def _begin(self, device: str, sha256: str, size: int) -> int:
-        folder = self._folder / device
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        taken = 0
-        for path in folder.iterdir():
-            if path.name.startswith(sha256):
-                if _size(path) != size:
-                    raise Refused(422, f"this blob was declared with {_size(path)} bytes, not {size}", "which is it?")
-                return path.stat().st_size
-            if path.suffix == ".part" and time.time() - path.stat().st_mtime > STALE_S:
-                path.unlink()
-            else:
-                taken += _size(path)
-        if taken + size > self._quota:
-            raise Refused(507, f"{device} has {taken} bytes here and may have {self._quota}", "remove some at the hub")
-        (folder / f"{sha256}.{size}.part").touch()
+        with self._lock:
+            folder = self._folder / device
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            taken = 0
+            for path in folder.iterdir():
+                if path.name.startswith(sha256):
+                    if (known := _size(path)) != size:
+                        raise Refused(422, f"this blob was declared with {known} bytes, not {size}", "which is it?")
+                    os.utime(path)  # its age begins anew
+                    return path.stat().st_size
+                if not self._take(path, 0.0):
+                    taken += _size(path)
+            if taken + size > self._quota:
+                said = f"{device} has {taken} bytes here and may have {self._quota}"
+                raise Refused(507, said, "remove some at the hub")
+            (folder / f"{sha256}.{size}.part").touch()
         durable.sync(folder)
         return 0
 

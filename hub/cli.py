@@ -104,7 +104,7 @@ def run(
     ] = None,
     root: Root = None,
     longest_outage_days: Annotated[float, typer.Option(help="A device's certificate outlives this in any case.")] = 30,
-    keep_days: Annotated[float, typer.Option(help="Records older than that are pruned; 0 keeps them for ever.")] = 90,
+    keep_days: Annotated[float, typer.Option(help="Records and uploads this old go; 0 keeps them for ever.")] = 90,
     prune_audit: Annotated[bool, typer.Option(help="Prune devices' audit entries with their records.")] = False,
     keep_jobs_days: Annotated[float, typer.Option(help="So are jobs that ended and fan-outs.")] = 90,
     database: Annotated[str, typer.Option(help="SQLAlchemy URL; SQLite in --data if not given.")] = "",

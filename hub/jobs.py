@@ -2,10 +2,10 @@
 
 Invariants: a job is stored before it is sent; it is sent again, with the same id, while it is queued, and the device
 does it once; its state moves only along `JOB_TRANSITIONS`, so a late or doubled report changes nothing; the same
-idempotency key gives the same job. A job nobody confirmed past its expiry is shown as expired, and one that was
-cancelled before anybody confirmed it as cancelled, but that is the hub's guess: what the device then reports of it
-counts. Of a fan-out at most `at_once` jobs are with their devices; the others are held here, where their time does not
-run and from where they can be taken back for certain.
+idempotency key gives the same job. A job nobody confirmed past its expiry is shown as expired, so is one of which its
+device told nothing for GRACE_S past that, and one that was cancelled before anybody confirmed it as cancelled, but that
+is the hub's guess: what the device then reports of it counts. Of a fan-out at most `at_once` jobs are with their
+devices; the others are held here, where their time does not run and from where they can be taken back for certain.
 """
 
 import secrets
@@ -29,6 +29,9 @@ MAX_TEXT = 2000  # characters of a task: a device takes no longer one
 MAX_OPEN = 1000  # jobs a device may have waiting
 UNCONFIRMED = "no device confirmed it in time"
 WITHDRAWN = "cancelled before a device confirmed it"
+SILENT = "its device took it and then told nothing more of it"
+_GUESSED = {UNCONFIRMED: JobState.QUEUED, WITHDRAWN: JobState.QUEUED, SILENT: JobState.DELIVERED}  # where reports go on
+GRACE_S = 86400.0  # of silence past its expiry: an outage, an approval that is waited for
 CANCEL_TTL_S = 3600.0  # at least; then the cancellation is sent again
 MAX_FANOUT = 10_000  # devices
 Send = Callable[[str, Job], Awaitable[object]]
@@ -48,7 +51,7 @@ def apply_report(connection: sa.Connection, device: str, body: dict[str, Any]) -
     if report.progress is not msgspec.UNSET:
         progress = msgspec.structs.replace(report.progress, text=report.progress.text.replace("\0", "")[:200])
         told["progress"] = msgspec.to_builtins(progress)
-    state = JobState.QUEUED if row.error in (UNCONFIRMED, WITHDRAWN) else JobState(row.state)
+    state = _GUESSED.get(row.error, JobState(row.state))
     if told and report.state is JobState.RUNNING is state:
         connection.execute(this.values(updated=time.time(), **told))
         return True
@@ -118,7 +121,7 @@ class Jobs:
 
     async def send_cancel(self, job: dict[str, Any]) -> None:
         """Tell the device, if it may have the job."""
-        if JobState(job["state"]) not in TERMINAL or job["error"] == WITHDRAWN:
+        if JobState(job["state"]) not in TERMINAL or job["error"] in _GUESSED:
             now = time.time()
             until, who = max(job["expires"], now + CANCEL_TTL_S), job["cancelled_by"]
             told = Job(f"cancel-{job['id']}", JobKind.CANCEL, {"job": job["id"]}, who, [], now, until)
@@ -153,7 +156,8 @@ class Jobs:
         good = jobs.c.expires > time.time()
         queued = sa.and_(jobs.c.state == JobState.QUEUED.value, good, jobs.c.held.is_(False))
         taken_back = sa.and_(jobs.c.state == JobState.CANCELLED.value, jobs.c.error == WITHDRAWN, good)
-        mine = sa.select(jobs).where(jobs.c.device == device, sa.or_(queued, taken_back, _ENDING))
+        given_up = sa.and_(jobs.c.error == SILENT, jobs.c.cancelled_by.is_not(None))  # its device may be back with it
+        mine = sa.select(jobs).where(jobs.c.device == device, sa.or_(queued, taken_back, given_up, _ENDING))
         rows = await self._db.read(lambda c: c.execute(mine.order_by(jobs.c.created).limit(100)).all())
         for job in map(row_dict, rows):
             await (self.send_cancel(job) if job["cancelled_by"] else self._send(device, wire(job)))
@@ -166,17 +170,21 @@ class Jobs:
         return set(await self._db.read(lambda c: c.execute(queued).scalars().all()))
 
     async def expire(self) -> None:
-        """Mark queued jobs past their expiry."""
+        """Mark jobs past their expiry: queued ones, and those of whose device nothing more was heard."""
         now = time.time()
-        waits = sa.and_(jobs.c.state == JobState.QUEUED.value, jobs.c.held.is_(False))
-        overdue = jobs.update().where(waits, jobs.c.expires < now)
-        values = {"state": JobState.EXPIRED.value, "updated": now, "error": UNCONFIRMED}
-        await self._db.write(lambda c: c.execute(overdue.values(**values)))
+        waits = sa.and_(jobs.c.state == JobState.QUEUED.value, jobs.c.held.is_(False), jobs.c.expires < now)
+        silent = sa.and_(_TAKEN, jobs.c.expires < now - GRACE_S, jobs.c.updated < now - GRACE_S)
+
+        def change(connection: sa.Connection) -> None:
+            for overdue, why in ((waits, UNCONFIRMED), (silent, SILENT)):
+                values = {"state": JobState.EXPIRED.value, "updated": now, "error": why}
+                connection.execute(jobs.update().where(overdue).values(**values))
+
+        await self._db.write(change)
 
 
-_ENDING = sa.and_(
-    jobs.c.state.in_([JobState.DELIVERED.value, JobState.RUNNING.value]), jobs.c.cancelled_by.is_not(None)
-)
+_TAKEN = jobs.c.state.in_([JobState.DELIVERED.value, JobState.RUNNING.value])
+_ENDING = sa.and_(_TAKEN, jobs.c.cancelled_by.is_not(None))
 
 
 def take_back(connection: sa.Connection, row: sa.Row[Any], by: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What came long ago goes: records and finished jobs past a configured age, a bounded number in each transaction.
+"""What came long ago goes: records, uploads and finished jobs past a configured age, a bounded number of rows at once.
 
 What is not pruned, and why:
 - A device's epoch, watermark and twin. They are in `devices`; by them, not by old records, a record that comes again is
@@ -31,6 +31,7 @@ import sqlalchemy as sa
 
 from edge_agent.wire.messages import TERMINAL, JobState
 from hub import audit
+from hub.blobs import Uploads
 from hub.db import PRUNED, Database, dead_letters, devices, fanouts, jobs, settings, telemetry
 from hub.db import audit as entries
 from hub.errors import Fatal
@@ -44,11 +45,14 @@ BATCH, PAUSE_S = 500, 0.02  # rows in a transaction, seconds in which others hav
 class Retention:
     """Prunes once an hour; an age of 0 days keeps for ever. Raises Fatal for one that is less than a day."""
 
-    def __init__(self, db: Database, records_days: float, jobs_days: float, *, audit_too: bool = False) -> None:
+    def __init__(
+        self, db: Database, uploads: Uploads, records_days: float, jobs_days: float, *, audit_too: bool = False
+    ) -> None:
         for days in (records_days, jobs_days):
             if days and not days >= 1:
                 raise Fatal(f"{days:g} days is no age to keep something to", "at least 1, or 0 for ever")
-        self._db, self._days, self._audit_too = db, {"records": records_days, "jobs": jobs_days}, audit_too
+        self._db, self._uploads, self._audit_too = db, uploads, audit_too
+        self._days = {"records": records_days, "jobs": jobs_days, "uploads": records_days}  # a record names an upload
 
     async def run(self) -> None:
         await asyncio.sleep(FIRST_S)
@@ -57,13 +61,13 @@ class Retention:
             await asyncio.sleep(RUN_S)
 
     async def report(self) -> dict[str, Any]:
-        """Of records and jobs: the age in days, from when on they are here, how many the last run and all took."""
+        """Of records, jobs, uploads: the age in days, since when they are here, how many the last run and all took."""
         return await self._db.read(self._state)
 
     async def prune(self) -> dict[str, Any]:
         """One run; the report then."""
         now, state = time.time(), await self.report()
-        for what, prune in (("records", self._records), ("jobs", self._jobs)):
+        for what, prune in (("records", self._records), ("jobs", self._jobs), ("uploads", self._files)):
             kept = state[what]
             before = min(now - kept["days"] * DAY_S, kept["before"] + STRIDE_S)
             kept["last"] = 0
@@ -78,7 +82,7 @@ class Retention:
             connection.execute(settings.insert().values(row))
 
         await self._db.write(save)
-        log.info("pruned %d records and %d jobs", state["records"]["last"], state["jobs"]["last"])
+        log.info("pruned %d records, %d jobs, %d uploads", *(state[what]["last"] for what in self._days))
         return state
 
     def _state(self, connection: sa.Connection) -> dict[str, Any]:
@@ -88,8 +92,9 @@ class Retention:
             "records": sa.select(telemetry.c.received).order_by(telemetry.c.id).limit(1),
             "jobs": sa.select(sa.func.min(jobs.c.created)),
         }
+        oldest["uploads"] = oldest["records"]
         for what, query in oldest.items():
-            if not known:
+            if what not in state:
                 first = connection.execute(query).scalar() or time.time() - self._days[what] * DAY_S
                 state[what] = {"before": first, "last": 0, "total": 0}
             state[what]["days"] = self._days[what]
@@ -108,6 +113,9 @@ class Retention:
 
     async def _jobs(self, before: float, _now: float) -> int:
         return await self._batches(lambda c: prune_jobs(c, before))
+
+    async def _files(self, before: float, _now: float) -> int:
+        return await self._uploads.prune(before)
 
     async def _batches(self, prune: Callable[[sa.Connection], int]) -> int:
         gone = 0

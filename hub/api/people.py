@@ -144,7 +144,7 @@ async def audit_of_devices(
     return {"entries": msgspec.to_builtins(entries)}
 
 
-@router.get("/retention", summary="How long records and finished jobs are kept, and what was pruned")
+@router.get("/retention", summary="How long records, uploads and finished jobs are kept, and what was pruned")
 async def retention(hub: Hub, _: Annotated[Subject, Depends(May("read:audit"))]) -> dict[str, Any]:
     return await hub.retention.report()
 

@@ -17,6 +17,7 @@ from edge_agent.wire.messages import JobState, Record, encode
 from edge_agent.wire.signing import SigningKey
 from hub.committer import MAX_DEAD_LETTERS, MAX_GAPS, Ackable, Committed, Committer, Verdict, judge, replay
 from hub.db import Database, audit, dead_letters, devices, gaps, jobs, telemetry
+from hub.jobs import SILENT
 from tests.hub.rig import pack
 from tests.hub.rig import telemetry as make
 
@@ -345,6 +346,17 @@ def test_what_a_device_reports_beats_the_hubs_guess_of_expiry(sender: Sender) ->
     body = {"id": "j2", "state": "succeeded", "ts": 1.0, "result": {"answer": "42"}}
     sender.commit(sender.batch([Record(1, 1.0, "job", 1, body)]))
     assert state_of(sender, "j2") == ("succeeded", {"answer": "42"})
+
+
+def test_a_job_that_was_given_up_runs_on_and_ends_once_where_its_device_does(sender: Sender) -> None:
+    job_row(sender, "j3", state="expired", error=SILENT)
+    query = sa.select(jobs.c.state, jobs.c.error, jobs.c.progress).where(jobs.c.id == "j3")
+    reports: list[tuple[str, dict[str, Any]]] = [("running", {"progress": {"done": 2}}), ("succeeded", {})]
+    for seq, (state, more) in enumerate([*reports, ("running", {"progress": {"done": 3}})], 1):
+        body = {"id": "j3", "state": state, "ts": 1.0, **more}
+        sender.commit(sender.batch([Record(seq, 1.0, "job", 1, body)]))
+        now, error, progress = sender.rows(query)[0]
+        assert (now, error, progress["done"]) == (state if seq < 3 else "succeeded", "", 2)
 
 
 def test_reported_state_is_kept_as_the_device_sent_it(sender: Sender) -> None:

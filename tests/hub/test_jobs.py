@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from edge_agent.wire.messages import Job, JobKind, JobReport, JobState, Progress
 from hub.db import Database, devices, jobs
 from hub.fanout import Fanouts
-from hub.jobs import Jobs
+from hub.jobs import GRACE_S, SILENT, UNCONFIRMED, Jobs
 from tests.hub.rig import Device, Hub, enrolled, until
 
 
@@ -227,6 +227,73 @@ async def test_a_child_on_a_dead_device_gives_its_place_up_when_it_is_cancelled(
         return bool((await hub.services.fanouts.get(made["id"]))["states"] == {"running": 1, "queued": 1})
 
     await until(released)
+
+
+async def aged(hub: Hub, job: str, seconds: float) -> None:
+    """As if its time had been over, and the last been heard of it, so much earlier; then the hub looks."""
+    then = time.time() - seconds
+    await hub.services.db.write(
+        lambda c: c.execute(jobs.update().where(jobs.c.id == job).values(expires=then, updated=then))
+    )
+    await hub.services.jobs.expire()
+
+
+async def begun(hub: Hub, device: Device, job: str) -> None:
+    """The device takes the job, and is gone."""
+    async with device.online():
+        await told(device, job, JobState.RUNNING)
+        await seen_as(hub, job, "running")
+
+
+async def test_a_job_whose_device_vanished_ends_by_itself_and_its_fan_out_with_it(hub: Hub) -> None:
+    admin = await hub.login()
+    gone, removed, _ = await labelled(hub, admin, "line-2", "press-1", "press-2", "press-3")
+    work = {"kind": "tool", "body": {"tool": "stop_line", "args": {}}, "at_once": 1}
+    made = (await admin.post("/v1/groups/line-2/jobs", json=work)).json()
+    first, second, third = (job["id"] for job in made["jobs"])
+
+    async def states() -> Any:
+        return (await hub.services.fanouts.get(made["id"]))["states"]
+
+    async def passed_on() -> bool:
+        return "queued" in await states()
+
+    await begun(hub, gone, first)
+    await aged(hub, first, GRACE_S - 60)
+    assert await states() == {"running": 1, "held": 2}, "an outage is no end"
+    await aged(hub, first, GRACE_S + 60)
+    job = (await admin.get(f"/v1/jobs/{first}")).json()
+    assert (job["state"], job["error"]) == ("expired", SILENT)
+    await until(passed_on)
+    await begun(hub, removed, second)
+    assert (await admin.delete("/v1/devices/press-2")).status_code == 204
+    await aged(hub, second, GRACE_S + 60)
+    await until(passed_on)
+    await aged(hub, third, 60)
+    assert await states() == {"expired": 3}
+    assert (await admin.get(f"/v1/jobs/{third}")).json()["error"] == UNCONFIRMED
+    async with gone.online():
+        await told(gone, first, JobState.SUCCEEDED, result={"result": "stopped"})
+        await seen_as(hub, first, "succeeded")
+
+
+async def test_a_device_that_comes_back_with_a_job_given_up_is_told_of_its_cancellation(hub: Hub) -> None:
+    admin, device = await hub.login(), await enrolled(hub, "press-1")
+    job = (await admin.post("/v1/devices/press-1/tasks", json={"text": "stop line 2"})).json()["id"]
+    await begun(hub, device, job)
+    assert (await admin.post(f"/v1/jobs/{job}/cancel")).json()["state"] == "running"
+    await aged(hub, job, GRACE_S + 60)
+    sent = list[Job]()
+
+    async def send(_device: str, told: Job) -> None:
+        sent.append(told)
+
+    assert await Jobs(hub.services.db, send).send_queued("press-1") == 1
+    assert [(each.kind, each.body) for each in sent] == [(JobKind.CANCEL, {"job": job})]
+    async with device.online():
+        await told(device, job, JobState.CANCELLED, error="cancelled by admin")
+        await seen_as(hub, job, "cancelled")
+    assert await hub.services.jobs.send_queued("press-1") == 0
 
 
 async def test_releasing_reads_the_body_once_and_sends_each_device_its_own_job(tmp_path: Path) -> None:

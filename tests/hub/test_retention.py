@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import sqlalchemy as sa
 from edge_agent.wire.messages import JobKind, Record
 from hub import audit_cli, retention
 from hub.audit import Audit, check_export
+from hub.blobs import Uploads
 from hub.committer import replay
-from hub.db import Database, dead_letters, fanouts, jobs, telemetry
+from hub.db import Database, dead_letters, fanouts, jobs, settings, telemetry
 from hub.errors import Fatal
 from hub.jobs import new
 from hub.retention import DAY_S, Retention
@@ -23,6 +25,7 @@ from tests.hub.rig import telemetry as make
 from tests.hub.test_committer import Sender
 
 NOW = time.time()
+NONE = Uploads(Path("/nowhere"))
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ async def pruned(
     database: Database, *, records: float = 90, jobs: float = 90, audit_too: bool = True
 ) -> dict[str, Any]:
     await Audit(database).anchor()
-    return await Retention(database, records, jobs, audit_too=audit_too).prune()
+    return await Retention(database, NONE, records, jobs, audit_too=audit_too).prune()
 
 
 async def test_old_records_go_in_bounded_steps_between_which_others_write(sender: Sender) -> None:
@@ -73,14 +76,14 @@ async def test_old_records_go_in_bounded_steps_between_which_others_write(sender
         return made
 
     await Audit(sender.database).anchor()
-    keeping = Retention(sender.database, 90, 90)
+    keeping = Retention(sender.database, NONE, 90, 90)
     sender.database.write = counted  # type: ignore[method-assign]
     state = await keeping.prune()
     assert seqs(sender) == list(range(36, 41))
     assert [step for step in steps if step] == [10, 10, 10, 5]
     assert (state["records"]["last"], state["records"]["total"]) == (35, 35)
     assert (await keeping.prune())["records"] | {"before": 0} == {"before": 0, "days": 90, "last": 0, "total": 35}
-    assert await keeping.report() == await Retention(sender.database, 90, 90).report(), "it is on disk"
+    assert await keeping.report() == await Retention(sender.database, NONE, 90, 90).report(), "it is on disk"
 
 
 async def test_what_was_pruned_and_comes_again_is_not_taken_again(sender: Sender) -> None:
@@ -105,7 +108,7 @@ async def test_the_newest_record_of_all_stays_so_that_no_id_is_given_again(sende
 
 async def test_what_is_not_anchored_yet_stays(sender: Sender) -> None:
     at(sender, 100, sender.batch(make(range(1, 6))))
-    await Retention(sender.database, 90, 90).prune()
+    await Retention(sender.database, NONE, 90, 90).prune()
     assert seqs(sender) == [1, 2, 3, 4, 5]
 
 
@@ -147,7 +150,7 @@ async def test_a_clock_years_off_costs_a_day_and_one_that_is_put_back_nothing(
     await pruned(sender.database)
     for years, left in ((20, 9), (-20, 9), (0, 9)):
         monkeypatch.setattr("hub.retention.time.time", lambda off=years: NOW + off * 366 * DAY_S)
-        await Retention(sender.database, 90, 90).prune()
+        await Retention(sender.database, NONE, 90, 90).prune()
         assert len(seqs(sender)) == left, years
 
 
@@ -254,13 +257,33 @@ async def test_jobs_that_ended_long_ago_go_and_what_still_counts_stays(sender: S
     assert len(sender.rows(sa.select(jobs.c.id))) == len(wanted)
 
 
+async def test_uploads_go_at_the_age_of_records_also_at_a_hub_that_never_pruned_them(
+    sender: Sender, tmp_path: Path
+) -> None:
+    at(sender, 100, sender.batch(make(range(1, 6))))
+    folder = tmp_path / "uploads" / sender.name
+    folder.mkdir(parents=True)
+    for name, days_ago in (("old", 100), ("young", 10)):
+        (folder / name).write_bytes(b"1")
+        os.utime(folder / name, (NOW, NOW - days_ago * DAY_S))
+    kept = {"before": 1.0, "last": 0, "total": 0}
+    before = {"key": "retention", "value": msgspec.json.encode({"at": 1.0, "records": kept, "jobs": kept}).decode()}
+    for days, left in ((0, {"old", "young"}), (90, {"young"})):
+        with sender.database.engine.begin() as connection:
+            connection.execute(settings.delete().where(settings.c.key == "retention"))
+            connection.execute(settings.insert().values(before))
+        state = await Retention(sender.database, Uploads(tmp_path), days, 0).prune()
+        assert {path.name for path in folder.iterdir()} == left
+        assert state["uploads"]["last"] == 2 - len(left)
+
+
 async def test_nothing_goes_where_everything_is_kept_and_an_age_of_hours_is_refused(sender: Sender) -> None:
     at(sender, 4000, sender.batch(make(range(1, 6))))
     state = await pruned(sender.database, records=0, jobs=0)
     assert (seqs(sender), state["records"]["days"]) == ([1, 2, 3, 4, 5], 0)
     for days in (0.5, -1, float("nan")):
         with pytest.raises(Fatal, match="is no age"):
-            Retention(sender.database, days, 90)
+            Retention(sender.database, NONE, days, 90)
 
 
 async def test_sqlite_uses_the_space_of_what_was_pruned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +321,7 @@ async def test_a_running_hub_prunes_by_itself_and_says_what(tmp_path: Path, monk
         said = audit_cli._retention(found)
         assert "records: kept 30 days, here since " in said
         assert "in all 14" in said
+        assert "uploads: kept 30 days" in said
         assert "jobs: kept for ever" in said
         verified = (await admin.get("/v1/audit/verify")).json()
         assert verified["first_broken"] is None

@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import hashlib
+import os
 import random
 import resource
 import shutil
 import time
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -162,6 +163,86 @@ async def test_a_blob_that_cannot_be_read_is_told_once_and_those_behind_it_go_on
     assert (await (await hub.login()).get(f"/v1/devices/press-1/blobs/{good}")).content == b"good"
 
 
+async def test_a_blob_that_is_refused_for_now_is_passed_by_those_behind_it_and_arrives_later(
+    hub: Hub, served: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub has room for the small ones only (507), until somebody makes some."""
+    monkeypatch.setattr("edge_agent.sync.blobs.HELD_S", (0.2, 0.4))
+    device, folder = await enrolled(hub, "press-1"), tmp_path / "blobs"
+    monkeypatch.setattr(hub.services.uploads, "_quota", 1000)
+    async with blobs(device, tmp_path, served) as (queue, outbox):
+        large = [await queue.put(bytes([n]) * 2000, "log") for n in range(2)]
+        small = [await queue.put(bytes([n]) * 20, "camera.jpg") for n in range(3)]
+        task = asyncio.create_task(queue.run())
+        await until(lambda: len(list(folder.iterdir())) == 2)
+        await queue.put(b"more", "camera.jpg")
+        await until(lambda: len(list(folder.iterdir())) == 2)
+        assert {path.name.partition("-")[2] for path in folder.iterdir()} == {*large}
+        assert outbox.depth == 6, "none was told lost"
+        monkeypatch.setattr(hub.services.uploads, "_quota", 10_000)
+        await until(lambda: not list(folder.iterdir()))
+        task.cancel()
+    admin = await hub.login()
+    for sha256 in (*large, *small):
+        assert (await admin.get(f"/v1/devices/press-1/blobs/{sha256}")).status_code == 200
+
+
+async def answering(answers: dict[str, bytes], seen: list[str]) -> asyncio.Server:
+    """Stands for a hub: what it answers to the blobs that it knows, 200 to the others, in the order of `seen`."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        told = (await reader.readuntil(b"\r\n\r\n")).decode()
+        sha256 = b64decode(told.partition("sha256 ")[2].partition("\r\n")[0]).decode()
+        seen.append(sha256)
+        head = b"HTTP/1.1 %b\r\nTus-Resumable: 1.0.0\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        writer.write(head % answers.get(sha256, b"200 OK"))
+        await writer.drain()
+        writer.close()
+
+    return await asyncio.start_server(serve, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize("said", [b"409 Conflict", b"500 Oh", b"507 Full"])
+async def test_blobs_that_are_refused_again_and_again_are_tried_ever_less_often_and_in_turn(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    monkeypatch.setattr("edge_agent.sync.blobs.BACKOFF_S", (0.01, 0.02))
+    monkeypatch.setattr("edge_agent.sync.blobs.HELD_S", (1.0, 60.0))
+    seen, answers = list[str](), dict[str, bytes]()
+    server = await answering(answers, seen)
+    device, port = await enrolled(hub, "press-1"), server.sockets[0].getsockname()[1]
+    async with server, blobs(device, tmp_path, port) as (queue, outbox):
+        bad = [await queue.put(bytes([n]), "log") for n in range(7)]
+        answers.update((sha256, said) for sha256 in bad)
+        good = [await queue.put(bytes([n]), "log") for n in range(100, 104)]
+        task = asyncio.create_task(queue.run())
+        await until(lambda: len(list((tmp_path / "blobs").iterdir())) == len(bad))
+        assert list(dict.fromkeys(seen)) == bad + good, "in their order, past more than say that it is the hub"
+        await until(lambda: min(map(seen.count, bad)) == 3, 30)
+        assert max(map(seen.count, bad)) <= 5
+        assert outbox.depth == len(bad) + len(good), "none was told lost"
+        task.cancel()
+
+
+async def test_a_hub_that_refuses_the_device_itself_is_asked_for_one_blob_alone(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.sync.blobs.BACKOFF_S", (0.01, 0.02))
+    seen, answers = list[str](), dict[str, bytes]()
+    server = await answering(answers, seen)
+    device, port = await enrolled(hub, "press-1"), server.sockets[0].getsockname()[1]
+    async with server, blobs(device, tmp_path, port) as (queue, _):
+        put = [await queue.put(bytes([n]), "log") for n in range(5)]
+        answers.update((sha256, b"401 Who") for sha256 in put)
+        task = asyncio.create_task(queue.run())
+        await until(lambda: len(seen) > 4)
+        assert {*seen} == {put[0]}
+        answers.clear()
+        await until(lambda: not list((tmp_path / "blobs").iterdir()))
+        assert list(dict.fromkeys(seen)) == put
+        task.cancel()
+
+
 async def test_a_blob_the_disk_has_no_room_for_leaves_nothing_behind(
     hub: Hub, served: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +297,32 @@ async def test_a_device_cannot_fill_the_hub(tmp_path: Path) -> None:
         await uploads.begin("press-1", "b" * 64, 600)
     assert caught.value.status == 507
     assert await uploads.begin("press-2", "b" * 64, 600) == 0, "another device has its own"
+
+
+async def test_what_came_long_ago_goes_but_not_what_a_device_brings_again_or_is_bringing(tmp_path: Path) -> None:
+    uploads, folder, now, day = Uploads(tmp_path), tmp_path / "uploads" / "press-1", time.time(), 86400.0
+
+    async def pieces(content: bytes) -> AsyncIterator[bytes]:
+        yield content
+
+    async def while_it_comes() -> AsyncIterator[bytes]:
+        assert await uploads.prune(now - 90 * day) == 2, "the old blob and the stale part"
+        yield b"some"
+
+    blobs = {text: hashlib.sha256(text).hexdigest() for text in (b"old", b"again", b"young")}
+    for (text, sha256), days in zip(blobs.items(), (100, 100, 10), strict=True):
+        await uploads.begin("press-1", sha256, len(text))
+        await uploads.append("press-1", sha256, 0, pieces(text))
+        os.utime(folder / sha256, (now, now - days * day))
+    assert await uploads.begin("press-1", blobs[b"again"], 5) == 5
+    stale, waits, comes = (folder / f"{digit * 64}.1000.part" for digit in "abc")
+    for part, days in ((stale, 8), (waits, 6), (comes, 8)):
+        part.touch()
+        os.utime(part, (now, now - days * day))
+    await uploads.append("press-1", "c" * 64, 0, while_it_comes())
+    assert set(folder.iterdir()) == {folder / blobs[b"again"], folder / blobs[b"young"], waits, comes}
+    assert await uploads.begin("press-1", blobs[b"old"], 3) == 0, "it can be brought anew"
+    assert await Uploads(tmp_path / "none").prune(now) == 0
 
 
 async def test_a_blob_whose_last_step_was_cut_off_is_finished_before_the_device_may_forget_it(tmp_path: Path) -> None:
