@@ -93,22 +93,6 @@ def test_a_note_is_shown_to_its_end_where_it_says_how_a_value_is_written() -> No
 
 
 @pytest.mark.parametrize(
-    ("schema", "about"),
-    [
-        ({"type": "string", "description": "Its unit", "default": "cm"}, "Its unit. Default: 'cm'."),
-        ({"type": "boolean", "description": "Whether. ", "default": False}, "Whether. Default: false."),
-        ({"type": "array", "default": ["a", 1]}, 'Default: ["a", 1].'),
-        ({"type": "integer", "description": "Defaults to 10 rows.", "default": 10}, "Defaults to 10 rows."),
-        ({"type": "string", "description": "A date.", "default": None}, "A date."),
-        ({"type": "string", "description": "A text.", "default": "x" * 80}, "A text."),
-    ],
-)
-def test_a_default_is_shown_where_the_note_does_not_say_it(schema: dict[str, object], about: str) -> None:
-    found = convert([{"name": "f", "parameters": {"properties": {"p": schema}}}])
-    assert found.specs[0].params[0].about == about
-
-
-@pytest.mark.parametrize(
     ("text", "failure"),
     [
         (GOOD, ""),

@@ -7,7 +7,6 @@ form and is listed in `loose`, never dropped in silence. Long descriptions are c
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,6 @@ from edge_agent.agent.tool import Kind, Param, ToolSpec
 
 MAX_DESCRIPTION = 600
 MAX_ABOUT = 300
-MAX_DEFAULT = 60
 _KINDS: dict[str, Kind] = {
     "integer": "int",
     "float": "float",
@@ -68,7 +66,7 @@ def convert(functions: Sequence[Mapping[str, Any]]) -> Tools:
 
 def _param(name: str, schema: Mapping[str, Any], required: bool, loose: list[str], depth: int = 1) -> Param:
     kind = _KINDS.get(str(schema.get("type")))
-    about = _with_default(_cut(schema.get("description", ""), MAX_ABOUT // depth), schema.get("default"))
+    about = _cut(schema.get("description", ""), MAX_ABOUT // depth)
     choices = schema.get("enum") or []
     if choices and kind == "str" and all(isinstance(c, str) and c.isprintable() for c in choices):
         return Param(name, "choice", choices=list(dict.fromkeys(choices)), required=required, about=about)
@@ -89,15 +87,6 @@ def _param(name: str, schema: Mapping[str, Any], required: bool, loose: list[str
         loose.append(f"free {kind}")
     low, high = (schema.get(key) if kind in ("int", "float") else None for key in ("minimum", "maximum"))
     return Param(name, kind, low=low, high=high, required=required, about=about, items=items, fields=fields)
-
-
-def _with_default(about: str, default: Any) -> str:
-    """The note with the value that is taken where none is given, unless it says so itself."""
-    if default is None or default == "" or ("default" in about.lower() and str(default).lower() in about.lower()):
-        return about
-    value = f"'{default}'" if isinstance(default, str) else json.dumps(default)
-    head = f"{about.rstrip(' .')}. " if about else ""
-    return f"{head}Default: {value}." if len(value) <= MAX_DEFAULT else about
 
 
 def _fields(schema: Mapping[str, Any], loose: list[str], depth: int) -> list[Param]:
