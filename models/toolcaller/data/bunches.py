@@ -30,7 +30,7 @@ from models.toolcaller.data.written import Group, Request, groups
 
 WRITTEN = 0.78  # share of bunches of written groups
 SITE = 0.5  # and of a site's own
-SLOTTED = 0.25  # and of those whose requests are drawn from what is said of each parameter
+SLOTTED = 0.1  # and of those whose requests are drawn from what is said of each parameter
 FOCUS = 0.5  # and of files that training looks at more than at the others
 SIZE = 24  # examples of a bunch, at most
 MIXED = 0.25  # bunches that serve two groups
