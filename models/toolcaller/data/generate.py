@@ -21,7 +21,7 @@ from models.toolcaller.data.phrases import Rest as Named
 from models.toolcaller.data.phrases import finish, listed, wording
 from models.toolcaller.data.requests import Asked, ask, call_of, draw
 from models.toolcaller.data.scene import COUNTED, Example, Scene, is_device, of_domain, result
-from models.toolcaller.data.values import Voice, sample
+from models.toolcaller.data.values import Voice, enumerated, sample
 
 KINDS = {
     "simple": 0.19,
@@ -152,7 +152,7 @@ def _spread(made: Made, count: int, voice: Voice) -> tuple[str, list[Call]]:
     if len(values) < 2:
         return "", []
     words = [said for _, said in values]
-    given = {**draw(made, voice), name: (values[0][0], f"{', '.join(words[:-1])} and {words[-1]}")}
+    given = {**draw(made, voice), name: (values[0][0], enumerated(words))}
     templates = [t for t in usable if name in t.required]
     narrowed = msgspec.structs.replace(made, function=msgspec.structs.replace(made.function, templates=templates))
     asked = ask(narrowed, voice, given)

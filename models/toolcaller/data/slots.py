@@ -23,7 +23,7 @@ import msgspec
 
 from edge_agent.agent.calls import Call, CallError, render, validate
 from edge_agent.agent.tool import Param, ToolSpec
-from models.toolcaller.data.values import Voice, say_date, say_time, words
+from models.toolcaller.data.values import Voice, enumerated, say_date, say_time, words
 from models.toolcaller.data.written import Group, Request, WrittenError, held, tool
 
 FOLDER = Path(__file__).parent / "slots"
@@ -160,8 +160,7 @@ def _value(param: Param, slot: Slot, rng: Random) -> tuple[Any, str]:
         inner = param.items or Param("", "str")
         some = [_value(inner, slot, rng) for _ in range(rng.choice([1, 2, 2, 3]))]
         some = list({str(value): (value, said) for value, said in some}.values())
-        *first, last = [said for _, said in some]
-        return [value for value, _ in some], f"{', '.join(first)} and {last}" if first else last
+        return [value for value, _ in some], enumerated([said for _, said in some])
     value, said = _drawn(slot.kind, rng) if slot.kind else _named(slot, rng)
     return _typed(param, value), said
 

@@ -146,9 +146,13 @@ def _list(kind: Type, inner: Type, voice: Voice, whole: bool) -> tuple[list[Any]
         return values, f"[{', '.join(said)}]"
     if numeric and voice.bare:
         return values, ", ".join(said)
-    if len(said) == 1:
-        return values, said[0]
-    return values, f"{', '.join(said[:-1])} and {said[-1]}"
+    return values, enumerated(said)
+
+
+def enumerated(said: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *first, last = said
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _number(kind: Type, rng: Random, whole: bool) -> int | float:
